@@ -1,0 +1,105 @@
+// The Python module warpstep._native. Nothing but bindings.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "adamw_cpu.h"
+#include "plan.h"
+#ifdef WARPSTEP_CUDA
+#include "adamw_cuda.h"
+#endif
+
+namespace {
+
+using namespace warpstep;
+
+Format format_named(const std::string& name) {
+  if (name == "float64") return Format::float64;
+  if (name == "float32") return Format::float32;
+  if (name == "bfloat16") return Format::bfloat16;
+  if (name == "float16") return Format::float16;
+  throw py::value_error("no such format: " + name);
+}
+
+Backend backend_named(const std::string& name) {
+  if (name == "cpu") return Backend::cpu;
+  if (name == "cuda") return Backend::cuda;
+  if (name == "external") return Backend::external;
+  throw py::value_error("no such backend: " + name);
+}
+
+RecipeKey recipe_named(const std::string& param, const std::string& grad, const std::string& moment,
+                       bool amsgrad) {
+  return {format_named(param), format_named(grad), format_named(moment), amsgrad};
+}
+
+float* float_stream(py::handle tensor, std::int64_t count) {
+  TensorView view;
+  if (!tensor_reader().read(tensor.ptr(), view) || !view.known_format ||
+      view.format != Format::float32 || view.device.type != dlpack::cpu || view.numel() != count) {
+    throw py::type_error("four float32 CPU tensors of one size are needed");
+  }
+  return static_cast<float*>(view.data);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "warpstep's C++ and CUDA kernels.";
+#ifdef WARPSTEP_CUDA
+  m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
+  m.def("cuda_device_count", cuda_device_count);
+#else
+  m.attr("cuda_architectures") = py::none();
+  m.def("cuda_device_count", [] { return 0; });
+#endif
+  m.def("cpu_instruction_set", cpu_instruction_set);
+  m.def("has_recipe", [](const std::string& param, const std::string& grad,
+                         const std::string& moment, bool amsgrad) {
+    return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad));
+  });
+  m.def("set_exchange_api",
+        [](py::object capsule) { set_tensor_reader(TensorReader(capsule.ptr())); });
+  m.def("launch_counts", [] {
+    py::dict counts;
+    counts["cpu"] = launch_counts().cpu;
+    counts["cuda"] = launch_counts().cuda;
+    return counts;
+  });
+  m.def("touch_streams", [](py::object param, py::object grad, py::object exp_avg,
+                            py::object exp_avg_sq, int threads) {
+    TensorView view;
+    tensor_reader().read(param.ptr(), view);
+    const std::int64_t count = view.numel();
+    float* const streams[] = {float_stream(param, count), float_stream(grad, count),
+                              float_stream(exp_avg, count), float_stream(exp_avg_sq, count)};
+    py::gil_scoped_release release;
+    touch_streams_cpu(streams[0], streams[1], streams[2], streams[3], count, threads);
+  });
+
+  py::class_<BucketSpec>(m, "BucketSpec")
+      .def(py::init([](const std::string& backend, const std::string& param,
+                       const std::string& grad, const std::string& moment, bool amsgrad) {
+             return BucketSpec{backend_named(backend), recipe_named(param, grad, moment, amsgrad)};
+           }),
+           py::kw_only(), py::arg("backend"), py::arg("param"), py::arg("grad"), py::arg("moment"),
+           py::arg("amsgrad"));
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<py::dict, py::list, const std::vector<int>&, const std::vector<BucketSpec>&,
+                    py::object>(),
+           py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
+           py::arg("buckets"), py::arg("match_layout"))
+      .def("check", &Plan::check)
+      .def("launch", &Plan::launch)
+      .def("increment_versions", &Plan::increment_versions)
+      .def("host_tables", &Plan::host_tables)
+      .def("set_device_tables",
+           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
+              std::uintptr_t arrivals, std::uintptr_t hypers) {
+             plan.set_device_tables(bucket, {rows, chunks, arrivals, hypers});
+           },
+           py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"),
+           py::arg("arrivals"), py::arg("hypers"))
+      .def("grad_table", &Plan::grad_table)
+      .def("hyper_table", &Plan::hyper_table);
+}

@@ -1,0 +1,139 @@
+// A plan: every tensor of an optimizer bound and checked once, compared with what is there at each
+// step, and launched. See docs/design.md, "When a plan is stale".
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "tables.h"
+#include "tensor_view.h"
+
+namespace warpstep {
+
+namespace py = pybind11;
+
+// Who runs a bucket. `external` ones are checked here and launched by Python (Triton).
+enum class Backend { cpu, cuda, external };
+
+// Where a parameter goes; non-negative numbers are buckets.
+enum Assignment : int {
+  no_state = -1,     // has had no gradient yet: the plan is stale once it has one
+  python_only = -2,  // the reference backend's: Python looks after it
+};
+
+struct BucketSpec {
+  Backend backend;
+  RecipeKey recipe;
+};
+
+// Device memory that Python allocated for a bucket (addresses).
+struct DeviceTables {
+  std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
+};
+
+class Plan {
+ public:
+  // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
+  // their order. `match_layout(param, grad)` copies a gradient to its parameter's strides.
+  Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
+       const std::vector<BucketSpec>& buckets, py::object match_layout);
+
+  // Compares everything with what was bound and gathers gradients and hyper-parameters. Returns
+  // null, or why the plan is stale. Writes no tensor.
+  const char* check(py::handle state, py::handle param_groups);
+
+  // Runs the buckets of the C++ backends, after a successful check. `scales` has an entry
+  // (grad_scale, found_inf) a bucket, each None or a float32 tensor on its device; or is None.
+  void launch(int threads, py::object scales);
+
+  // Bumps the version counters of the parameters that the last check found gradients for.
+  void increment_versions();
+
+  // For the backends that keep tables in device memory: the bytes of a bucket's tables, and where
+  // Python has put them.
+  py::dict host_tables(std::size_t bucket) const;
+  void set_device_tables(std::size_t bucket, const DeviceTables& tables);
+  // For external buckets: what changed with this step.
+  py::bytes grad_table(std::size_t bucket) const;
+  py::bytes hyper_table(std::size_t bucket);
+
+ private:
+  struct Bucket {
+    BucketSpec spec{};
+    dlpack::Device device{};  // its first parameter's
+    std::vector<TensorRow> rows;
+    std::vector<const void*> grads;
+    std::vector<py::object> copied_grads;  // of match_layout, alive until the next step
+    std::vector<Chunk> chunks;
+    std::vector<std::uint32_t> batches;  // for the CPU
+    std::vector<Hyper> hypers;
+    std::vector<Hyper> uploaded_hypers;  // what lies in device_tables.hypers
+    DeviceTables device_tables;
+  };
+
+  struct BoundParam {
+    PyObject* param;  // kept alive by `kept_`
+    int assignment;
+    std::uint32_t row = 0;
+    const void* data = nullptr;
+    std::int32_t ndim = 0;
+    std::size_t dims = 0;  // where in dims_ its shape and then its strides are
+    PyObject* moments[3] = {};  // exp_avg, exp_avg_sq, max_exp_avg_sq; null where there is none
+    const void* moment_data[3] = {};
+    Format format{};
+    bool is_complex = false;
+  };
+
+  struct BoundGroup {
+    PyObject* params;          // the list
+    std::size_t count;         // its length
+    bool amsgrad;
+    PyObject *fused, *capturable, *differentiable;  // the values, by identity
+  };
+
+  // A hyper-parameter that is a tensor: read, or pointed to, for each bucket.
+  struct TensorScalar {
+    std::uint32_t group;
+    Scalar Hyper::* value;
+    std::uint8_t Hyper::* kind;
+    PyObject* tensor;
+  };
+
+  void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);
+  void cut_chunks(Bucket& bucket);
+  const char* check_state(PyObject* state) const;
+  const char* check_group(PyObject* group, std::uint32_t index, std::size_t& next);
+  const char* check_param(BoundParam& bound);
+  const char* read_hypers(PyObject* group, std::uint32_t index);
+  std::vector<Hyper>& hypers_for(Bucket& bucket);
+  void launch_cpu(Bucket& bucket, const Launch& launch, int threads);
+  void launch_cuda(Bucket& bucket, const Launch& launch);
+
+  std::vector<Bucket> buckets_;
+  std::vector<BoundGroup> groups_;
+  std::vector<BoundParam> params_;
+  std::vector<std::int64_t> dims_;
+  std::vector<Hyper> hypers_;                 // of this step, one a group
+  std::vector<TensorScalar> tensor_scalars_;  // of this step
+  // The state dict in its own order: key, value, and the values of that value. By identity.
+  std::vector<PyObject*> state_order_;
+  PyObject* state_;
+  bool every_grad_ = true;  // did the last check find all gradients
+  py::list versioned_;      // the parameters of all buckets
+  py::object match_layout_;
+  py::list kept_;  // keeps alive what is bound by pointer
+};
+
+// Kernels launched since the module was loaded.
+struct LaunchCounts {
+  std::uint64_t cpu = 0, cuda = 0;
+};
+LaunchCounts& launch_counts();
+
+// Set once, from torch, before any plan is made.
+void set_tensor_reader(TensorReader reader);
+const TensorReader& tensor_reader();
+
+}  // namespace warpstep

@@ -1,0 +1,40 @@
+// The CPU launcher, and what it needs of the kernel's copies for each instruction set.
+#pragma once
+
+#include "tables.h"
+
+namespace warpstep {
+
+// Elements of a chunk: 64 KiB a stream in float32, so that a chunk's streams fit the L2 cache.
+constexpr std::int64_t kCpuChunk = 16384;
+// Elements that a thread takes at a time (several small tensors, or one chunk).
+constexpr std::int64_t kCpuBatch = 16384;
+
+// Runs the step on all tensors with up to `threads` threads. `batches` cuts launch.chunks into runs
+// of about kCpuBatch elements: batch i is chunks [batches[i], batches[i + 1]).
+void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
+               int threads);
+
+bool has_cpu_recipe(const RecipeKey& key);
+
+// The instruction set that was chosen on this machine.
+const char* cpu_instruction_set();
+
+// Reads four float32 streams of `count` elements and writes three, once. For benchmarks.
+void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
+                       std::int64_t count, int threads);
+
+using StepChunks = void (*)(const Launch& launch, std::uint32_t first, std::uint32_t last);
+
+struct CpuKernels {
+  StepChunks (*find)(const RecipeKey& key);  // null where there is no such recipe
+  void (*touch_streams)(float*, const float*, float*, float*, std::int64_t);
+};
+
+#define WARPSTEP_CPU_KERNELS_(isa) cpu_kernels_##isa
+#define WARPSTEP_CPU_KERNELS(isa) WARPSTEP_CPU_KERNELS_(isa)
+CpuKernels cpu_kernels_baseline();
+CpuKernels cpu_kernels_avx2();
+CpuKernels cpu_kernels_avx512();
+
+}  // namespace warpstep

@@ -1,0 +1,40 @@
+// The CUDA launcher, for callers that know no CUDA.
+#pragma once
+
+#include <cstddef>
+
+#include "tables.h"
+
+namespace warpstep {
+
+constexpr std::uint32_t kCudaThreads = 256;
+// Elements that one block takes. A multiple of every vector; small enough that a 100M-element model
+// gives each multiprocessor several blocks, large enough that working out the constants does not show.
+constexpr std::uint32_t kCudaChunk = 16384;
+
+// Device memory that a plan holds, filled when it is made.
+struct CudaTables {
+  const void* rows;    // TensorRow[tensors]
+  const void* chunks;  // Chunk[chunk_count]
+  void* arrivals;      // uint32[tensors], zeros; every launch leaves them zero
+  const void* hypers;  // Hyper[groups], where cuda_needs_hyper_table says so
+};
+
+struct CudaResult {
+  int error;                // a cudaError_t
+  std::uint32_t launches;   // kernels launched
+};
+
+// Enqueues the step on `stream` of `device`. Neither waits nor allocates.
+CudaResult adamw_cuda(const Launch& step, const CudaTables& tables, int device, void* stream);
+
+// Whether the groups' hyper-parameters are too many for the arguments of one launch, so that they
+// are read from device memory.
+bool cuda_needs_hyper_table(std::uint32_t tensors, std::uint32_t groups);
+
+int cuda_device_count();
+bool cuda_is_capturing(void* stream);
+int cuda_copy_to_device(void* to, const void* from, std::size_t bytes, int device, void* stream);
+const char* cuda_error_text(int error);
+
+}  // namespace warpstep

@@ -1,0 +1,143 @@
+// How a stream's elements become numbers in registers and back, each once. Host and device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "tables.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+// NOTE [one copy per instruction set]
+// The CPU kernel is compiled once per instruction set. Everything here and in rule.h therefore has
+// internal linkage: otherwise the linker would keep one copy of each inline function, perhaps the
+// AVX-512 one, for all of them.
+namespace warpstep {
+namespace {
+
+struct float64 {
+  using Compute = double;
+  static constexpr Format format = Format::float64;
+  double value;
+};
+struct float32 {
+  using Compute = float;
+  static constexpr Format format = Format::float32;
+  float value;
+};
+struct bfloat16 {
+  using Compute = float;
+  static constexpr Format format = Format::bfloat16;
+  std::uint16_t bits;
+};
+struct float16 {
+  using Compute = float;
+  static constexpr Format format = Format::float16;
+  std::uint16_t bits;
+};
+
+// Formats of one tensor's streams, as types. Numbers are in `Compute` between load and store.
+template <class ParamFormat, class GradFormat, class MomentFormat, bool kAmsgrad>
+struct Recipe {
+  using Param = ParamFormat;
+  using Grad = GradFormat;
+  using Moment = MomentFormat;
+  using Compute = typename ParamFormat::Compute;
+  static constexpr bool amsgrad = kAmsgrad;
+  static constexpr RecipeKey key{Param::format, Grad::format, Moment::format, kAmsgrad};
+};
+
+template <class... Recipes>
+struct RecipeList {};
+
+// Every recipe that the C++ kernels are built for, with and without amsgrad. To add one, add a line.
+template <bool kAmsgrad>
+using RecipesOf = RecipeList<Recipe<float64, float64, float64, kAmsgrad>,     //
+                             Recipe<float32, float32, float32, kAmsgrad>,     //
+                             Recipe<bfloat16, bfloat16, bfloat16, kAmsgrad>,  //
+                             Recipe<float16, float16, float16, kAmsgrad>,     //
+                             Recipe<bfloat16, bfloat16, float32, kAmsgrad>,   //
+                             Recipe<float16, float16, float32, kAmsgrad>,     //
+                             Recipe<bfloat16, float32, bfloat16, kAmsgrad>,   //
+                             Recipe<bfloat16, float32, float32, kAmsgrad>,    //
+                             Recipe<float16, float32, float16, kAmsgrad>,     //
+                             Recipe<float16, float32, float32, kAmsgrad>,     //
+                             Recipe<float32, float32, bfloat16, kAmsgrad>>;
+
+// Calls visit(Recipe{}) for the recipe with this key; false if there is none.
+template <class Visit, class... Recipes>
+bool visit_recipe(RecipeList<Recipes...>, const RecipeKey& key, Visit&& visit) {
+  return ((Recipes::key == key && (visit(Recipes{}), true)) || ...);
+}
+template <class Visit>
+bool visit_recipe(const RecipeKey& key, Visit&& visit) {
+  return key.amsgrad ? visit_recipe(RecipesOf<true>{}, key, visit)
+                     : visit_recipe(RecipesOf<false>{}, key, visit);
+}
+
+template <class To, class From>
+WARPSTEP_FN To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+WARPSTEP_FN double load(float64 x) { return x.value; }
+WARPSTEP_FN float load(float32 x) { return x.value; }
+WARPSTEP_FN float load(bfloat16 x) {
+  return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+WARPSTEP_FN float load(float16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(bits_as<__half>(x.bits));
+#else
+  // The exponent's bias is 15 in float16 and 127 in float32: scaling by 2^112 re-biases it, exactly
+  // for subnormal numbers too. Infinities and NaNs get the exponent of their kind. No branch, so
+  // that the loop becomes SIMD code.
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
+  const std::uint32_t scaled = bits_as<std::uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
+  const std::uint32_t number = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
+  return bits_as<float>(number | static_cast<std::uint32_t>(x.bits & 0x8000u) << 16);
+#endif
+}
+
+WARPSTEP_FN void store(double x, float64& to) { to.value = x; }
+WARPSTEP_FN void store(float x, float32& to) { to.value = x; }
+
+WARPSTEP_FN void store(float x, bfloat16& to) {
+#ifdef __CUDA_ARCH__
+  to.bits = bits_as<std::uint16_t>(__float2bfloat16_rn(x));
+#else
+  // Round to nearest, ties to even, on the bits; a NaN becomes the quiet NaN that CUDA stores.
+  const std::uint32_t bits = bits_as<std::uint32_t>(x);
+  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to.bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
+#endif
+}
+
+WARPSTEP_FN void store(float x, float16& to) {
+#ifdef __CUDA_ARCH__
+  to.bits = bits_as<std::uint16_t>(__float2half_rn(x));
+#else
+  // Normal numbers: re-bias and round to nearest even on the bits. Subnormal ones: adding 0.5 puts
+  // the float16 grid at the end of the float32 significand, so the addition itself rounds.
+  const std::uint32_t bits = bits_as<std::uint32_t>(x);
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const std::uint32_t subnormal =
+      bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7fffu : half;   // the quiet NaN that CUDA stores
+  const std::uint32_t sign = magnitude > 0x7f800000u ? 0u : bits >> 16 & 0x8000u;
+  to.bits = static_cast<std::uint16_t>(half | sign);
+#endif
+}
+
+}  // namespace
+}  // namespace warpstep

@@ -1,0 +1,87 @@
+// Launches the CPU kernel: chooses the instruction set, shares out the batches, counts the steps.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "adamw_cpu.h"
+#include "threads.h"
+
+namespace warpstep {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  CpuKernels (*kernels)();
+  bool supported;
+};
+
+// The widest instruction set of this machine, or the one that WARPSTEP_ISA names.
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = [] {
+    const InstructionSet sets[] = {
+#ifdef WARPSTEP_X86
+        {"avx512", cpu_kernels_avx512,
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("fma")},
+        {"avx2", cpu_kernels_avx2,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+        {"baseline", cpu_kernels_baseline, true},
+    };
+    const char* wanted = std::getenv("WARPSTEP_ISA");
+    const InstructionSet* widest = nullptr;
+    for (const InstructionSet& set : sets) {
+      if (!set.supported) continue;
+      if (wanted != nullptr && std::strcmp(wanted, set.name) == 0) return set;
+      if (widest == nullptr) widest = &set;
+    }
+    return *widest;
+  }();
+  return chosen;
+}
+
+const CpuKernels& kernels() {
+  static const CpuKernels chosen = instruction_set().kernels();
+  return chosen;
+}
+
+}  // namespace
+
+const char* cpu_instruction_set() { return instruction_set().name; }
+
+bool has_cpu_recipe(const RecipeKey& key) { return kernels().find(key) != nullptr; }
+
+void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
+               int threads) {
+  if (launch.loss_scale.found_inf != nullptr && *launch.loss_scale.found_inf != 0) return;
+  const StepChunks step_chunks = kernels().find(launch.recipe);
+
+  // Batches are taken, not dealt: a thread that the machine does not run for a while costs no more
+  // than the batch it holds. Which thread steps an element does not change its bits.
+  std::atomic<std::uint32_t> next{0};
+  run_on_threads(std::min<int>(threads, static_cast<int>(batch_count)), [&] {
+    for (std::uint32_t i = next++; i < batch_count; i = next++) {
+      step_chunks(launch, batches[i], batches[i + 1]);
+    }
+  });
+
+  // Every chunk has read its tensor's step counter by now.
+  for (std::uint32_t tensor = 0; tensor < launch.tensors; ++tensor) {
+    if (launch.grads[tensor] != nullptr) *launch.rows[tensor].step += 1;
+  }
+}
+
+void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
+                       std::int64_t count, int threads) {
+  std::atomic<std::int64_t> next{0};
+  run_on_threads(threads, [&] {
+    for (std::int64_t i = next.fetch_add(kCpuBatch); i < count; i = next.fetch_add(kCpuBatch)) {
+      kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
+                              std::min(kCpuBatch, count - i));
+    }
+  });
+}
+
+}  // namespace warpstep

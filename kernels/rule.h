@@ -1,0 +1,148 @@
+// The rule: AdamW (and Adam with coupled decay) of one element, in registers. Host and device.
+//
+//   g  <- grad * grad_factor                              +-1 / grad_scale; minus to maximize
+//   g  <- g + weight_decay * p                            coupled decay (Adam) only
+//   m  <- m + (1 - beta1) * (g - m)                       exp_avg
+//   v  <- (v - (1 - beta2) * v) + (1 - beta2) * g * g     exp_avg_sq
+//   p  <- p - (lr * weight_decay * p + step_size * m / (sqrt(v) + eps_hat))
+//
+// with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
+// which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
+// the running maximum of v takes its place in the last line.
+//
+// NOTE [the same bits everywhere]
+// CPU and CUDA give the same bits because nothing here is left to a compiler or a libm: fused
+// multiply-adds are spelled, division and square root are IEEE's, contraction is off in the build,
+// and powers are products. Constants are worked out in float64 and rounded once.
+//
+// NOTE [why these forms]
+// v - (1 - beta2) * v and not beta2 * v, because float32 rounds 0.999 by 1.3e-8, which is 1.3e-5 of
+// 1 - beta2: the weights of v and g^2 would then not add up to one, and v would be off by that.
+// The decay joins the update in one subtraction, because 1 - lr * weight_decay in float32 is 1 for
+// lr * weight_decay below 3e-8: a separate multiplication would lose the decay.
+#pragma once
+
+#include <cmath>
+
+#include "formats.h"
+
+namespace warpstep {
+namespace {
+
+// What the rule needs of a tensor at this step; from float64, each rounded once.
+template <class T>
+struct Constants {
+  T grad_factor;
+  T coupled_decay;    // weight_decay if coupled, else 0
+  T decoupled_decay;  // lr * weight_decay if decoupled, else 0
+  T step_size;
+  T eps_hat;
+  T weight1, weight2;  // 1 - beta1, 1 - beta2
+  T beta1, beta2;
+};
+
+template <class T>
+struct Moments {
+  T exp_avg;
+  T exp_avg_sq;
+  T max_exp_avg_sq;
+};
+
+// base^exponent by squaring: products only, hence the same bits on every machine.
+WARPSTEP_FN double power(double base, std::uint32_t exponent) {
+  double result = 1;
+  for (; exponent != 0; exponent >>= 1) {
+    if (exponent & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+WARPSTEP_FN double read(const Scalar& scalar, std::uint8_t kind) {
+  if (kind == Scalar::float32_address) return *static_cast<const float*>(scalar.address);
+  if (kind == Scalar::float64_address) return *static_cast<const double*>(scalar.address);
+  return scalar.value;
+}
+
+// `step` counts the steps taken before this one.
+template <class T>
+WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const float* grad_scale) {
+  const double lr = read(hyper.lr, hyper.lr_kind);
+  const double beta1 = read(hyper.beta1, hyper.beta1_kind);
+  const double beta2 = read(hyper.beta2, hyper.beta2_kind);
+  const std::uint32_t t = static_cast<std::uint32_t>(step) + 1;
+  const double bias_correction1 = 1 - power(beta1, t);
+  const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
+  const bool decoupled = hyper.flags & Hyper::decoupled_weight_decay;
+  const double sign = hyper.flags & Hyper::maximize ? -1 : 1;
+
+  Constants<T> c;
+  c.grad_factor = static_cast<T>(grad_scale ? sign / *grad_scale : sign);
+  c.coupled_decay = static_cast<T>(decoupled ? 0 : hyper.weight_decay);
+  c.decoupled_decay = static_cast<T>(decoupled ? lr * hyper.weight_decay : 0);
+  c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);
+  c.eps_hat = static_cast<T>(hyper.eps * bias_correction2_sqrt);
+  c.weight1 = static_cast<T>(1 - beta1);
+  c.weight2 = static_cast<T>(1 - beta2);
+  c.beta1 = static_cast<T>(beta1);
+  c.beta2 = static_cast<T>(beta2);
+  return c;
+}
+
+WARPSTEP_FN float fma_of(float a, float b, float c) { return std::fma(a, b, c); }
+WARPSTEP_FN double fma_of(double a, double b, double c) { return std::fma(a, b, c); }
+
+#ifdef __CUDA_ARCH__
+WARPSTEP_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
+WARPSTEP_FN double divide(double a, double b) { return __ddiv_rn(a, b); }
+WARPSTEP_FN float square_root(float a) { return __fsqrt_rn(a); }
+WARPSTEP_FN double square_root(double a) { return __dsqrt_rn(a); }
+#else
+template <class T>
+WARPSTEP_FN T divide(T a, T b) {
+  return a / b;
+}
+WARPSTEP_FN float square_root(float a) { return __builtin_sqrtf(a); }
+WARPSTEP_FN double square_root(double a) { return __builtin_sqrt(a); }
+#endif
+
+// (1 - weight) * from + weight * to, written from the nearer end as torch.lerp is.
+template <class T>
+WARPSTEP_FN T lerp(T from, T to, T weight, T complement) {
+  const T difference = to - from;
+  return weight < T(0.5) ? fma_of(weight, difference, from) : fma_of(-complement, difference, to);
+}
+
+// x, or 0 where x is infinite or NaN: keeps inf - inf out of forms in which torch's has none.
+template <class T>
+WARPSTEP_FN T finite_or_zero(T x) {
+  return std::fabs(x) <= (sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308))
+             ? x
+             : T(0);
+}
+
+// The larger, NaN if either is (as torch.maximum).
+template <class T>
+WARPSTEP_FN T maximum(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+template <bool kAmsgrad, class T>
+WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& moments) {
+  T g = grad * c.grad_factor;
+  if (c.coupled_decay != 0) g = fma_of(c.coupled_decay, param, g);
+
+  T& m = moments.exp_avg;
+  T& v = moments.exp_avg_sq;
+  m = lerp(m, g, c.weight1, c.beta1);
+  const T kept = c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
+  v = fma_of(c.weight2 * g, g, kept);
+  T peak = v;
+  if (kAmsgrad) peak = moments.max_exp_avg_sq = maximum(moments.max_exp_avg_sq, v);
+
+  const T update = c.step_size * divide(m, square_root(peak) + c.eps_hat);
+  return param - fma_of(c.decoupled_decay, finite_or_zero(param), update);
+}
+
+}  // namespace
+}  // namespace warpstep

@@ -1,0 +1,120 @@
+// What a launch reads: plain structs shared by host and device. No arithmetic, no ownership.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define WARPSTEP_FN __host__ __device__ __forceinline__
+#else
+#define WARPSTEP_FN inline __attribute__((always_inline))
+#endif
+
+namespace warpstep {
+
+template <class A>
+WARPSTEP_FN constexpr A min_of(A a, A b) {
+  return b < a ? b : a;
+}
+
+// How the elements of one stream lie in memory.
+enum class Format : std::uint8_t { float64, float32, bfloat16, float16 };
+
+constexpr std::uint32_t bytes_of(Format format) {
+  return format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
+}
+
+// What a kernel is instantiated for: the formats of one tensor's streams.
+struct RecipeKey {
+  Format param;   // the parameter
+  Format grad;    // its gradient
+  Format moment;  // exp_avg, exp_avg_sq and max_exp_avg_sq
+  bool amsgrad;   // is there a max_exp_avg_sq stream
+
+  bool operator==(const RecipeKey& other) const {
+    return param == other.param && grad == other.grad && moment == other.moment &&
+           amsgrad == other.amsgrad;
+  }
+};
+
+// A hyper-parameter: a number, or (for CUDA graphs) where on the device it stands.
+struct Scalar {
+  enum Kind : std::uint32_t { number, float32_address, float64_address };
+  union {
+    double value;
+    const void* address;
+  };
+};
+
+// Hyper-parameters of one parameter group, as they are at this step.
+struct Hyper {
+  enum Flag : std::uint32_t { maximize = 1, decoupled_weight_decay = 2 };
+  Scalar lr;
+  Scalar beta1;
+  Scalar beta2;
+  double eps;
+  double weight_decay;
+  std::uint32_t flags;                                 // of Flag
+  std::uint8_t lr_kind, beta1_kind, beta2_kind, pad_;  // of Scalar::Kind
+};
+
+// One tensor of the table: what stays the same from step to step.
+struct TensorRow {
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  float* step;           // steps taken so far; the launch advances it
+  std::int64_t numel;
+  std::uint32_t group;   // index into the Hyper table
+  std::uint32_t chunks;  // how many chunks the tensor is cut into, at least one
+  std::uint32_t head;    // elements before the 16-byte boundary of (most of) its streams
+  std::uint32_t pad_;
+};
+
+// The run of elements that one thread block, or one CPU task, works on.
+struct Chunk {
+  std::uint32_t tensor;  // row of the tensor table
+  std::uint32_t index;   // which chunk of that tensor
+};
+
+// Elements [begin, end) of a chunk. All boundaries but the first and the last lie `head` elements
+// past a multiple of the chunk size, so that a tensor's head and tail are met once, not per chunk.
+struct ChunkRange {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+constexpr std::uint32_t count_chunks(std::int64_t numel, std::uint32_t head,
+                                     std::int64_t chunk_size) {
+  return numel <= static_cast<std::int64_t>(head) + chunk_size
+             ? 1
+             : static_cast<std::uint32_t>((numel - head + chunk_size - 1) / chunk_size);
+}
+
+WARPSTEP_FN ChunkRange chunk_range(const TensorRow& row, std::uint32_t index,
+                                   std::int64_t chunk_size) {
+  const std::int64_t begin = index == 0 ? 0 : row.head + index * chunk_size;
+  const std::int64_t end = row.head + (index + std::int64_t{1}) * chunk_size;
+  return {begin, min_of(end, row.numel)};
+}
+
+// The two words of torch's GradScaler protocol; each may be null.
+struct LossScale {
+  const float* grad_scale;  // gradients are divided by it
+  const float* found_inf;   // anything but zero: the step is not taken
+};
+
+// One step of all tensors of one recipe on one device. Arrays are the caller's.
+struct Launch {
+  RecipeKey recipe;
+  LossScale loss_scale;
+  const TensorRow* rows;     // host copy
+  const void* const* grads;  // one a row; null where a parameter has none at this step
+  std::uint32_t tensors;
+  const Hyper* hypers;  // one a group
+  std::uint32_t groups;
+  const Chunk* chunks;  // host copy, in row order
+  std::uint32_t chunk_count;
+};
+
+}  // namespace warpstep

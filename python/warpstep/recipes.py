@@ -1,0 +1,52 @@
+"""Recipes: the dtypes of one parameter's streams, which decide the kernel that runs it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_REAL_OF_COMPLEX = {
+    torch.complex32: torch.float16,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Recipe(NamedTuple):
+    """The dtypes of a parameter, its gradient and its moments, complex ones as their real part's.
+
+    ``amsgrad`` tells whether there is a ``max_exp_avg_sq``, which has the moments' dtype.
+    """
+
+    param: torch.dtype
+    grad: torch.dtype
+    moment: torch.dtype
+    amsgrad: bool
+
+    def names(self) -> tuple[str, str, str]:
+        """Names of the three dtypes, as the native module spells them."""
+        return dtype_name(self.param), dtype_name(self.grad), dtype_name(self.moment)
+
+    def __str__(self) -> str:
+        param, grad, moment = self.names()
+        text = param if param == grad == moment else f"{param}, {grad} gradients, {moment} moments"
+        return text + (", amsgrad" if self.amsgrad else "")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the numbers that a tensor is made of: its own, or its real part's."""
+    return _REAL_OF_COMPLEX.get(dtype, dtype)
+
+
+def moment_dtype(param: torch.Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new moment of ``param``; complex parameters have complex moments."""
+    if state_dtype is None or param.is_complex():
+        return param.dtype
+    return state_dtype

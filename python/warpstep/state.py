@@ -1,0 +1,156 @@
+"""One parameter's state: checked against the parameter, completed where something is missing.
+
+Nothing here changes an optimizer: functions return what the state is to be, or raise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpstep.recipes import moment_dtype, real_dtype
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def describe(tensor: Tensor) -> str:
+    """``float32 of shape (3, 4) on cpu``, for messages."""
+    shape = "scalar" if tensor.dim() == 0 else f"shape {tuple(tensor.shape)}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {shape} on {tensor.device}"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is one of torch's own kind with memory that kernels can walk.
+
+    Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not.
+    """
+    kind = type(tensor)
+    plain = (
+        kind in (Tensor, torch.nn.Parameter)
+        or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # a mere subclass
+    )
+    return plain and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the tensor has elements and no memory."""
+    return is_plain(tensor) and tensor.numel() > 0 and tensor.data_ptr() == 0
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a run of memory, in any order of dimensions, none twice."""
+    expected = 1
+    dims = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1]
+    if tensor.numel() == 0:
+        return True
+    for stride, size in sorted(dims):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    return all(
+        n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def match_layout(param: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` with the strides of the dense ``param``: itself, or a copy."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if same_layout(tensor, param):
+        return tensor
+    with torch.no_grad():
+        return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """Raises where ``grad`` cannot be ``param``'s gradient; ``name`` is the parameter's."""
+    if not (param.is_floating_point() or param.is_complex()):
+        raise TypeError(
+            f"{name} is {describe(param)}: only floating point and complex parameters can be "
+            "stepped. Leave it out of the optimizer."
+        )
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(
+            f"Adam does not support sparse gradients, please consider SparseAdam instead: {name} "
+            f"has a gradient of layout {grad.layout}"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{name} is {describe(param)}, its gradient is {describe(grad)}: shape and device "
+            "must be the same"
+        )
+    if grad.is_complex() != param.is_complex() or not (
+        grad.is_floating_point() or grad.is_complex()
+    ):
+        raise TypeError(f"{name} is {describe(param)}, its gradient is {describe(grad)}")
+    for what, tensor in (("", param), ("'s gradient", grad)):
+        if is_freed(tensor):
+            raise RuntimeError(
+                f"{name}{what} has {tensor.numel()} elements and no memory: its storage was "
+                "freed. Bring it back (for a sharded module, gather it) before the step."
+            )
+
+
+def completed(
+    name: str,
+    param: Tensor,
+    state: dict[str, Any],
+    *,
+    amsgrad: bool,
+    state_dtype: torch.dtype | None,
+    step_device: torch.device,
+) -> dict[str, Any] | None:
+    """The tensors that ``state`` lacks or has in another form than a step needs; None if none.
+
+    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. Raises RuntimeError
+    where a tensor of the state does not fit ``param``.
+    """
+    new: dict[str, Any] = {}
+    step = state.get("step")
+    if step is None:
+        new["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+    elif not isinstance(step, Tensor):
+        new["step"] = torch.tensor(float(step), dtype=torch.float32, device=step_device)
+    elif step.numel() != 1:
+        raise RuntimeError(f"{name}: state 'step' is {describe(step)}, expected one number")
+    elif step.dtype != torch.float32 or step.device != step_device:
+        new["step"] = step.to(step_device, torch.float32)
+
+    for key in MOMENTS if amsgrad else MOMENTS[:2]:
+        moment = state.get(key)
+        if moment is None:
+            given = state.get("exp_avg")
+            dtype = moment_dtype(param, state_dtype) if given is None else given.dtype
+            new[key] = torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            )
+            continue
+        if (
+            not isinstance(moment, Tensor)
+            or moment.shape != param.shape
+            or moment.device != param.device
+            or moment.is_complex() != param.is_complex()
+            or moment.is_floating_point() != param.is_floating_point()
+        ):
+            found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
+            raise RuntimeError(
+                f"{name} is {describe(param)}, its state {key!r} is {found}: shape, device and "
+                "kind must be the same. Load a state dict that fits, or move the state."
+            )
+        if is_freed(moment):
+            raise RuntimeError(f"{name}: the storage of its state {key!r} was freed")
+        if is_plain(moment) and is_dense(param) and not same_layout(moment, param):
+            new[key] = match_layout(param, moment)
+    return new or None
+
+
+def moments_dtype(state: dict[str, Any], amsgrad: bool) -> torch.dtype | None:
+    """The real dtype that all moments of a complete state share; None if they differ."""
+    dtypes = {real_dtype(state[key].dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
+    return dtypes.pop() if len(dtypes) == 1 else None
