@@ -82,6 +82,7 @@ class Plan {
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
     PyObject* moments[3] = {};  // exp_avg, exp_avg_sq, max_exp_avg_sq; null where there is none
     const void* moment_data[3] = {};
+    const void* inside[3] = {};  // addresses within the objects of param, exp_avg, exp_avg_sq
     Format format{};
     bool is_complex = false;
   };

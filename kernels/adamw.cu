@@ -230,8 +230,8 @@ cudaError_t launch(Kernel kernel, Arguments& args, const Launch& launch, std::ui
   std::memcpy(args.payload + args.groups * kHyperWords, launch.grads + first,
               (last - first) * sizeof(std::uint64_t));
   void* kernel_arguments[] = {&args};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(last_chunk - first_chunk),
-                          dim3(kCudaThreads), kernel_arguments, 0, stream);
+  return cudaLaunchKernel(kernel, dim3(last_chunk - first_chunk), dim3(kCudaThreads),
+                          kernel_arguments, 0, stream);
 }
 
 // Makes a device current, and the previous one again.

@@ -15,16 +15,8 @@ Number = float | Tensor
 
 
 def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_conj().resolve_neg()  # themselves, but for lazily conjugated gradients
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _lerp(start: Tensor, end: Tensor, weight: Number, complement: Number) -> Tensor:
-    """(1 - weight) * start + weight * end, from the nearer end, as torch.lerp."""
-    difference = end - start
-    if isinstance(weight, Tensor):
-        near = start + weight * difference
-        return torch.where(weight < 0.5, near, end - complement * difference)
-    return start + weight * difference if weight < 0.5 else end - complement * difference
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
@@ -83,7 +75,7 @@ def adamw_(
         g_ = g_ + group["weight_decay"] * p_
 
     weight1, weight2 = 1 - beta1, 1 - beta2
-    m_ = _lerp(m_, g_, weight1, beta1)
+    m_ = torch.lerp(m_, g_, weight1.to(compute) if isinstance(weight1, Tensor) else weight1)
     v_ = (v_ - weight2 * _finite_or_zero(v_)) + weight2 * g_ * g_
     peak = v_
     if group["amsgrad"]:

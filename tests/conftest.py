@@ -1,0 +1,54 @@
+"""Which backends the suite runs on in this process.
+
+The CPU and the reference run everywhere. The CUDA source runs on a GPU, or, with
+WARPSTEP_TEST_NATIVE set to the emulated build of the native module, on the CPU. Triton runs on a
+GPU, or, with TRITON_INTERPRET=1, in its interpreter. test_elsewhere.py starts these processes.
+"""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+if path := os.environ.get("WARPSTEP_TEST_NATIVE"):
+    spec = importlib.util.spec_from_file_location("warpstep._native", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["warpstep._native"] = module
+
+from warpstep import backends  # noqa: E402  (after the module that it is to find)
+
+EMULATED = bool(os.environ.get("WARPSTEP_TEST_NATIVE"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available()
+
+
+def runnable_backends() -> dict[str, str]:
+    """Backend -> the device whose parameters it steps in this process."""
+    found = {"reference": "cpu", "cpu": "cpu"}
+    if EMULATED:
+        found["cuda"] = "cpu"
+    elif HAS_GPU and not backends.unavailable_reason("cuda", torch.device("cuda", 0)):
+        found["cuda"] = "cuda"
+    if INTERPRETED:
+        found["triton"] = "cpu"
+    elif HAS_GPU and not backends.unavailable_reason("triton", torch.device("cuda", 0)):
+        found["triton"] = "cuda"
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes ``backend`` runs once for each, with its ``device``."""
+    if "backend" in metafunc.fixturenames:
+        pairs = runnable_backends().items()
+        metafunc.parametrize(
+            ("backend", "device"), [pytest.param(b, d, id=b) for b, d in pairs], scope="session"
+        )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
