@@ -53,10 +53,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_device_count", [] { return 0; });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);
-  m.def("has_recipe", [](const std::string& param, const std::string& grad,
-                         const std::string& moment, bool amsgrad) {
-    return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad));
-  });
+  m.def("has_recipe",
+        [](const std::string& param, const std::string& grad, const std::string& moment,
+           bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });
   m.def("set_exchange_api",
         [](py::object capsule) { set_tensor_reader(TensorReader(capsule.ptr())); });
   m.def("launch_counts", [] {
@@ -93,13 +92,14 @@ PYBIND11_MODULE(_native, m) {
       .def("launch", &Plan::launch)
       .def("increment_versions", &Plan::increment_versions)
       .def("host_tables", &Plan::host_tables)
-      .def("set_device_tables",
-           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-              std::uintptr_t arrivals, std::uintptr_t hypers) {
-             plan.set_device_tables(bucket, {rows, chunks, arrivals, hypers});
-           },
-           py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"),
-           py::arg("arrivals"), py::arg("hypers"))
+      .def(
+          "set_device_tables",
+          [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
+             std::uintptr_t arrivals, std::uintptr_t hypers) {
+            plan.set_device_tables(bucket, {rows, chunks, arrivals, hypers});
+          },
+          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"),
+          py::arg("hypers"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
 }

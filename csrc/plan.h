@@ -79,7 +79,7 @@ class Plan {
     std::uint32_t row = 0;
     const void* data = nullptr;
     std::int32_t ndim = 0;
-    std::size_t dims = 0;  // where in dims_ its shape and then its strides are
+    std::size_t dims = 0;       // where in dims_ its shape and then its strides are
     PyObject* moments[3] = {};  // exp_avg, exp_avg_sq, max_exp_avg_sq; null where there is none
     const void* moment_data[3] = {};
     const void* inside[3] = {};  // addresses within the objects of param, exp_avg, exp_avg_sq
@@ -88,8 +88,8 @@ class Plan {
   };
 
   struct BoundGroup {
-    PyObject* params;          // the list
-    std::size_t count;         // its length
+    PyObject* params;   // the list
+    std::size_t count;  // its length
     bool amsgrad;
     PyObject *fused, *capturable, *differentiable;  // the values, by identity
   };

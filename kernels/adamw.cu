@@ -4,10 +4,9 @@
 // then walk the elements with 16-byte accesses. What is stable lies in device memory since plan
 // time; what changes each step (gradient addresses, hyper-parameters) travels in the arguments, so
 // a captured graph holds it by value.
-#include "adamw_cuda.h"
-
 #include <type_traits>
 
+#include "adamw_cuda.h"
 #include "rule.h"
 
 namespace warpstep {
@@ -97,6 +96,16 @@ struct Packet {
   }
 };
 
+// An address read from a table, known to the compiler as one in global memory: it then emits global
+// loads and stores, and not generic ones, which look up the address space first.
+template <class F>
+__device__ __forceinline__ F* in_global_memory(void* address) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(address));
+#endif
+  return static_cast<F*>(address);
+}
+
 __device__ __forceinline__ bool is_aligned(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0;
 }
@@ -173,23 +182,21 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
   __shared__ Constants<T> shared_constants;
   if (threadIdx.x == 0) {
     const float step = take_step(row, args.arrivals + chunk.tensor);
-    shared_constants =
-        constants_of<T>(hyper_of(args, row.group), step, args.loss_scale.grad_scale);
+    shared_constants = constants_of<T>(hyper_of(args, row.group), step, args.loss_scale.grad_scale);
   }
   __syncthreads();
   const Constants<T> constants = shared_constants;
 
   using S = Streams<Recipe>;
-  const S streams{static_cast<typename S::Param*>(row.param),
-                  static_cast<const typename S::Grad*>(grad),
-                  static_cast<typename S::Moment*>(row.exp_avg),
-                  static_cast<typename S::Moment*>(row.exp_avg_sq),
-                  static_cast<typename S::Moment*>(row.max_exp_avg_sq)};
+  const S streams{in_global_memory<typename S::Param>(row.param),
+                  in_global_memory<const typename S::Grad>(const_cast<void*>(grad)),
+                  in_global_memory<typename S::Moment>(row.exp_avg),
+                  in_global_memory<typename S::Moment>(row.exp_avg_sq),
+                  in_global_memory<typename S::Moment>(row.max_exp_avg_sq)};
 
   // As many elements at a time as fill one vector of the narrowest stream.
-  constexpr std::uint32_t kNarrowest =
-      min_of(sizeof(typename S::Param),
-             min_of(sizeof(typename S::Grad), sizeof(typename S::Moment)));
+  constexpr std::uint32_t kNarrowest = min_of(
+      sizeof(typename S::Param), min_of(sizeof(typename S::Grad), sizeof(typename S::Moment)));
   constexpr std::uint32_t kElements = kVectorBytes / kNarrowest;
 
   const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);

@@ -2,6 +2,7 @@
 //
 // Compiled once per instruction set; WARPSTEP_ISA names the copy. launch_cpu.cpp chooses one.
 #include "adamw_cpu.h"
+
 #include "rule.h"
 
 namespace warpstep {
@@ -47,12 +48,12 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
     }
     const ChunkRange range = chunk_range(row, chunk.index, kCpuChunk);
     const auto at = [&](auto* stream) { return stream + range.begin; };
-    step_elements<Recipe>(
-        constants, at(static_cast<typename Recipe::Param*>(row.param)),
-        at(static_cast<const typename Recipe::Grad*>(grad)), at(static_cast<Moment*>(row.exp_avg)),
-        at(static_cast<Moment*>(row.exp_avg_sq)),
-        Recipe::amsgrad ? at(static_cast<Moment*>(row.max_exp_avg_sq)) : nullptr,
-        range.end - range.begin);
+    step_elements<Recipe>(constants, at(static_cast<typename Recipe::Param*>(row.param)),
+                          at(static_cast<const typename Recipe::Grad*>(grad)),
+                          at(static_cast<Moment*>(row.exp_avg)),
+                          at(static_cast<Moment*>(row.exp_avg_sq)),
+                          Recipe::amsgrad ? at(static_cast<Moment*>(row.max_exp_avg_sq)) : nullptr,
+                          range.end - range.begin);
   }
 }
 

@@ -9,7 +9,8 @@ namespace warpstep {
 
 constexpr std::uint32_t kCudaThreads = 256;
 // Elements that one block takes. A multiple of every vector; small enough that a 100M-element model
-// gives each multiprocessor several blocks, large enough that working out the constants does not show.
+// gives each multiprocessor several blocks, large enough that working out the constants does not
+// show.
 constexpr std::uint32_t kCudaChunk = 16384;
 
 // Device memory that a plan holds, filled when it is made.
@@ -21,8 +22,8 @@ struct CudaTables {
 };
 
 struct CudaResult {
-  int error;                // a cudaError_t
-  std::uint32_t launches;   // kernels launched
+  int error;               // a cudaError_t
+  std::uint32_t launches;  // kernels launched
 };
 
 // Enqueues the step on `stream` of `device`. Neither waits nor allocates.

@@ -53,7 +53,8 @@ struct Recipe {
 template <class... Recipes>
 struct RecipeList {};
 
-// Every recipe that the C++ kernels are built for, with and without amsgrad. To add one, add a line.
+// Every recipe that the C++ kernels are built for, with and without amsgrad. To add one, add a
+// line.
 template <bool kAmsgrad>
 using RecipesOf = RecipeList<Recipe<float64, float64, float64, kAmsgrad>,     //
                              Recipe<float32, float32, float32, kAmsgrad>,     //

@@ -25,8 +25,7 @@ const InstructionSet& instruction_set() {
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("fma")},
-        {"avx2", cpu_kernels_avx2,
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"avx2", cpu_kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {"baseline", cpu_kernels_baseline, true},
     };

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a parameter group: checked, with torch's conditions, and packed for kernels."""
+"""Hyper-parameters of a parameter group: checked as torch checks them, packed for kernels."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""What the design forbids, looked for in the files: who may know whom, and how large things get."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NATIVE = [p for p in (ROOT / "kernels").iterdir() if p.suffix in (".h", ".cpp", ".cu")]
+CSRC = list((ROOT / "csrc").iterdir())
+PYTHON = [*(ROOT / "python").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+
+
+def includes(path):
+    return re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text())
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: p.name)
+def test_kernels_know_neither_python_nor_torch(path):
+    for name in includes(path):
+        assert not re.match(r"(torch|ATen|c10|pybind11|Python\.h)", name), name
+
+
+@pytest.mark.parametrize("path", CSRC, ids=lambda p: p.name)
+def test_csrc_knows_no_torch_cpp(path):
+    for name in includes(path):
+        assert not re.match(r"(torch|ATen|c10)", name), name
+
+
+def test_only_the_rule_has_the_formula():
+    """Square roots and divisions of streams stand in rule.h, and nowhere else in C++."""
+    for path in [*NATIVE, *CSRC]:
+        if path.name != "rule.h":
+            assert not re.search(r"sqrt|fma\(", path.read_text()), path.name
+
+
+def test_setup_is_small():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", [*NATIVE, *CSRC, *PYTHON], ids=lambda p: p.name)
+def test_files_say_what_they_are_for_and_stay_readable(path):
+    lines = path.read_text().splitlines()
+    assert re.match(r'(//|""").{20,}', lines[0]), lines[0]
+    assert len(lines) <= 500
+    assert max(map(len, lines)) <= 100

@@ -1,0 +1,81 @@
+"""The suite again in processes where another backend can run, or another CPU kernel is chosen.
+
+* The CUDA source compiled for the host, under the address sanitizer: tables, heads and tails, chunk
+  edges and counters are executed, and the bits must be the CPU kernel's.
+* Triton's kernel in Triton's interpreter.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import EMULATED, INTERPRETED
+
+ROOT = Path(__file__).parent.parent
+SUITE = ["test_conformance.py", "test_bits.py", "test_formats.py", "test_launches.py"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(EMULATED or INTERPRETED, reason="this process is one of those started here"),
+]
+
+
+def run_suite(backend, files, **environment):
+    """Runs the tests of one backend in a process of its own; some must run, and all must pass."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", backend, *files],
+        cwd=ROOT / "tests",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    print(run.stdout[-4000:], run.stderr[-4000:])
+    assert run.returncode == 0
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert "skipped" not in run.stdout
+    return int(passed.group(1))
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """The native module with the CUDA source compiled for the host."""
+    import pybind11
+
+    if shutil.which("cmake") is None or shutil.which("g++") is None:
+        pytest.skip("needs cmake and g++")
+    build = tmp_path_factory.mktemp("emulated")
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
+    configure += ["-DWARPSTEP_EMULATE_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    for command in (configure, ["cmake", "--build", str(build)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return next(build.glob("_native*.so"))
+
+
+def test_cuda_source_on_the_host(emulated_module):
+    sanitizer = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    passed = run_suite(
+        "cuda",
+        [*SUITE, "test_huge.py"],
+        WARPSTEP_TEST_NATIVE=str(emulated_module),
+        LD_PRELOAD=sanitizer,
+        ASAN_OPTIONS="detect_leaks=0",  # of Python and torch, there are many
+    )
+    assert passed > 250
+
+
+def test_triton_in_its_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    passed = run_suite("triton", SUITE, TRITON_INTERPRET="1")
+    assert passed > 250

@@ -1,0 +1,68 @@
+"""How a step is launched: once for all tensors and groups of a recipe on a device."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import warpstep
+
+
+def launches(backend):
+    return warpstep.status().launches[backend]
+
+
+def small_params(count, device, dtype=torch.float32):
+    params = [Parameter(torch.ones(1, dtype=dtype, device=device)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("tensors", "groups", "expected"),
+    [(1, 1, 1), (148, 2, 1), (465, 465, 1), (4000, 1, 1), (4000, 4000, 1), (4001, 1, 2)],
+)
+def test_one_launch_a_step(backend, device, tensors, groups, expected):
+    if backend == "reference":
+        assert launches("cpu") >= 0  # the reference launches torch's operations, uncounted
+        return
+    if backend != "cuda":
+        expected = 1  # only CUDA's arguments are limited
+    params = small_params(tensors, device)
+    if groups > 1:
+        per_group = tensors // groups
+        params = [
+            {"params": params[i : i + per_group], "lr": 1e-3 + i * 1e-6}
+            for i in range(0, tensors, per_group)
+        ]
+    optimizer = warpstep.AdamW(params, backend=backend)
+    for _ in range(2):
+        before = launches(backend)
+        optimizer.step()
+        assert launches(backend) - before == expected
+    steps = {state["step"].item() for state in optimizer.state.values()}
+    assert steps == {2.0}
+
+
+def test_one_launch_a_recipe(backend, device):
+    if backend == "reference":
+        return
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    params = [p for dtype in dtypes for p in small_params(3, device, dtype)]
+    optimizer = warpstep.AdamW(params, backend=backend)
+    before = launches(backend)
+    optimizer.step()
+    assert launches(backend) - before == len(dtypes)
+    assert len(str(optimizer.plan).splitlines()) == len(dtypes)
+
+
+def test_a_steady_step_keeps_its_plan(backend, device):
+    params = small_params(5, device)
+    optimizer = warpstep.AdamW(params, backend=backend)
+    optimizer.step()
+    plan = optimizer.plan
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        assert optimizer.plan is plan
