@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
 from warpstep.backends import requested_backend
@@ -52,7 +53,7 @@ class OnePass(torch.optim.Adam):
         self._captured_plans = []
         self._step_supports_amp_scaling = not differentiable
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step(self) -> None:
         capturing = self._check_capture()
         plan = self.plan
@@ -116,7 +117,7 @@ class OnePass(torch.optim.Adam):
         self.__dict__.setdefault("_captured_plans", [])
         self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's optimizer, in whole or not at all.
 

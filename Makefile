@@ -1,0 +1,63 @@
+# Everything a developer types. `make` alone lists it.
+#
+# The development environment is pinned; the package itself takes any torch from 2.10 on.
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+PYTHON ?= python3
+
+VENV := .venv
+BIN  := $(VENV)/bin
+SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi') \
+           CMakeLists.txt setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-huge bench report gpu lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+build: $(VENV)/.installed ## make the environment in .venv and install warpstep into it
+
+demo: build ## train a small GPT with torch's AdamW and with warpstep's, side by side
+	@$(BIN)/python examples/train_gpt.py
+
+test: build ## run the test suite
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-huge: build ## step 2^31 elements on the CPU (some minutes)
+	WARPSTEP_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py
+
+bench: build ## run the benchmark for this machine, write bench/results/
+	$(BIN)/python -m bench.run
+
+report: build ## make README's tables and plots again from bench/results/
+	$(BIN)/python -m bench.report
+
+gpu: ## build, test, sanitize and benchmark on an NVIDIA GPU, with the Python that is there
+	PYTHON=$(PYTHON) bash bench/gpu.sh
+
+lint: $(VENV)/.dev ## ruff, mypy, clang-format, as pre-commit runs them
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/*.h kernels/*.cpp kernels/*.cu csrc/* tests/emulation/*
+
+format: $(VENV)/.dev ## format all sources
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/*.h kernels/*.cpp kernels/*.cu csrc/* tests/emulation/*
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info
+
+$(VENV)/.environment:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)"
+	@touch $@
+
+# Installed, not linked: what is tested is what a user gets.
+$(VENV)/.installed: $(VENV)/.environment $(SOURCES)
+	$(BIN)/python -m pip install -q ".[test,bench]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.environment
+	$(BIN)/python -m pip install -q ".[dev,test,bench]"
+	@touch $@

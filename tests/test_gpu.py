@@ -1,0 +1,155 @@
+"""What only a GPU shows: streams, CUDA graphs, huge tensors, several devices."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import warpstep
+from conftest import runnable_backends
+from test_bits import assert_same_bits, bits
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request):
+    if runnable_backends().get(request.param) != "cuda":
+        pytest.skip(f"the {request.param} backend cannot run on this GPU")
+    return request.param
+
+
+def pair(sizes, **arguments):
+    """Two optimizers over equal parameters, and the lists of those."""
+    torch.manual_seed(0)
+    starts = [torch.randn(n, device="cuda") for n in sizes]
+    lists = [[Parameter(s.clone()) for s in starts] for _ in range(2)]
+    return [(warpstep.AdamW(params, **arguments), params) for params in lists]
+
+
+def set_grads(*lists, seed):
+    torch.manual_seed(seed)
+    for params in zip(*lists, strict=True):
+        grad = torch.randn_like(params[0])
+        for param in params:
+            if param.grad is None:
+                param.grad = grad.clone()
+            else:
+                param.grad.copy_(grad)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled):
+    sizes = (1, 1000, 40_001)
+    lr = torch.tensor(1e-2, device="cuda")
+    arguments = {"lr": lr, "capturable": True, "backend": gpu_backend}
+    (eager, eager_params), (graphed, graphed_params) = pair(sizes, **arguments)
+    if scaled:
+        for optimizer in (eager, graphed):
+            optimizer.grad_scale = torch.tensor(8.0, device="cuda")
+            optimizer.found_inf = torch.tensor(0.0, device="cuda")
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    set_grads(eager_params, graphed_params, seed=1)
+    with torch.cuda.stream(side):
+        for optimizer in (eager, graphed):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    for seed in range(2, 6):
+        lr.fill_(1e-2 / seed)  # a changed learning rate takes effect at the next replay
+        if scaled:
+            for optimizer in (eager, graphed):
+                optimizer.found_inf.fill_(float(seed == 4))
+        set_grads(eager_params, graphed_params, seed=seed)
+        eager.step()
+        graph.replay()
+    assert_same_bits(eager, graphed)
+    expected = 4.0 if scaled else 5.0
+    assert {s["step"].item() for s in graphed.state.values()} == {expected}
+
+
+def test_capture_without_a_plan_says_what_to_do(gpu_backend):
+    ((optimizer, params), _) = pair((10,), capturable=True, backend=gpu_backend)
+    set_grads(params, seed=1)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(graph):
+        optimizer.step()
+
+
+def test_the_step_runs_on_the_current_stream(gpu_backend):
+    """On a side stream behind a long kernel: nothing may overtake it, nothing may wait for it."""
+    ((optimizer, params), (plain, plain_params)) = pair((1 << 20,), backend=gpu_backend)
+    set_grads(params, plain_params, seed=1)
+    for o in (optimizer, plain):
+        o.step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        params[0].grad.mul_(2)
+        optimizer.step()
+        assert not side.query()  # the host did not wait
+    torch.cuda.current_stream().wait_stream(side)
+    plain_params[0].grad.mul_(2)
+    plain.step()
+    assert torch.equal(bits(params[0]), bits(plain_params[0]))
+
+
+def test_a_step_does_not_synchronise(gpu_backend):
+    ((optimizer, params), _) = pair((10, 1000), backend=gpu_backend)
+    set_grads(params, seed=1)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_steady_step_allocates_nothing():
+    ((optimizer, params), _) = pair((10, 1000), backend="cuda")
+    set_grads(params, seed=1)
+    optimizer.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_2_to_the_31_elements(gpu_backend):
+    """The same values around 2^31 and at the end as in a small tensor of the same elements."""
+    size = 2**31 + 1003
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * size:
+        pytest.skip("needs 22 GB of GPU memory")
+    param = Parameter(torch.zeros(size, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.zeros_like(param)
+    looked_at = torch.cat(
+        [torch.arange(0, 100), torch.arange(2**31 - 20_000, size)]
+    ).cuda()
+    torch.manual_seed(0)
+    values, grads = (torch.randn(looked_at.numel(), device="cuda").bfloat16() for _ in range(2))
+    with torch.no_grad():
+        param[looked_at] = values
+    param.grad[looked_at] = grads
+    small = Parameter(values.clone())
+    small.grad = grads
+    for p in (param, small):
+        warpstep.AdamW([p], backend=gpu_backend).step()
+    assert torch.equal(bits(param.detach()[looked_at]), bits(small))
+    assert param.detach()[2**31 - 30_000] == 0
+
+
+def test_several_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    params = [Parameter(torch.ones(1000, device=f"cuda:{i}")) for i in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = warpstep.AdamW(params)
+    optimizer.step()
+    assert torch.cuda.current_device() == 0
+    assert len(optimizer.plan.buckets) == 2
+    assert torch.equal(params[0].cpu(), params[1].cpu())
