@@ -18,7 +18,7 @@ if path := os.environ.get("WARPSTEP_TEST_NATIVE"):
     spec.loader.exec_module(module)
     sys.modules["warpstep._native"] = module
 
-from warpstep import backends  # noqa: E402  (after the module that it is to find)
+from warpstep import backends
 
 EMULATED = bool(os.environ.get("WARPSTEP_TEST_NATIVE"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -22,7 +22,7 @@ def check_group(group: dict[str, Any], where: str) -> None:
             if value.device.type != "cpu":
                 return
         try:
-            valid = 0.0 <= value and not (below_one and value >= 1.0)
+            valid = value >= 0.0 and not (below_one and value >= 1.0)
         except TypeError:
             valid = False
         if not valid:

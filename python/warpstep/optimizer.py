@@ -201,23 +201,8 @@ def _torch_step(optimizer: OnePass) -> None:
     step(optimizer)
 
 
-_OPTIONS_DOC = """
-        state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
-            ``float64``); None (default) for each parameter's own, as torch.
-        backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
-            otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
-            a backend has no kernel for are stepped by the reference; ``fused=False`` selects it.
-
-    All other arguments are torch's. Arithmetic is in float32 (float64 for float64 parameters), and
-    each stored value is rounded once. Complex parameters are stepped as pairs of real numbers.
-
-    Raises:
-        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
-"""
-
-
 class AdamW(OnePass, torch.optim.AdamW):
-    __doc__ = f"""AdamW (decoupled weight decay) for a whole model in one kernel launch.
+    """AdamW (decoupled weight decay) for a whole model in one kernel launch.
 
     A drop-in for :class:`torch.optim.AdamW`. With gradient g, and t counting from 1::
 
@@ -226,10 +211,25 @@ class AdamW(OnePass, torch.optim.AdamW):
         p <- p - lr * weight_decay * p
                - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
-    (https://arxiv.org/abs/1711.05101).
+    Arithmetic is in float32 (float64 for float64 parameters), and each stored value is rounded
+    once. Complex parameters are stepped as pairs of real numbers.
 
-    Args:{_OPTIONS_DOC}"""
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
+    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
+
+    Args:
+        params: parameters, named parameters, or dicts of groups, as torch takes them.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            torch's. ``fused=False`` selects the reference backend.
+        state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
+            ``float64``); None (default) for each parameter's own, as torch.
+        backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
+            otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
+            a backend has no kernel for are stepped by the reference.
+
+    Raises:
+        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
+    """
 
     def __init__(
         self,
@@ -266,14 +266,14 @@ class AdamW(OnePass, torch.optim.AdamW):
 
 
 class Adam(OnePass):
-    __doc__ = f"""Adam (weight decay coupled: added to the gradient) in one kernel launch.
+    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
 
     A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
-    place of g and no other decay, unless ``decoupled_weight_decay=True``.
+    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
+    errors are those of :class:`AdamW`.
 
     Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
-
-    Args:{_OPTIONS_DOC}"""
+    """
 
     def __init__(
         self,

@@ -202,9 +202,7 @@ class Plan:
         reason: str | None = self._native.check(optimizer.state, optimizer.param_groups)
         return reason
 
-    def run(
-        self, optimizer: OnePass, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def run(self, optimizer: OnePass, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes the step, after a check that found the plan valid."""
         last = self._prepare_python_only(optimizer) if self.python_only else []
         scales = None

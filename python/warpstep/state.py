@@ -54,9 +54,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
-    return all(
-        n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def match_layout(param: Tensor, tensor: Tensor) -> Tensor:
