@@ -16,8 +16,6 @@ namespace {
 
 std::optional<TensorReader> reader;
 
-constexpr const char* kMomentNames[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-
 // Elements before the first 16-byte boundary that most of the addresses share; gradients, whose
 // addresses change from step to step, have no vote.
 std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
@@ -69,18 +67,18 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < param_groups.size(); ++g) {
     py::dict group = param_groups[g];
-    py::list params = group["params"];
-    const auto identity = [&](const char* key) {
+    const auto bind = [&](const char* key) {
       py::object value = group[key];
       kept_.append(value);
       return value.ptr();
     };
-    kept_.append(params);
-    groups_.push_back({params.ptr(), params.size(), py::bool_(group["amsgrad"]), identity("fused"),
-                       identity("capturable"), identity("differentiable")});
-    for (py::handle param : params) {
+    PyObject* params = bind("params");
+    groups_.push_back({params, static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params)),
+                       py::bool_(group["amsgrad"]), bind("fused"), bind("capturable"),
+                       bind("differentiable")});
+    for (py::handle param : py::handle(params)) {
       BoundParam bound;
-      bound.param = param.ptr();
+      bound.tensors[0].object = param.ptr();
       bound.assignment = assignments.at(next++);
       kept_.append(param);
       if (bound.assignment >= 0) bind_param(state[param], bound, g);
@@ -108,44 +106,40 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   Bucket& bucket = buckets_.at(bound.assignment);
   const RecipeKey& recipe = bucket.spec.recipe;
   TensorView param;
-  if (!tensor_reader().read(bound.param, param)) throw py::type_error("a parameter has no memory");
-  bound.data = param.data;
-  bound.inside[0] = param.shape;
-  bound.format = param.format;
+  if (!tensor_reader().read(bound.param(), param)) {
+    throw py::type_error("a parameter has no memory");
+  }
   bound.is_complex = param.is_complex;
   bound.ndim = param.ndim;
   bound.dims = dims_.size();
   dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
   dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
 
-  TensorRow row{};
-  row.param = param.data;
-  row.numel = param.numel();
-  row.group = group;
-  const auto bind = [&](const char* name, Format format, std::int64_t numel) {
-    py::object tensor = state[name];
+  const auto bind = [&](py::handle tensor, Format format, std::int64_t numel) {
     TensorView view;
     if (!tensor_reader().read(tensor.ptr(), view) || !view.known_format || view.format != format ||
         view.numel() != numel || view.device.type != param.device.type ||
         view.device.index != param.device.index) {
-      throw py::type_error(std::string("the state's ") + name + " does not fit its recipe");
+      throw py::type_error("a parameter or its state does not fit its recipe");
     }
-    return std::pair(tensor.ptr(), view);
+    bound.tensors[bound.count++] = {tensor.ptr(), view.data, view.shape, format};
+    return view.data;
   };
-  void** const slots[] = {&row.exp_avg, &row.exp_avg_sq, &row.max_exp_avg_sq};
-  for (int i = 0; i < (recipe.amsgrad ? 3 : 2); ++i) {
-    const auto [tensor, view] = bind(kMomentNames[i], recipe.moment, row.numel);
-    bound.moments[i] = tensor;
-    bound.moment_data[i] = *slots[i] = view.data;
-    if (i < 2) bound.inside[i + 1] = view.shape;
-  }
-  row.step = static_cast<float*>(bind("step", Format::float32, 1).second.data);
+  const std::int64_t numel = param.numel();
+  TensorRow row{};
+  row.param = bind(bound.param(), recipe.param, numel);
+  row.exp_avg = bind(state["exp_avg"], recipe.moment, numel);
+  row.exp_avg_sq = bind(state["exp_avg_sq"], recipe.moment, numel);
+  if (recipe.amsgrad) row.max_exp_avg_sq = bind(state["max_exp_avg_sq"], recipe.moment, numel);
+  row.step = static_cast<float*>(bind(state["step"], Format::float32, 1));
+  row.numel = numel;
+  row.group = group;
   row.head = head_of(row, recipe);
 
-  bound.row = static_cast<std::uint32_t>(bucket.rows.size());
   if (bucket.rows.empty()) bucket.device = param.device;
+  bound.row = static_cast<std::uint32_t>(bucket.rows.size());
   bucket.rows.push_back(row);
-  versioned_.append(py::handle(bound.param));
+  versioned_.append(py::handle(bound.param()));
 }
 
 void Plan::cut_chunks(Bucket& bucket) {
@@ -278,7 +272,7 @@ void Plan::increment_versions() {
   py::list with_grad;
   for (const BoundParam& bound : params_) {
     if (bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr) {
-      with_grad.append(py::handle(bound.param));
+      with_grad.append(py::handle(bound.param()));
     }
   }
   increment(with_grad);

@@ -73,18 +73,27 @@ class Plan {
     DeviceTables device_tables;
   };
 
+  // A tensor that the plan holds on to, as it was when it was bound.
+  struct BoundTensor {
+    PyObject* object = nullptr;  // kept alive by `kept_`
+    const void* data = nullptr;
+    const void* inside = nullptr;  // an address within the C++ object, to prefetch
+    Format format{};
+  };
+
   struct BoundParam {
-    PyObject* param;  // kept alive by `kept_`
     int assignment;
     std::uint32_t row = 0;
-    const void* data = nullptr;
-    std::int32_t ndim = 0;
-    std::size_t dims = 0;       // where in dims_ its shape and then its strides are
-    PyObject* moments[3] = {};  // exp_avg, exp_avg_sq, max_exp_avg_sq; null where there is none
-    const void* moment_data[3] = {};
-    const void* inside[3] = {};  // addresses within the objects of param, exp_avg, exp_avg_sq
-    Format format{};
+    std::uint32_t count = 0;  // of `tensors`
+    // The parameter, its moments, its step counter.
+    BoundTensor tensors[5];
+    BoundTensor last_grad;  // a hint only: allocators reuse memory
     bool is_complex = false;
+    std::int32_t ndim = 0;
+    std::size_t dims = 0;  // where in dims_ the parameter's shape and then its strides are
+
+    PyObject* param() const { return tensors[0].object; }
+    void prefetch() const;
   };
 
   struct BoundGroup {

@@ -26,26 +26,30 @@ const Names& names() {
   return all;
 }
 
-constexpr std::size_t kPrefetchDistance = 4;
+constexpr std::size_t kPrefetchDistance = 3;
 
-// Asks for a tensor's Python object and, around an address within it, its C++ object, which lie all
-// over the heap: with 10,000 parameters most of the check's time is waiting for them. A hint only.
-void prefetch(const PyObject* object, const void* inside) {
-  const char* address = static_cast<const char*>(inside);
-  __builtin_prefetch(object);
-  __builtin_prefetch(address - 64);
-  __builtin_prefetch(address);
-  __builtin_prefetch(address + 64);
-}
-
-bool same_layout(const TensorView& view, const std::int64_t* shape, const std::int64_t* strides) {
+// With `exact`, the strides of dimensions of size one count too.
+bool same_layout(const TensorView& view, const std::int64_t* shape, const std::int64_t* strides,
+                 bool exact = false) {
   for (std::int32_t i = 0; i < view.ndim; ++i) {
-    if (view.strides[i] != strides[i] && shape[i] != 1) return false;
+    if (view.strides[i] != strides[i] && (shape[i] != 1 || exact)) return false;
   }
   return true;
 }
 
 }  // namespace
+
+// A tensor's Python object, C++ object and grown data lie all over the heap: with 10,000 parameters
+// most of the check's time is waiting for them. Hints only: the addresses may be of the past.
+void Plan::BoundParam::prefetch() const {
+  const auto ask_for = [](const BoundTensor& tensor) {
+    const char* inside = static_cast<const char*>(tensor.inside);
+    __builtin_prefetch(tensor.object);
+    for (int line = -1; line <= 2; ++line) __builtin_prefetch(inside + line * 64);
+  };
+  for (std::uint32_t i = 0; i < count; ++i) ask_for(tensors[i]);
+  ask_for(last_grad);
+}
 
 const char* Plan::check(py::handle state, py::handle param_groups) {
   every_grad_ = true;
@@ -65,11 +69,7 @@ const char* Plan::check(py::handle state, py::handle param_groups) {
   return nullptr;
 }
 
-// NOTE [the state is compared by identity, the moments by address too]
-// Replacing a state tensor, a parameter's state or the whole state dict changes an identity. Moving
-// a state tensor under its name (`t.data = t.data.to(...)`, a widespread idiom) changes its
-// address, which costs some 50 ns to read: it is read for the moments, and not for the step
-// counter, which that idiom moves with them.
+// By identity: their memory is looked at with their parameter.
 const char* Plan::check_state(PyObject* state) const {
   if (state != state_) return "the state was replaced";
   auto bound = state_order_.begin();
@@ -95,9 +95,10 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, std::size_t&
     return PyDict_GetItem(group, name) == value;
   };
   if (!PyDict_Check(group) || !is(names().params, bound.params)) return "a group was replaced";
-  if (static_cast<std::size_t>(PyList_GET_SIZE(bound.params)) != bound.count) {
+  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params)) != bound.count) {
     return "a group's parameters changed";
   }
+  PyObject* const* items = PySequence_Fast_ITEMS(bound.params);
   if (!is(names().fused, bound.fused) || !is(names().capturable, bound.capturable) ||
       !is(names().differentiable, bound.differentiable)) {
     return "a group's implementation flags changed";
@@ -105,15 +106,8 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, std::size_t&
   if (const char* why = read_hypers(group, index)) return why;
 
   for (std::size_t i = 0; i < bound.count; ++i, ++next) {
-    if (next + kPrefetchDistance < params_.size()) {
-      const BoundParam& ahead = params_[next + kPrefetchDistance];
-      prefetch(ahead.param, ahead.inside[0]);
-      prefetch(ahead.moments[0], ahead.inside[1]);
-      prefetch(ahead.moments[1], ahead.inside[2]);
-    }
-    if (PyList_GET_ITEM(bound.params, i) != params_[next].param) {
-      return "a group's parameters changed";
-    }
+    if (next + kPrefetchDistance < params_.size()) params_[next + kPrefetchDistance].prefetch();
+    if (items[i] != params_[next].param()) return "a group's parameters changed";
     if (const char* why = check_param(params_[next])) return why;
   }
   return nullptr;
@@ -132,15 +126,17 @@ const char* Plan::read_hypers(PyObject* group, std::uint32_t index) {
     PyErr_Clear();
     return false;
   };
-  // A tensor's value is read, or pointed to, when the bucket's device is known.
+  // An accelerator's tensor is read, or pointed to, when the bucket's device is known.
   const auto read_scalar = [&](PyObject* object, Scalar Hyper::* value, std::uint8_t Hyper::* kind,
                                bool below_one) {
     TensorView view;
     if (object != nullptr && !PyFloat_Check(object) && !PyLong_Check(object) &&
         tensor_reader().read(object, view)) {
       if (view.numel() != 1) return false;
-      tensor_scalars_.push_back({index, value, kind, object});
-      return true;
+      if (view.device.type != dlpack::cpu) {
+        tensor_scalars_.push_back({index, value, kind, object});
+        return true;
+      }
     }
     double& number = (hyper.*value).value;
     return read_number(object, number) && number >= 0 && (!below_one || number < 1);
@@ -176,7 +172,7 @@ const char* Plan::read_hypers(PyObject* group, std::uint32_t index) {
 const char* Plan::check_param(BoundParam& bound) {
   if (bound.assignment == python_only) return nullptr;
   const py::object grad =
-      py::reinterpret_steal<py::object>(PyObject_GetAttr(bound.param, names().grad));
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(bound.param(), names().grad));
   if (!grad) throw py::error_already_set();
   if (bound.assignment == no_state) {
     return grad.is_none() ? nullptr : "a parameter got its first gradient";
@@ -187,24 +183,20 @@ const char* Plan::check_param(BoundParam& bound) {
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
   const TensorReader& read_tensor = tensor_reader();
-  const auto same_shape = [&](const TensorView& view) {
-    return view.ndim == bound.ndim && std::equal(shape, shape + bound.ndim, view.shape);
-  };
-  const auto same_device = [&](const TensorView& view) {
-    return view.device.type == bucket.device.type && view.device.index == bucket.device.index;
-  };
-  const auto same_kind = [&](const TensorView& view, Format format) {
-    return view.known_format && view.format == format && view.is_complex == bound.is_complex;
+  TensorView view;
+  const auto is_like_param = [&](Format format) {
+    return view.known_format && view.format == format && view.is_complex == bound.is_complex &&
+           view.device.type == bucket.device.type && view.device.index == bucket.device.index &&
+           view.ndim == bound.ndim && std::equal(shape, shape + bound.ndim, view.shape);
   };
 
-  TensorView view;
-  if (!read_tensor.read(bound.param, view) || view.data != bound.data || !same_device(view) ||
-      !same_kind(view, bound.format) || !same_shape(view) || !same_layout(view, shape, strides)) {
-    return "a parameter's memory changed";
-  }
-  for (int i = 0; i < 3 && bound.moments[i] != nullptr; ++i) {
-    if (!read_tensor.read(bound.moments[i], view) || view.data != bound.moment_data[i]) {
-      return "a moment's memory changed";
+  for (std::uint32_t i = 0; i < bound.count; ++i) {
+    const BoundTensor& tensor = bound.tensors[i];
+    const bool is_step = i + 1 == bound.count;
+    if (!read_tensor.read(tensor.object, view) || view.data != tensor.data ||
+        (is_step ? !view.known_format || view.format != tensor.format
+                 : !is_like_param(tensor.format) || !same_layout(view, shape, strides))) {
+      return i == 0 ? "a parameter's memory changed" : "a state tensor's memory changed";
     }
   }
 
@@ -213,12 +205,15 @@ const char* Plan::check_param(BoundParam& bound) {
     every_grad_ = false;
     return nullptr;
   }
-  if (!read_tensor.read(grad.ptr(), view) || !same_device(view) ||
-      !same_kind(view, bucket.spec.recipe.grad) || !same_shape(view)) {
+  if (!read_tensor.read(grad.ptr(), view) || !is_like_param(bucket.spec.recipe.grad)) {
     return "a gradient's kind changed";
   }
-  if (!same_layout(view, shape, strides) || view.is_complex) {
-    bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), grad));
+  bound.last_grad = {grad.ptr(), view.data, view.shape, view.format};
+  // A lazily negated or conjugated gradient is a view of complex numbers: complex itself, or with
+  // strides of its own, which a scalar does not have.
+  const bool one = bucket.rows[bound.row].numel == 1;
+  if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
+    bucket.copied_grads.push_back(match_layout_(py::handle(bound.param()), grad));
     read_tensor.read(bucket.copied_grads.back().ptr(), view);
   }
   // An empty tensor has a gradient all the same: its step counter advances.

@@ -70,7 +70,7 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const floa
   const double lr = read(hyper.lr, hyper.lr_kind);
   const double beta1 = read(hyper.beta1, hyper.beta1_kind);
   const double beta2 = read(hyper.beta2, hyper.beta2_kind);
-  const std::uint32_t t = static_cast<std::uint32_t>(step) + 1;
+  const std::uint32_t t = static_cast<std::uint32_t>(step > 0 ? step : 0) + 1;
   const double bias_correction1 = 1 - power(beta1, t);
   const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
   const bool decoupled = hyper.flags & Hyper::decoupled_weight_decay;

@@ -32,8 +32,6 @@ class OnePass(torch.optim.Adam):
     # torch.amp.GradScaler then leaves unscaling and the inf check to the step, with no device
     # synchronisation. Set to False on instances that step through autograd.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
@@ -75,7 +73,8 @@ class OnePass(torch.optim.Adam):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
             self.plan = plan
         assert plan is not None
-        plan.run(self, self.grad_scale, self.found_inf)
+        # Set and deleted by GradScaler around its call of step().
+        plan.run(self, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if capturing and plan not in self._captured_plans:
             self._captured_plans.append(plan)
 
@@ -176,6 +175,11 @@ class OnePass(torch.optim.Adam):
             if not isinstance(value, Tensor):
                 state[key] = deepcopy(value)
             elif key == "step":
+                if value.numel() != 1:
+                    raise ValueError(
+                        f"loaded state dict does not fit {name}: 'step' is {describe(value)}, "
+                        "expected one number"
+                    )
                 on_device = group.get("capturable") or group.get("fused")
                 device = param.device if on_device else value.device
                 state[key] = value.detach().to(device, torch.float32, copy=True)

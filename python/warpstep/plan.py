@@ -17,11 +17,11 @@ from warpstep import backends, reference
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, real_dtype
 from warpstep.state import (
+    MOMENTS,
     check_gradient,
     completed,
     describe,
     is_dense,
-    is_freed,
     is_plain,
     match_layout,
     moments_dtype,
@@ -77,10 +77,14 @@ class Plan:
 
     def __init__(self, optimizer: OnePass) -> None:
         self.buckets: list[Bucket] = []
+        # The reference's parameters; and second mentions of a parameter, stepped after its first.
         self.python_only: list[tuple[Tensor, int, str]] = []
+        self.repeated: list[tuple[Tensor, int, str]] = []
         groups = optimizer.param_groups
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
+            if not isinstance(group["params"], (list, tuple)):
+                raise TypeError(f"the params of group {index} are no list: {group['params']!r}")
 
         entries: list[Entry] = []
         assignments: list[int] = []
@@ -88,16 +92,23 @@ class Plan:
         for g, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 state = optimizer.state.get(param)
-                if param.grad is None and (not state or is_freed(param)):
+                if param.grad is None and not state:
                     assignments.append(NO_STATE)
                     continue
                 name = parameter_name(groups, g, i)
                 entry = Entry(param, g, name, state or {})
-                self._prepare(optimizer, entry, repeated=id(param) in seen)
+                repeated = id(param) in seen
+                try:
+                    self._prepare(optimizer, entry, repeated)
+                except (RuntimeError, TypeError):
+                    if param.grad is not None:
+                        raise
+                    assignments.append(NO_STATE)  # nothing to step: it may be as it likes
+                    continue
                 seen.add(id(param))
                 if entry.backend == "reference":
                     assignments.append(PYTHON_ONLY)
-                    self.python_only.append((param, g, name))
+                    (self.repeated if repeated else self.python_only).append((param, g, name))
                 else:
                     assignments.append(self._bucket_of(entry))
                 entries.append(entry)
@@ -147,7 +158,8 @@ class Plan:
         if moment is None or repeated or chosen == "reference":
             return
         recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), moment, amsgrad)
-        plain = all(is_plain(t) for t in (param, grad, *state.values()) if isinstance(t, Tensor))
+        streams = (param, grad, state["step"], *(state[k] for k in MOMENTS if k in state))
+        plain = all(is_plain(tensor) for tensor in streams)
         if plain and is_dense(param) and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
 
@@ -204,7 +216,8 @@ class Plan:
 
     def run(self, optimizer: OnePass, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes the step, after a check that found the plan valid."""
-        last = self._prepare_python_only(optimizer) if self.python_only else []
+        # All that can fail, before the first write.
+        values = self._computed_by_reference(optimizer, self.python_only, grad_scale, found_inf)
         scales = None
         if grad_scale is not None or found_inf is not None:
             scales = [
@@ -218,25 +231,35 @@ class Plan:
                 self._run_triton(optimizer, index, bucket, *pair)
         if self._native is not None and self.buckets:
             self._native.increment_versions()
+        reference.store(values)
+        for mention in self.repeated:
+            again = self._computed_by_reference(optimizer, [mention], grad_scale, found_inf)
+            reference.store(again)
 
-        if last and found_inf is not None and found_inf.item() != 0:
-            return
-        for entry in last:
-            grad = entry.param.grad
-            assert grad is not None
-            group = optimizer.param_groups[entry.group]
-            reference.adamw_(entry.param, grad, entry.state, group, grad_scale)
-
-    def _prepare_python_only(self, optimizer: OnePass) -> list[Entry]:
-        """Checks the reference's parameters, which the native module does not look at."""
+    def _computed_by_reference(
+        self,
+        optimizer: OnePass,
+        mentions: list[tuple[Tensor, int, str]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Checks and steps parameters that the native module does not look at."""
         entries = []
-        for param, group, name in self.python_only:
+        for param, group, name in mentions:
             if param.grad is not None:
                 entry = Entry(param, group, name, optimizer.state.get(param) or {})
                 self._prepare(optimizer, entry)
                 entries.append(entry)
         publish(optimizer, entries)
-        return entries
+        values: list[tuple[Tensor, Tensor]] = []
+        if entries and found_inf is not None and found_inf.item() != 0:
+            return values
+        for entry in entries:
+            grad = entry.param.grad
+            assert grad is not None
+            hypers = optimizer.param_groups[entry.group]
+            values += reference.computed(entry.param, grad, entry.state, hypers, grad_scale)
+        return values
 
     def _run_triton(
         self,
@@ -278,8 +301,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [str(bucket) for bucket in self.buckets]
-        if self.python_only:
-            lines.append(f"reference: {len(self.python_only)} tensors")
+        by_reference = len(self.python_only) + len(self.repeated)
+        if by_reference:
+            lines.append(f"reference: {by_reference} tensors")
         return "\n".join(lines)
 
 

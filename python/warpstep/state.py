@@ -24,14 +24,17 @@ def describe(tensor: Tensor) -> str:
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 
-    Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not.
+    Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not, nor are
+    lazily negated or conjugated ones, whose memory holds other numbers.
     """
     kind = type(tensor)
     plain = (
         kind in (Tensor, torch.nn.Parameter)
         or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # a mere subclass
     )
-    return plain and tensor.layout == torch.strided and not tensor.is_meta
+    if not plain or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return not (tensor.is_neg() or tensor.is_conj())
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -87,6 +90,11 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         grad.is_floating_point() or grad.is_complex()
     ):
         raise TypeError(f"{name} is {describe(param)}, its gradient is {describe(grad)}")
+    if any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
+        raise RuntimeError(
+            f"{name} is an expanded tensor of strides {param.stride()}: several of its elements "
+            "share their memory and cannot be stepped apart. Use a clone as the parameter."
+        )
     for what, tensor in (("", param), ("'s gradient", grad)):
         if is_freed(tensor):
             raise RuntimeError(
@@ -113,10 +121,11 @@ def completed(
     step = state.get("step")
     if step is None:
         new["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-    elif not isinstance(step, Tensor):
+    elif isinstance(step, (int, float)):
         new["step"] = torch.tensor(float(step), dtype=torch.float32, device=step_device)
-    elif step.numel() != 1:
-        raise RuntimeError(f"{name}: state 'step' is {describe(step)}, expected one number")
+    elif not isinstance(step, Tensor) or step.numel() != 1 or is_freed(step):
+        found = describe(step) if isinstance(step, Tensor) else repr(step)
+        raise RuntimeError(f"{name}: its state 'step' is {found}, expected one number")
     elif step.dtype != torch.float32 or step.device != step_device:
         new["step"] = step.to(step_device, torch.float32)
 

@@ -1,0 +1,345 @@
+"""What fails around a step: allocation, backends that are missing, imports, the report."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import warpstep
+
+LR = 0.01
+SHAPES = [(5, 3), (17,), ()]
+
+
+def random(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def new_params():
+    return [random(s, i).requires_grad_() for i, s in enumerate(SHAPES)]
+
+
+def set_grads(params, step=0):
+    for i, p in enumerate(params):
+        p.grad = random(p.shape, 1000 + 100 * step + i)
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def python(code, *arguments, **environment):
+    """Runs Python in a process of its own, with no variable of ours but those given."""
+    env = {k: v for k, v in os.environ.items() if k not in ("WARPSTEP_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, *arguments, *(["-c", textwrap.dedent(code)] if code else [])],
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# ---- allocation
+
+ALLOCATORS = ("zeros_like", "zeros", "empty_like", "empty", "tensor", "full", "full_like")
+
+
+class FailingAllocator:
+    """Counts what torch's factory functions are asked for, and raises at the n-th request."""
+
+    def __init__(self, monkeypatch, fail_at=None):
+        self.calls = 0
+        self.fail_at = fail_at
+        for name in ALLOCATORS:
+            monkeypatch.setattr(torch, name, self.counting(getattr(torch, name)))
+
+    def counting(self, make):
+        def allocate(*args, **kwargs):
+            self.calls += 1
+            if self.calls - 1 == self.fail_at:
+                raise torch.OutOfMemoryError("out of memory (a test's)")
+            return make(*args, **kwargs)
+
+        return allocate
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+@pytest.mark.parametrize("how", ["auto", "reference"])
+def test_allocation_that_fails_during_the_first_step(how, amsgrad):
+    options = {"lr": LR, "backend": how, "amsgrad": amsgrad}
+    expected = new_params()
+    set_grads(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        optimizer = warpstep.AdamW(expected, **options)
+        counter = FailingAllocator(patch)
+        optimizer.step()
+    # The state of three parameters, at least.
+    assert counter.calls >= 3 * (4 if amsgrad else 3)
+
+    for fail_at in range(counter.calls):
+        params = new_params()
+        start = [p.detach().clone() for p in params]
+        set_grads(params)
+        optimizer = warpstep.AdamW(params, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            FailingAllocator(patch, fail_at)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        assert len(optimizer.state) == 0, fail_at
+        assert optimizer.plan is None
+        assert all(torch.equal(p, q) for p, q in zip(params, start, strict=True))
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
+        assert [optimizer.state[p]["step"].item() for p in params] == [1, 1, 1]
+
+
+def test_allocation_that_fails_when_a_parameter_joins():
+    params = new_params()
+    optimizer = warpstep.AdamW(params[:2], lr=LR)
+    set_grads(params)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[2:]})
+    before = [p.detach().clone() for p in params]
+    state = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in params[:2]}
+    for fail_at in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            FailingAllocator(patch, fail_at)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        assert set(optimizer.state) == set(params[:2])
+        for p, q in zip(params, before, strict=True):
+            assert torch.equal(p, q)
+        torch.testing.assert_close(dict(optimizer.state), state, rtol=0, atol=0)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 2, 1]
+
+
+def test_interrupted_gradient_layout_change():
+    # A gradient of another layout is copied in each step: memory may run out in steady state too.
+    params = [random((6, 7), 0).requires_grad_(), random((5,), 1).requires_grad_()]
+    optimizer = warpstep.AdamW(params, lr=LR)
+    set_grads(params)
+    optimizer.step()
+    set_grads(params, 1)
+    params[0].grad = params[0].grad.t().contiguous().t()
+    before = [p.detach().clone() for p in params]
+    with pytest.MonkeyPatch.context() as patch:
+        allocator = FailingAllocator(patch, 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert allocator.calls == 1
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert [optimizer.state[p]["step"].item() for p in params] == [1, 1]
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 2]
+
+
+class FailingOperations(TorchDispatchMode):
+    """Raises at the n-th operation that makes a tensor, as one does that finds no memory."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.calls = 0
+        self.fail_at = fail_at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        makes = not func._schema.is_mutable and not func.is_view
+        if makes and func.namespace == "aten":  # the profiler's have a namespace of their own
+            self.calls += 1
+            if self.calls - 1 == self.fail_at:
+                raise torch.OutOfMemoryError("out of memory (a test's)")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
+def test_reference_step_that_runs_out_of_memory(amsgrad):
+    # The reference makes temporary tensors. A parameter, its moments and its count stay together.
+    def prepared():
+        p = random((5, 3), 0).requires_grad_()
+        optimizer = warpstep.AdamW([p], lr=LR, amsgrad=amsgrad, backend="reference")
+        set_grads([p])
+        optimizer.step()
+        set_grads([p], 1)
+        return optimizer, p
+
+    optimizer, expected = prepared()
+    with FailingOperations() as counter:
+        optimizer.step()
+    assert counter.calls > 5
+    for fail_at in range(counter.calls):
+        optimizer, p = prepared()
+        before = [p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}]
+        with pytest.raises(torch.OutOfMemoryError), FailingOperations(fail_at):
+            optimizer.step()
+        assert_same([p.detach(), dict(optimizer.state[p])], before)
+        optimizer.step()
+        assert torch.equal(p, expected)
+
+
+def test_reference_that_runs_out_of_memory_beside_a_kernel():
+    # One parameter is the kernel's, one (with gaps) the reference's: both are stepped, or none.
+    def prepared():
+        params = [random((7,), 0), random((6, 8), 1)[:, ::2]]
+        optimizer = warpstep.AdamW([p.detach().requires_grad_() for p in params], lr=LR)
+        params = optimizer.param_groups[0]["params"]
+        set_grads(params)
+        optimizer.step()
+        set_grads(params, 1)
+        return optimizer, params
+
+    optimizer, _ = prepared()
+    with FailingOperations() as counter:
+        optimizer.step()
+    assert counter.calls > 5
+    for fail_at in range(counter.calls):
+        optimizer, params = prepared()
+        before = [p.detach().clone() for p in params]
+        with pytest.raises(torch.OutOfMemoryError), FailingOperations(fail_at):
+            optimizer.step()
+        assert_same([p.detach() for p in params], before)
+        assert [optimizer.state[p]["step"].item() for p in params] == [1, 1]
+
+
+# ---- options of our own
+
+
+@pytest.mark.parametrize("cls", [warpstep.AdamW, warpstep.Adam])
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", "torch"])
+def test_unknown_backend(name, cls):
+    with pytest.raises(ValueError, match=r"backend.*reference"):
+        cls(new_params(), backend=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, "float32"], ids=str)
+def test_invalid_state_dtype(dtype):
+    with pytest.raises((ValueError, TypeError), match="state_dtype"):
+        warpstep.AdamW(new_params(), state_dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backend_that_cannot_run_here(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    params = new_params()
+    set_grads(params)
+    start = [p.detach().clone() for p in params]
+    optimizer = warpstep.AdamW(params, backend=name)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"'{name}'.*cpu.*'auto'"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, start, strict=True))
+        assert len(optimizer.state) == 0
+
+
+def test_backend_from_the_environment(monkeypatch):
+    params = new_params()
+    set_grads(params)
+    monkeypatch.setenv("WARPSTEP_BACKEND", "cudda")
+    with pytest.raises(ValueError, match=r"WARPSTEP_BACKEND.*cudda"):
+        warpstep.AdamW(params)
+    monkeypatch.setenv("WARPSTEP_BACKEND", "reference")
+    optimizer = warpstep.AdamW(params, lr=LR)
+    optimizer.step()
+    assert "reference" in str(optimizer.plan)
+    assert warpstep.AdamW(params, backend="cpu").backend == "cpu"  # the argument wins
+
+
+# ---- import, report, a missing native module
+
+
+def test_import_is_silent():
+    done = python("import warpstep", "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_is_silent_with_a_bad_environment():
+    done = python("import warpstep", WARPSTEP_BACKEND="nonsense", CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_report_of_the_module():
+    done = python("", "-m", "warpstep")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("warpstep", warpstep.__version__, "torch", torch.__version__, "cpu:", "launches"):
+        assert word in done.stdout
+    assert "not triton" in done.stdout
+
+
+def test_status():
+    status = warpstep.status()
+    assert status.versions["torch"] == torch.__version__
+    assert status.versions["warpstep"] == warpstep.__version__
+    assert status.chosen["cpu"] in ("cpu", "reference")
+    for (device, backend), reason in status.unavailable.items():
+        assert device in status.chosen
+        assert status.chosen[device] != backend
+        assert reason
+    assert set(status.launches) == {"cpu", "cuda", "triton"}
+    assert all(isinstance(count, int) and count >= 0 for count in status.launches.values())
+    assert str(status).startswith("warpstep")
+
+
+WITHOUT_NATIVE = """
+    import sys
+
+    class Block:
+        def find_spec(self, name, path=None, target=None):
+            if name == "warpstep._native":
+                raise ImportError("hidden by a test")
+
+    sys.meta_path.insert(0, Block())
+    import copy, torch, warpstep
+"""
+
+
+def test_import_without_the_native_module_is_silent():
+    done = python(WITHOUT_NATIVE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_status_without_the_native_module():
+    code = """
+    status = warpstep.status()
+    assert status.chosen["cpu"] == "reference", status.chosen
+    assert "native module" in status.unavailable["cpu", "cpu"]
+    print(status)
+    """
+    done = python(textwrap.dedent(WITHOUT_NATIVE) + textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert "native module is missing" in done.stdout
+    assert "C++ compiler" in done.stdout
+
+
+def test_steps_without_the_native_module():
+    code = """
+    def run(cls, **options):
+        g = torch.Generator().manual_seed(0)
+        params = [torch.randn(s, generator=g).requires_grad_() for s in [(5, 3), (), (0,), (17,)]]
+        optimizer = cls(params, lr=0.01, **options)
+        for step in range(5):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g)
+            if step == 1:
+                params[3].grad = None
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return params, [optimizer.state[p]["step"].item() for p in params]
+
+    (ours, counts), (theirs, expected) = run(warpstep.AdamW), run(torch.optim.AdamW)
+    assert counts == expected == [5, 5, 5, 4], counts
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    try:
+        run(warpstep.AdamW, backend="cpu")
+    except RuntimeError as error:
+        print(error)
+    """
+    done = python(textwrap.dedent(WITHOUT_NATIVE) + textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
+    assert "'cpu'" in done.stdout
+    assert "native module is missing" in done.stdout
