@@ -60,45 +60,46 @@ LaunchCounts& launch_counts() {
 
 Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
            const std::vector<BucketSpec>& buckets, py::object match_layout)
-    : state_(state.ptr()), match_layout_(std::move(match_layout)) {
+    : match_layout_(std::move(match_layout)) {
   for (const BucketSpec& spec : buckets) buckets_.emplace_back().spec = spec;
-  kept_.append(state);
 
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < param_groups.size(); ++g) {
     py::dict group = param_groups[g];
-    const auto bind = [&](const char* key) {
-      py::object value = group[key];
-      kept_.append(value);
-      return value.ptr();
-    };
-    PyObject* params = bind("params");
-    groups_.push_back({params, static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params)),
-                       py::bool_(group["amsgrad"]), bind("fused"), bind("capturable"),
-                       bind("differentiable")});
-    for (py::handle param : py::handle(params)) {
-      BoundParam bound;
-      bound.tensors[0].object = param.ptr();
-      bound.assignment = assignments.at(next++);
+    py::object params = group["params"];
+    kept_.append(params);
+    groups_.push_back({params.ptr(),
+                       static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr())),
+                       py::bool_(group["amsgrad"]),
+                       {group["fused"], group["capturable"], group["differentiable"]},
+                       {},
+                       {}});
+    for (py::handle param : params) {
+      BoundParam bound{param.ptr(), assignments.at(next++)};
       kept_.append(param);
       if (bound.assignment >= 0) bind_param(state[param], bound, g);
       params_.push_back(bound);
     }
   }
+  hypers_.resize(groups_.size());
   for (Bucket& bucket : buckets_) {
     bucket.grads.resize(bucket.rows.size());
     cut_chunks(bucket);
   }
 
-  for (auto [key, value] : state) {
-    state_order_.insert(state_order_.end(), {key.ptr(), value.ptr()});
-    kept_.append(key);
-    kept_.append(value);
-    if (!PyDict_Check(value.ptr())) continue;
-    for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(value)) {
-      state_order_.push_back(tensor.ptr());
-      kept_.append(tensor);
+  for (auto [param, value] : state) {
+    BoundState bound{param.ptr(), {}};
+    kept_.append(param);
+    if (PyDict_Check(value.ptr())) {
+      for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(value)) {
+        // Numbers and the like cannot be referred to weakly; they are kept.
+        PyObject* weak = PyWeakref_NewRef(tensor.ptr(), nullptr);
+        if (weak == nullptr) PyErr_Clear();
+        bound.tensors.push_back(weak != nullptr ? py::reinterpret_steal<py::object>(weak)
+                                                : py::reinterpret_borrow<py::object>(tensor));
+      }
     }
+    state_.push_back(std::move(bound));
   }
 }
 
@@ -106,9 +107,8 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   Bucket& bucket = buckets_.at(bound.assignment);
   const RecipeKey& recipe = bucket.spec.recipe;
   TensorView param;
-  if (!tensor_reader().read(bound.param(), param)) {
-    throw py::type_error("a parameter has no memory");
-  }
+  if (!tensor_reader().read(bound.param, param)) throw py::type_error("a parameter has no memory");
+  bound.format = param.format;
   bound.is_complex = param.is_complex;
   bound.ndim = param.ndim;
   bound.dims = dims_.size();
@@ -122,16 +122,22 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
         view.device.index != param.device.index) {
       throw py::type_error("a parameter or its state does not fit its recipe");
     }
-    bound.tensors[bound.count++] = {tensor.ptr(), view.data, view.shape, format};
     return view.data;
   };
   const std::int64_t numel = param.numel();
   TensorRow row{};
-  row.param = bind(bound.param(), recipe.param, numel);
+  row.param = bind(bound.param, recipe.param, numel);
   row.exp_avg = bind(state["exp_avg"], recipe.moment, numel);
   row.exp_avg_sq = bind(state["exp_avg_sq"], recipe.moment, numel);
   if (recipe.amsgrad) row.max_exp_avg_sq = bind(state["max_exp_avg_sq"], recipe.moment, numel);
   row.step = static_cast<float*>(bind(state["step"], Format::float32, 1));
+  const char* const names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+  for (int i = 0; i < (recipe.amsgrad ? 3 : 2); ++i) {
+    bound.moments[i] = py::object(state[names[i]]).ptr();
+  }
+  const py::object step = state["step"];
+  bound.step = step.ptr();
+  kept_.append(step.attr("detach")());  // its memory; see NOTE [what of the state is compared]
   row.numel = numel;
   row.group = group;
   row.head = head_of(row, recipe);
@@ -139,7 +145,7 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   if (bucket.rows.empty()) bucket.device = param.device;
   bound.row = static_cast<std::uint32_t>(bucket.rows.size());
   bucket.rows.push_back(row);
-  versioned_.append(py::handle(bound.param()));
+  versioned_.append(py::handle(bound.param));
 }
 
 void Plan::cut_chunks(Bucket& bucket) {
@@ -272,7 +278,7 @@ void Plan::increment_versions() {
   py::list with_grad;
   for (const BoundParam& bound : params_) {
     if (bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr) {
-      with_grad.append(py::handle(bound.param()));
+      with_grad.append(py::handle(bound.param));
     }
   }
   increment(with_grad);

@@ -73,34 +73,29 @@ class Plan {
     DeviceTables device_tables;
   };
 
-  // A tensor that the plan holds on to, as it was when it was bound.
-  struct BoundTensor {
-    PyObject* object = nullptr;  // kept alive by `kept_`
-    const void* data = nullptr;
-    const void* inside = nullptr;  // an address within the C++ object, to prefetch
-    Format format{};
-  };
-
   struct BoundParam {
+    PyObject* param;  // kept alive by `kept_`
     int assignment;
     std::uint32_t row = 0;
-    std::uint32_t count = 0;  // of `tensors`
-    // The parameter, its moments, its step counter.
-    BoundTensor tensors[5];
-    BoundTensor last_grad;  // a hint only: allocators reuse memory
+    Format format{};
     bool is_complex = false;
     std::int32_t ndim = 0;
-    std::size_t dims = 0;  // where in dims_ the parameter's shape and then its strides are
-
-    PyObject* param() const { return tensors[0].object; }
-    void prefetch() const;
+    std::size_t dims = 0;  // where in dims_ its shape and then its strides are
+    // exp_avg, exp_avg_sq, max_exp_avg_sq (null without amsgrad), step: alive while check_state()
+    // finds them in their place.
+    PyObject* moments[3] = {};
+    PyObject* step = nullptr;
   };
 
   struct BoundGroup {
-    PyObject* params;   // the list
+    PyObject* params;   // a list or tuple
     std::size_t count;  // its length
     bool amsgrad;
-    PyObject *fused, *capturable, *differentiable;  // the values, by identity
+    py::object flags[3];  // fused, capturable, differentiable
+    // The group's items when it was last read: while the same objects are there, so are their
+    // values.
+    std::vector<PyObject*> items;
+    std::vector<py::object> kept;  // keeps `items` alive
   };
 
   // A hyper-parameter that is a tensor: read, or pointed to, for each bucket.
@@ -116,7 +111,7 @@ class Plan {
   const char* check_state(PyObject* state) const;
   const char* check_group(PyObject* group, std::uint32_t index, std::size_t& next);
   const char* check_param(BoundParam& bound);
-  const char* read_hypers(PyObject* group, std::uint32_t index);
+  const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
   void launch_cpu(Bucket& bucket, const Launch& launch, int threads);
   void launch_cuda(Bucket& bucket, const Launch& launch);
@@ -127,9 +122,13 @@ class Plan {
   std::vector<std::int64_t> dims_;
   std::vector<Hyper> hypers_;                 // of this step, one a group
   std::vector<TensorScalar> tensor_scalars_;  // of this step
-  // The state dict in its own order: key, value, and the values of that value. By identity.
-  std::vector<PyObject*> state_order_;
-  PyObject* state_;
+  // The state dict in its own order: each parameter, and weak references to its state's tensors.
+  // Weak, so that state which is moved away is freed at once.
+  struct BoundState {
+    PyObject* param;
+    std::vector<py::object> tensors;
+  };
+  std::vector<BoundState> state_;
   bool every_grad_ = true;  // did the last check find all gradients
   py::list versioned_;      // the parameters of all buckets
   py::object match_layout_;

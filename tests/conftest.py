@@ -18,10 +18,13 @@ if path := os.environ.get("WARPSTEP_TEST_NATIVE"):
     spec.loader.exec_module(module)
     sys.modules["warpstep._native"] = module
 
+import interpreter
 from warpstep import backends
 
 EMULATED = bool(os.environ.get("WARPSTEP_TEST_NATIVE"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpreter.fuse_multiply_adds()
 HAS_GPU = torch.cuda.is_available()
 
 

@@ -124,9 +124,7 @@ def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype
         # v's absolute error through the square root, where it is not simply relative to v.
         root = np.where(peak > 0, np.maximum(v / peak, 7 * u) / 2, 0)
     powers = [float(beta) ** step.t for beta in options.betas]
-    correction1, correction2 = (
-        (step.t * power + 1) * 2.0**-53 / (1 - power) for power in powers
-    )
+    correction1, correction2 = ((step.t * power + 1) * 2.0**-53 / (1 - power) for power in powers)
     relative = 9 * u + root + correction1 + correction2 / 2
     p = relative * np.abs(step.update) + 3 * u * np.abs(step.decay)
     p += m * step.slope + 2 * u * np.abs(after.param) + tiny

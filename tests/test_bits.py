@@ -49,9 +49,9 @@ def train(recipe, options, backend, device, steps=3, sizes=SIZES, groups_of=lamb
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_every_backend_gives_the_cpus_bits(backend, device, recipe, options):
-    """CUDA as on the CPU; so does Triton on a GPU. Interpreted or in torch, nothing is fused."""
+    """CUDA and Triton do. torch's operations fuse nothing, nor does the interpreter in float64."""
     mine = train(recipe, options, backend, device)
-    if backend == "reference" or (backend == "triton" and INTERPRETED):
+    if backend == "reference" or (INTERPRETED and recipe[0] == torch.float64):
         again = train(recipe, options, backend, device)
     else:
         again = train(recipe, options, "cpu", "cpu")

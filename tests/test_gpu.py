@@ -126,9 +126,7 @@ def test_2_to_the_31_elements(gpu_backend):
         pytest.skip("needs 22 GB of GPU memory")
     param = Parameter(torch.zeros(size, dtype=torch.bfloat16, device="cuda"))
     param.grad = torch.zeros_like(param)
-    looked_at = torch.cat(
-        [torch.arange(0, 100), torch.arange(2**31 - 20_000, size)]
-    ).cuda()
+    looked_at = torch.cat([torch.arange(0, 100), torch.arange(2**31 - 20_000, size)]).cuda()
     torch.manual_seed(0)
     values, grads = (torch.randn(looked_at.numel(), device="cuda").bfloat16() for _ in range(2))
     with torch.no_grad():

@@ -26,8 +26,10 @@ def build_wheel(folder, **environment):
     for name in FILES:
         shutil.copy(ROOT / name, source / name)
     run = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
-        + ["--no-index", "-w", str(folder), str(source)],
+        [
+            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation"),
+            *("--no-deps", "--no-index", "-w", str(folder), str(source)),
+        ],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

@@ -134,6 +134,7 @@ class Plan:
             )
         for index, bucket in enumerate(self.buckets):
             self._fill_tables(index, bucket)
+        self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
 
     def _prepare(self, optimizer: OnePass, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
@@ -217,7 +218,9 @@ class Plan:
     def run(self, optimizer: OnePass, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes the step, after a check that found the plan valid."""
         # All that can fail, before the first write.
-        values = self._computed_by_reference(optimizer, self.python_only, grad_scale, found_inf)
+        values: list[tuple[Tensor, Tensor]] = []
+        if self.python_only:
+            values = self._computed_by_reference(optimizer, self.python_only, grad_scale, found_inf)
         scales = None
         if grad_scale is not None or found_inf is not None:
             scales = [
@@ -225,13 +228,13 @@ class Plan:
             ]
         if self._native is not None:
             self._native.launch(torch.get_num_threads(), scales)
-        for index, bucket in enumerate(self.buckets):
-            if bucket.backend == "triton":
-                pair = scales[index] if scales is not None else (None, None)
-                self._run_triton(optimizer, index, bucket, *pair)
+        for index, bucket in self.triton_buckets:
+            pair = scales[index] if scales is not None else (None, None)
+            self._run_triton(optimizer, index, bucket, *pair)
         if self._native is not None and self.buckets:
             self._native.increment_versions()
-        reference.store(values)
+        if values:
+            reference.store(values)
         for mention in self.repeated:
             again = self._computed_by_reference(optimizer, [mention], grad_scale, found_inf)
             reference.store(again)

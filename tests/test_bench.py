@@ -1,0 +1,202 @@
+"""The benchmark's own arithmetic: cases, floors, ratios, what fits, and the report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+pytest.importorskip("rich")
+pd = pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+
+from bench import measure, report  # noqa: E402
+from bench.cases import CASES, Case, equal, gpt2, resnet50, select, vit  # noqa: E402
+from bench.competitors import BASELINE, COMPETITORS, OURS, that_fit  # noqa: E402
+from bench.machine import slug  # noqa: E402
+from bench.run import Row, row, write  # noqa: E402
+
+BY_ID = {competitor.id: competitor for competitor in COMPETITORS}
+
+
+def test_ids_are_unique():
+    assert len({case.id for case in CASES}) == len(CASES)
+    assert len(BY_ID) == len(COMPETITORS)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "elements"),
+    [
+        pytest.param(gpt2(12, 768), 148, 124_439_808, id="gpt2-124m"),
+        pytest.param(gpt2(48, 1600), 580, 1_557_611_200, id="gpt2-1.5b"),
+        pytest.param(resnet50(), 161, 25_557_032, id="resnet50"),
+        pytest.param(vit(24, 1024), 296, 304_326_632, id="vit-l"),
+    ],
+)
+def test_models_have_the_published_number_of_parameters(shapes, tensors, elements):
+    case = Case("model", "model", shapes)
+    assert (case.tensors, case.elements) == (tensors, elements)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 28), ("bfloat16", 14)])
+def test_floor_counts_each_live_byte_once(dtype, bytes_each):
+    case = Case("floor", "small", equal(3, 5), dtype=dtype)
+    assert case.floor_bytes == 15 * bytes_each
+    assert case.state_bytes == 15 * bytes_each * 3 // 7
+
+
+def test_select_takes_patterns_and_refuses_those_that_match_nothing():
+    assert [c.id for c in select("cpu", False, ("gpt2-124m*",))] == ["gpt2-124m", "gpt2-124m/bf16"]
+    assert all(case.quick for case in select("cpu", True))
+    with pytest.raises(ValueError, match=r"gpt2-1\.5b.*matches no cpu case"):
+        select("cpu", False, ("gpt2-1.5b",))
+
+
+def test_ratio_is_the_median_of_the_rounds_own_ratios():
+    # The third round was disturbed as a whole: both took ten times as long.
+    ratio = measure.ratio([20.0, 22.0, 200.0], [10.0, 10.0, 100.0])
+    assert ratio.median == 2.0
+    assert 2.0 <= ratio.p10 <= ratio.p90 <= 2.2
+    with pytest.raises(ValueError, match="3 rounds against 2"):
+        measure.ratio([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_when_memory_is_short_the_first_competitors_are_kept():
+    case = Case("big", "large", equal(1, 1000))
+    fits = 2**30 + 4 * 4000 + 2 * case.state_bytes
+    kept, left = that_fit(COMPETITORS, case, fits)
+    assert [c.id for c in kept] == [OURS, BASELINE]
+    assert len(left) == len(COMPETITORS) - 2
+    assert that_fit(COMPETITORS, case, 0)[0] == []
+
+
+def test_offset_displaces_by_whole_elements():
+    placed = measure.placed_like(torch.arange(10.0), 1)
+    assert placed.data_ptr() % 16 == 4
+    assert placed.tolist() == list(range(10))
+
+
+def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
+    case = Case("tiny", "small", equal(3, 7), groups=2, offset=1)
+    competitors = [BY_ID[OURS], BY_ID[BASELINE], BY_ID["torch-forloop"]]
+    result = measure.measure(
+        case, competitors, "cpu", rounds=2, budget_seconds=0, say=lambda what: None
+    )
+    assert {name: len(times.step) for name, times in result.times.items()} == {
+        c.id: 2 for c in competitors
+    }
+    assert len(result.copy) == 2
+    assert all(times.difference_lr < 1e-3 for times in result.times.values())
+    line = row(result, BY_ID[BASELINE])
+    assert line.ratio > 0
+    assert line.left_out == ""
+
+
+def test_a_competitor_that_fails_is_left_out_with_its_reason():
+    broken = measure.Competitor("broken", "torch.optim", "AdamW", (("nonsense", 1),))
+    case = Case("tiny", "small", equal(1, 4))
+    result = measure.measure(
+        case, [BY_ID[BASELINE], broken], "cpu", rounds=1, budget_seconds=0, say=lambda what: None
+    )
+    assert "nonsense" in row(result, broken).left_out
+    assert row(result, BY_ID[BASELINE]).step_us > 0
+
+
+def test_slug_is_a_plain_folder_name():
+    name = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 2}
+    assert slug(name) == "cpu-intel-xeon-cpu-2-20ghz-2-cores"
+    assert slug({"device": "cuda", "name": "NVIDIA H200", "cores": 16}) == "cuda-nvidia-h200"
+
+
+MACHINE = {
+    "device": "cpu",
+    "name": "A CPU",
+    "cores": 2,
+    "threads": 2,
+    "torch": "2.13.0",
+    "warpstep": "0.1.0",
+    "commit": "abc",
+    "date": "2026-01-01",
+    "driver": "570.1",
+    "cuda": "12.8",
+    "absent": {"optimi": "not there"},
+}
+
+
+def line(case: str, family: str, competitor: str, tensors: int, **more: object) -> Row:
+    measured: dict[str, object] = {
+        "rounds": 7,
+        "step_us": 250.0,
+        "ratio": 1.0,
+        "ratio_p10": 0.9,
+        "ratio_p90": 1.1,
+        "gb_s": 10.0,
+        "copy_gb_s": 12.0,
+        "copy_share": 0.83,
+        "copy_kind": "torch copy_",
+    }
+    return Row(case, family, "step", "f32", tensors, 1, 64 * tensors, competitor, **measured | more)
+
+
+def save(folder: Path, machine: dict[str, object], rows: list[Row]) -> None:
+    folder.mkdir()
+    (folder / "machine.json").write_text(json.dumps(machine))
+    write(folder / "steps.csv", rows)
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    nothing = dict.fromkeys(("step_us", "ratio", "ratio_p10", "ratio_p90", "gb_s", "copy_gb_s"))
+    rows = [
+        line("lost", "model", OURS, 2),
+        line("lost", "model", BASELINE, 2, ratio=0.9, ratio_p10=0.8, ratio_p90=0.95),
+        line("lost", "model", "torch-compiled", 2, **nothing, rounds=0, left_out="too long"),
+        *(line(f"host-{n}", "host", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
+        *(line(f"t-{n}", "sweep-tensors", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
+        *(line(f"e-{n}", "sweep-elements", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
+    ]
+    save(folder / "a-cpu", MACHINE, rows)
+    save(folder / "b-gpu", MACHINE | {"device": "cuda", "name": "A GPU"}, rows)
+    save(folder / "cpu.partial", MACHINE | {"name": "Unfinished"}, rows)
+    return folder
+
+
+def test_report_fills_the_blocks_gpu_first_with_losses_and_conditions(results):
+    text = "\n".join(
+        f"<!-- bench:begin {name} -->\nold\n<!-- bench:end {name} -->\nkept"
+        for name in ("summary", "host")
+    )
+    blocks = report.blocks(report.load(results))
+    filled = report.insert(text, blocks)
+    assert filled.index("A GPU") < filled.index("A CPU")
+    assert "Unfinished" not in filled
+    assert "old" not in filled
+    assert filled.count("kept") == 2
+    assert "0.90x ▼" in filled
+    assert "optimi" in filled
+    assert "compiled: too long" in filled
+    assert report.insert(filled, blocks) == filled
+
+
+def test_report_refuses_a_block_that_it_cannot_fill(results):
+    blocks = report.blocks(report.load(results))
+    with pytest.raises(ValueError, match="no table is called 'wrong'; there are: summary, host"):
+        report.insert("<!-- bench:begin wrong -->", blocks)
+    with pytest.raises(ValueError, match="has no <!-- bench:end host -->"):
+        report.insert("<!-- bench:begin host -->", blocks)
+
+
+def test_report_draws_the_plots(results, tmp_path):
+    loaded = report.load(results)
+    report.figure(loaded, "sweep-tensors", report.draw_tensors, tmp_path / "tensors.png")
+    report.figure(loaded, "sweep-elements", report.draw_bandwidth, tmp_path / "bandwidth.png")
+    report.figure(loaded, "no such family", report.draw_tensors, tmp_path / "none.png")
+    assert (tmp_path / "tensors.png").stat().st_size > 1000
+    assert (tmp_path / "bandwidth.png").stat().st_size > 1000
+    assert not (tmp_path / "none.png").exists()
