@@ -75,7 +75,9 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
                        {},
                        {}});
     for (py::handle param : params) {
-      BoundParam bound{param.ptr(), assignments.at(next++)};
+      BoundParam bound;
+      bound.param = param.ptr();
+      bound.assignment = assignments.at(next++);
       kept_.append(param);
       if (bound.assignment >= 0) bind_param(state[param], bound, g);
       params_.push_back(bound);

@@ -74,8 +74,8 @@ class Plan {
   };
 
   struct BoundParam {
-    PyObject* param;  // kept alive by `kept_`
-    int assignment;
+    PyObject* param = nullptr;  // kept alive by `kept_`
+    int assignment = no_state;
     std::uint32_t row = 0;
     Format format{};
     bool is_complex = false;

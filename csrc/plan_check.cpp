@@ -103,13 +103,14 @@ const char* Plan::check_state(PyObject* state) const {
 const char* Plan::check_group(PyObject* group, std::uint32_t index, std::size_t& next) {
   BoundGroup& bound = groups_[index];
   if (!PyDict_Check(group)) return "a group was replaced";
-  bool same = !bound.items.empty();
-  auto item = bound.items.begin();
+  std::size_t seen = 0;
   PyObject *key, *value;
-  for (Py_ssize_t i = 0; same && PyDict_Next(group, &i, &key, &value); item += 2) {
-    same = item != bound.items.end() && item[0] == key && item[1] == value;
+  for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); seen += 2) {
+    if (seen == bound.items.size() || bound.items[seen] != key || bound.items[seen + 1] != value) {
+      break;
+    }
   }
-  if (!same || item != bound.items.end()) {
+  if (seen == 0 || seen != bound.items.size() || seen != 2 * std::size_t(PyDict_GET_SIZE(group))) {
     if (const char* why = read_group(group, index)) return why;
   }
   if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params)) != bound.count) {

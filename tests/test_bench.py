@@ -84,7 +84,7 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     case = Case("tiny", "small", equal(3, 7), groups=2, offset=1)
     competitors = [BY_ID[OURS], BY_ID[BASELINE], BY_ID["torch-forloop"]]
     result = measure.measure(
-        case, competitors, "cpu", rounds=2, budget_seconds=0, say=lambda what: None
+        case, competitors, "cpu", effort=measure.Effort(2, 2, 0), say=lambda what: None
     )
     assert {name: len(times.step) for name, times in result.times.items()} == {
         c.id: 2 for c in competitors
@@ -100,7 +100,11 @@ def test_a_competitor_that_fails_is_left_out_with_its_reason():
     broken = measure.Competitor("broken", "torch.optim", "AdamW", (("nonsense", 1),))
     case = Case("tiny", "small", equal(1, 4))
     result = measure.measure(
-        case, [BY_ID[BASELINE], broken], "cpu", rounds=1, budget_seconds=0, say=lambda what: None
+        case,
+        [BY_ID[BASELINE], broken],
+        "cpu",
+        effort=measure.Effort(1, 1, 0),
+        say=lambda what: None,
     )
     assert "nonsense" in row(result, broken).left_out
     assert row(result, BY_ID[BASELINE]).step_us > 0
