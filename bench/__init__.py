@@ -1,0 +1,1 @@
+"""The benchmark: `python -m bench.run` measures, `python -m bench.report` shows."""

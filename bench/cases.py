@@ -1,0 +1,200 @@
+"""What is measured: every case is data, with a readable id. Knows neither torch nor a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+# The streams of one AdamW step: it reads the parameter, gradient and both moments, and writes all
+# of them back except the gradient. Each live byte counts once, so this is the floor.
+STREAMS_READ, STREAMS_WRITTEN = 4, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model (or caricature of a model) whose step is timed.
+
+    `dtype` is the format of parameters, gradients and moments alike. `groups` spreads the tensors
+    evenly over that many parameter groups, each with its own learning rate. `offset` displaces the
+    parameters by so many elements from an aligned address. `after_backward` times the step right
+    after a backward pass, when other data fill the caches and torch's threads still spin, and not
+    as one of several steps in a row. `compiled_on` says on which devices torch.compile joins in:
+    it takes from seconds to minutes a case. `sequence` names what a competitor runs inside the
+    clock.
+    """
+
+    id: str
+    family: str
+    shapes: Shapes
+    dtype: str = "float32"
+    groups: int = 1
+    offset: int = 0
+    after_backward: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled_on: tuple[str, ...] = ()
+    quick: bool = False
+    sequence: str = "step"
+
+    @property
+    def tensors(self) -> int:
+        """How many parameters there are."""
+        return len(self.shapes)
+
+    @property
+    def elements(self) -> int:
+        """How many elements all of them have."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def floor_bytes(self) -> int:
+        """Bytes one step cannot do without: 28 an element in float32, 14 in bfloat16."""
+        return self.elements * ITEMSIZE[self.dtype] * (STREAMS_READ + STREAMS_WRITTEN)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one competitor's own copy: the parameter and its two moments."""
+        return self.elements * ITEMSIZE[self.dtype] * 3
+
+    @property
+    def is_memory_bound(self) -> bool:
+        """Whether its bandwidth says something: it moves more than the caches keep."""
+        return self.floor_bytes >= 2**28
+
+
+def gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    """GPT-2's tensors, the head tied to the embedding: 12 a layer and 4 more."""
+    block: Shapes = (
+        *((width,), (width,)),
+        *((width, 3 * width), (3 * width,), (width, width), (width,)),
+        *((width,), (width,)),
+        *((width, 4 * width), (4 * width,), (4 * width, width), (width,)),
+    )
+    return ((vocabulary, width), (context, width), *(block * layers), (width,), (width,))
+
+
+def resnet50() -> Shapes:
+    """ResNet-50's 161 tensors: convolutions without bias, batch norms, the classifier."""
+    shapes: list[Shape] = []
+
+    def convolution(out: int, into: int, size: int) -> None:
+        shapes.extend([(out, into, size, size), (out,), (out,)])
+
+    convolution(64, 3, 7)
+    into = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(width, into, 1)
+            convolution(width, width, 3)
+            convolution(4 * width, width, 1)
+            if block == 0:
+                convolution(4 * width, into, 1)
+            into = 4 * width
+    return (*shapes, (1000, into), (1000,))
+
+
+def vit(layers: int, width: int, patch: int = 16, image: int = 224) -> Shapes:
+    """A vision transformer's tensors, as torchvision names them: 12 a layer and 8 more."""
+    block: Shapes = (
+        *((width,), (width,)),
+        *((3 * width, width), (3 * width,), (width, width), (width,)),
+        *((width,), (width,)),
+        *((4 * width, width), (4 * width,), (width, 4 * width), (width,)),
+    )
+    positions = (image // patch) ** 2 + 1
+    stem: Shapes = ((1, 1, width), (width, 3, patch, patch), (width,), (1, positions, width))
+    return (*stem, *(block * layers), (width,), (width,), (1000, width), (1000,))
+
+
+def llama2_7b(ways: int) -> Shapes:
+    """One rank's share of Llama-2-7B, every tensor split along dimension 0 as FSDP2 does."""
+    width, hidden, vocabulary = 4096, 11008, 32000
+    block: Shapes = (
+        *((width, width),) * 4,
+        *((hidden, width), (hidden, width), (width, hidden)),
+        *((width,), (width,)),
+    )
+    whole: Shapes = ((vocabulary, width), *(block * 32), (width,), (vocabulary, width))
+    return tuple((shape[0] // ways, *shape[1:]) for shape in whole)
+
+
+def equal(tensors: int, elements: int) -> Shapes:
+    """So many vectors of one length."""
+    return ((elements,),) * tensors
+
+
+def _in_both(case: Case) -> tuple[Case, Case]:
+    """The case as it is, and all in bfloat16."""
+    on_gpus = tuple(device for device in case.compiled_on if device != "cpu")
+    bf16 = replace(case, id=f"{case.id}/bf16", dtype="bfloat16", compiled_on=on_gpus, quick=False)
+    return case, bf16
+
+
+def _in_a_row_and_after_backward(case: Case) -> tuple[Case, Case]:
+    """The case as it is, hot in the caches, and as training meets it."""
+    return case, replace(
+        case, id=f"{case.id}/after-backward", after_backward=True, compiled_on=(), quick=False
+    )
+
+
+CPU, CUDA = ("cpu",), ("cuda",)
+BOTH = (*CPU, *CUDA)
+
+CASES: tuple[Case, ...] = (
+    # Models, with the shapes they have.
+    *_in_both(Case("gpt2-124m", "model", gpt2(12, 768), compiled_on=BOTH, quick=True)),
+    *_in_both(Case("gpt2-1.5b", "model", gpt2(48, 1600), devices=CUDA)),
+    *_in_both(Case("resnet50", "model", resnet50(), compiled_on=CUDA, quick=True)),
+    Case("resnet50/after-backward", "model", resnet50(), after_backward=True),
+    *_in_both(Case("vit-l", "model", vit(24, 1024), compiled_on=CUDA)),
+    *_in_both(Case("llama2-7b-shard-8", "model", llama2_7b(8), devices=CUDA)),
+    *_in_both(Case("llama2-7b-shard-64", "model", llama2_7b(64), devices=CPU)),
+    # Many small tensors: what a step costs beside the memory traffic.
+    *_in_a_row_and_after_backward(Case("400x1024", "small", equal(400, 1024), quick=True)),
+    Case("1000x1024", "small", equal(1000, 1024)),
+    *_in_a_row_and_after_backward(Case("2000x256", "small", equal(2000, 256), quick=True)),
+    *_in_a_row_and_after_backward(Case("10000x64", "small", equal(10_000, 64), quick=True)),
+    *_in_a_row_and_after_backward(
+        Case("465-groups", "small", equal(465, 64), groups=465, quick=True)
+    ),
+    # One large tensor: nothing but memory traffic.
+    *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, compiled_on=CPU, quick=True)),
+    *_in_both(
+        Case("one-2^28", "large", equal(1, 2**28), devices=CUDA, compiled_on=CUDA, quick=True)
+    ),
+    # Sizes that are no multiple of a vector, and addresses that are not aligned to one.
+    *_in_both(Case("odd-100x100003", "layout", equal(100, 100_003))),
+    *_in_both(Case("offset-100x100000", "layout", equal(100, 100_000), offset=1)),
+    # One element a tensor, so the step is all host: the cost of a launch that does no work.
+    Case("host-100", "host", equal(100, 1), quick=True),
+    Case("host-1000", "host", equal(1000, 1), quick=True),
+    Case("host-10000", "host", equal(10_000, 1)),
+    # Time against the number of tensors.
+    *(
+        Case(f"tensors-{n}", "sweep-tensors", equal(n, 1024))
+        for n in (10, 30, 100, 300, 1000, 3000, 10_000)
+    ),
+    # Bandwidth against the size of one tensor.
+    *(Case(f"elements-2^{k}", "sweep-elements", equal(1, 2**k)) for k in range(10, 29, 2)),
+)
+
+
+def select(device: str, quick: bool, patterns: tuple[str, ...] = ()) -> list[Case]:
+    """The cases of a run: those of `device`, only the quick ones or only those matching a pattern.
+
+    Raises ValueError when a pattern matches no case of the device.
+    """
+    cases = [case for case in CASES if device in case.devices]
+    for pattern in patterns:
+        if not any(fnmatchcase(case.id, pattern) for case in cases):
+            known = ", ".join(case.id for case in cases)
+            raise ValueError(f"--only {pattern!r} matches no {device} case; there are: {known}")
+    if patterns:
+        return [c for c in cases if any(fnmatchcase(c.id, pattern) for pattern in patterns)]
+    return [case for case in cases if case.quick or not quick]

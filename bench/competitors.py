@@ -1,0 +1,147 @@
+"""Who is measured: torch's ways to run AdamW, the peers found installed, and warpstep."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+
+Step = Callable[[], object]
+Groups = list[dict[str, Any]]
+
+BASELINE = "torch-fused"
+OURS = "warpstep"
+
+LR = 1e-3
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One implementation of AdamW behind the interface that all share.
+
+    `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
+    `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
+    parameter's format, as torch's do. `same_formats` is False where they never do: then its time
+    is comparable and its bandwidth is not.
+    """
+
+    id: str
+    module: str
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    compiled: bool = False
+    same_formats: bool = True
+
+    def absent(self) -> str | None:
+        """Why it cannot be imported here, in one line; None if it can."""
+        try:
+            getattr(importlib.import_module(self.module), self.name)
+        except Exception as error:  # A peer's import can fail in any way that its binary can.
+            return one_line(error)
+        return None
+
+    def declines(self, case: Case, device: str) -> str | None:
+        """Why it does not run this case, in one line; None if it does."""
+        if device not in self.devices:
+            return f"has no {device} implementation"
+        if case.dtype not in self.dtypes:
+            return f"keeps other formats than {case.dtype}"
+        if case.sequence != "step":
+            return f"does not know the sequence {case.sequence}"
+        if self.compiled and device not in case.compiled_on:
+            return f"not among those compiled on {device}"
+        return None
+
+    def build(self, groups: Groups) -> Step:
+        """The step over these groups, ready to be called."""
+        optimizer = getattr(importlib.import_module(self.module), self.name)(
+            groups,
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=WEIGHT_DECAY,
+            **dict(self.options),
+        )
+        if self.compiled:
+            torch._logging.set_logs(dynamo=logging.ERROR)
+            compiled: Step = torch.compile(optimizer.step)
+            return compiled
+        step: Step = optimizer.step
+        return step
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:120]}"
+
+
+F32 = ("float32",)
+CUDA = ("cuda",)
+
+# In the order in which they are kept when memory is too short for all.
+COMPETITORS: tuple[Competitor, ...] = (
+    Competitor(OURS, "warpstep", "AdamW"),
+    Competitor(BASELINE, "torch.optim", "AdamW", (("fused", True),)),
+    Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),)),
+    Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),)),
+    Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),
+    Competitor("optimi", "optimi", "AdamW", (("kahan_sum", False),)),
+    Competitor(
+        "deepspeed-cpu", "deepspeed.ops.adam", "DeepSpeedCPUAdam", devices=("cpu",), dtypes=F32
+    ),
+    Competitor("apex", "apex.optimizers", "FusedAdam", devices=CUDA, dtypes=F32),
+    Competitor(
+        "transformer-engine",
+        "transformer_engine.pytorch.optimizers",
+        "FusedAdam",
+        devices=CUDA,
+        dtypes=F32,
+    ),
+    Competitor("bitsandbytes", "bitsandbytes.optim", "AdamW", devices=CUDA, dtypes=F32),
+    Competitor(
+        "bitsandbytes-8bit", "bitsandbytes.optim", "AdamW8bit", devices=CUDA, same_formats=False
+    ),
+    Competitor("torchao-8bit", "torchao.optim", "AdamW8bit", devices=CUDA, same_formats=False),
+)
+
+
+def found(device: str) -> tuple[list[Competitor], dict[str, str]]:
+    """The competitors that import here, and for those of `device` that do not, the reason."""
+    present: list[Competitor] = []
+    absent: dict[str, str] = {}
+    for competitor in COMPETITORS:
+        if device not in competitor.devices:
+            continue
+        reason = competitor.absent()
+        if reason is None:
+            present.append(competitor)
+        else:
+            absent[competitor.id] = reason
+    return present, absent
+
+
+def that_fit(
+    competitors: Sequence[Competitor], case: Case, free_bytes: int
+) -> tuple[list[Competitor], list[Competitor]]:
+    """Those whose own copies of the case fit into memory together, first come first kept, and the
+    others.
+
+    Beside the copies, memory must hold two sets of gradients, the temporaries of one foreach step,
+    which are as large as the parameters, twice, and the copy loop's streams, at most 1 GiB.
+    """
+    parameter_bytes = case.state_bytes // 3
+    room = free_bytes - 4 * parameter_bytes - 2**30
+    kept = max(0, int(room // max(1, case.state_bytes)))
+    return list(competitors[:kept]), list(competitors[kept:])

@@ -1,0 +1,119 @@
+"""The machine that a result was measured on, in words."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def output_of(command: Sequence[str]) -> str | None:
+    """What a command prints, or None where it cannot be run."""
+    try:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """What the CPU calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def physical_bytes() -> int:
+    """Memory built in."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a run may fill: what is free, less a reserve."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] * 0.9)
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        text = ""
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    available = int(free[1]) * 1024 if free else physical_bytes() // 2
+    return int(available * 0.8)
+
+
+def commit() -> str | None:
+    """The commit measured, marked where the working tree differs from it."""
+    name = output_of(["git", "rev-parse", "--short=12", "HEAD"])
+    if name is None:
+        return None
+    return f"{name}+changes" if output_of(["git", "status", "--porcelain", "-uno"]) else name
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Everything a reader needs to place a result."""
+    import warpstep
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine: dict[str, Any] = {
+        "device": device,
+        "name": cpu_model(),
+        "cpu": cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(physical_bytes() / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "warpstep": warpstep.__version__,
+        "backend": warpstep.status().chosen["cuda:0" if device == "cuda" else "cpu"],
+        "native": warpstep.status().native,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        machine |= {
+            "name": properties.name,
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "driver": driver.splitlines()[0] if driver else None,
+            "cuda": torch.version.cuda,
+        }
+    return machine
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A folder name for the machine: its device, its name, and on a CPU the number of cores."""
+    words = f"{machine['device']} {machine['name']}"
+    if machine["device"] == "cpu":
+        words += f" {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower().replace("(r)", "").replace("(tm)", "")).strip(
+        "-"
+    )

@@ -1,0 +1,265 @@
+"""Makes README's tables and the plots from the committed results: `python -m bench.report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+
+from bench.competitors import BASELINE, COMPETITORS, OURS
+from bench.machine import REPOSITORY
+from bench.run import RESULTS
+
+mpl.use("Agg")  # Before pyplot, which would look for a screen.
+from matplotlib import pyplot as plt
+
+MEMORY_BOUND_BYTES = 2**28
+SLOWER = "▼"
+BLOCK = "<!-- bench:begin {name} -->", "<!-- bench:end {name} -->"
+COLORS = {OURS: "#d1242f", BASELINE: "#0969da", "torch-foreach": "#8250df"}
+PLOTTED = (OURS, BASELINE, "torch-foreach", "torch-forloop")
+
+
+@dataclass
+class Results:
+    """What one machine measured."""
+
+    machine: dict[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU made the steps."""
+        return bool(self.machine["device"] == "cuda")
+
+    @property
+    def title(self) -> str:
+        """The machine's name, as short as it can be."""
+        m = self.machine
+        return m["name"] if self.on_gpu else f"{m['name']}, {m['cores']} cores"
+
+
+def load(folder: Path) -> list[Results]:
+    """All whole results under `folder`, GPUs first."""
+    found = []
+    for path in sorted(folder.glob("*/steps.csv")):
+        if path.parent.suffix == ".partial":
+            continue
+        machine = json.loads((path.parent / "machine.json").read_text())
+        found.append(Results(machine, pd.read_csv(path, keep_default_na=True)))
+    return sorted(found, key=lambda results: not results.on_gpu)
+
+
+def short(competitor: str) -> str:
+    """A competitor's name where torch goes without saying."""
+    return competitor.removeprefix("torch-").replace("forloop", "for-loop")
+
+
+def count(n: float) -> str:
+    """A number of elements, as people write it."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if n >= size:
+            return f"{n / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def duration(us: float) -> str:
+    """Microseconds, as people write them."""
+    return f"{us / 1e3:,.3g} ms" if us >= 1e3 else f"{us:.3g} µs"
+
+
+def times(row: pd.Series) -> str:
+    """A ratio with its spread, marked where warpstep loses."""
+    ratio = f"{row['ratio']:.2f}"
+    mark = f" {SLOWER}" if float(ratio) < 1 else ""
+    return f"{ratio}x{mark} <sub>{row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}</sub>"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, the first column to the left, without the columns that are empty."""
+    kept = [i for i in range(len(header)) if i == 0 or any(line[i] for line in lines)]
+    rules = [":--" if i == 0 else "--:" for i in kept]
+    rows = [[header[i] for i in kept], rules, *([line[i] or "-" for i in kept] for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def conditions(results: Results) -> str:
+    """Where and how it was measured, in a paragraph."""
+    m = results.machine
+    where = [f"**{results.title}**"]
+    if results.on_gpu:
+        where += [f"driver {m['driver']}", f"CUDA {m['cuda']}"]
+    else:
+        where += [f"{m['threads']} threads"]
+    where += [
+        f"torch {m['torch']}",
+        f"warpstep {m['warpstep']}",
+        f"commit {m['commit']}",
+        m["date"],
+    ]
+    measured = results.rows[results.rows["step_us"].notna()]
+    rounds = measured["rounds"]
+    text = (
+        f"{' · '.join(where)}. Medians of {rounds.min()} to {rounds.max()} interleaved rounds; "
+        "a ratio is the competitor's step time over warpstep's, the median of the rounds' own "
+        f"ratios with their 10th to 90th percentile, and {SLOWER} marks where warpstep is slower. "
+        f"Copy is {'; '.join(sorted(measured['copy_kind'].dropna().unique()))}, in the same run."
+    )
+    if m["absent"]:
+        text += f" Not installed, so not measured: {', '.join(sorted(m['absent']))}."
+    return text
+
+
+def summary(results: Results) -> str:
+    """The cases that stand for real use: one line each, wins and losses alike."""
+    rows = results.rows[results.rows["family"].isin(["model", "large", "small", "layout"])]
+    others = [c.id for c in COMPETITORS if c.id != OURS and c.id in set(rows["competitor"])]
+    header = ["Case", "Format", "Tensors", "Elements", "warpstep", "host", "GB/s", "of copy"]
+    lines = []
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        ours = by_id.loc[OURS]
+        line = [str(case).removesuffix("/bf16"), str(ours["recipe"])]
+        line += [f"{ours['tensors']:,}", count(ours["elements"])]
+        if pd.isna(ours["step_us"]):
+            lines.append([*line, str(ours["left_out"]), *[""] * (3 + len(others))])
+            continue
+        line.append(duration(ours["step_us"]))
+        line.append(duration(ours["host_us"]) if pd.notna(ours["host_us"]) else "")
+        # A small case stays in the caches, where a bandwidth says nothing.
+        if ours["gb_s"] * 1e3 * ours["step_us"] >= MEMORY_BOUND_BYTES:
+            line += [f"{ours['gb_s']:,.0f}", f"{ours['copy_share']:.0%}"]
+        else:
+            line += ["", ""]
+        for other in others:
+            there = other in by_id.index and pd.notna(by_id.loc[other, "ratio"])
+            line.append(times(by_id.loc[other]) if there else "")
+        lines.append(line)
+    text = table([*header, *(f"vs {short(other)}" for other in others)], lines)
+    missing = rows[rows["left_out"].notna()].groupby("competitor", sort=False)["left_out"].unique()
+    notes = [f"{short(str(name))}: {', '.join(reasons)}" for name, reasons in missing.items()]
+    return f"{text}\n\nA dash means not measured. {'; '.join(notes)}." if notes else text
+
+
+def host(results: Results) -> str:
+    """The cost of a step that has nothing to compute: tensors of one element."""
+    rows = results.rows[(results.rows["family"] == "host") & results.rows["step_us"].notna()]
+    ids = [c.id for c in COMPETITORS if c.id in set(rows["competitor"])]
+    column = "host_us" if results.on_gpu else "step_us"
+    lines = []
+    for tensors, of_case in rows.groupby("tensors", sort=True):
+        by_id = of_case.set_index("competitor")[column]
+        cells = [
+            f"{duration(by_id[i])} <sub>{by_id[i] / tensors:.2g} µs each</sub>"
+            if i in by_id.index
+            else ""
+            for i in ids
+        ]
+        lines.append([f"{tensors:,}", *cells])
+    return table(["Tensors of one element", *(short(i) for i in ids)], lines)
+
+
+TABLES = {"summary": summary, "host": host}
+
+
+def blocks(results: list[Results]) -> dict[str, str]:
+    """The text of each block: every machine's table under its conditions."""
+    return {
+        name: "\n\n".join(f"{conditions(r)}\n\n{make(r)}" for r in results)
+        for name, make in TABLES.items()
+    }
+
+
+def insert(document: str, texts: dict[str, str]) -> str:
+    """The document with each `bench:begin NAME` block filled anew.
+
+    Raises ValueError for a block whose name is unknown or that has no end.
+    """
+    for name in re.findall(r"<!-- bench:begin (\S+) -->", document):
+        if name not in texts:
+            raise ValueError(f"no table is called {name!r}; there are: {', '.join(texts)}")
+        begin, end = (mark.format(name=name) for mark in BLOCK)
+        head, rest = document.split(begin, 1)
+        if end not in rest:
+            raise ValueError(f"{begin} has no {end}")
+        tail = rest.split(end, 1)[1]
+        document = f"{head}{begin}\n{texts[name]}\n{end}{tail}"
+    return document
+
+
+def figure(results: list[Results], family: str, draw: Any, path: Path) -> None:
+    """One plot with a panel for each machine that measured `family`."""
+    shown = [r for r in results if (r.rows["family"] == family).any()]
+    if not shown:
+        return
+    size = (5.2 * len(shown), 3.8)
+    fig, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
+    for panel, r in zip(panels[0], shown, strict=True):
+        draw(panel, r.rows[(r.rows["family"] == family) & r.rows["step_us"].notna()])
+        panel.set_title(f"{r.title}\ntorch {r.machine['torch']}, {r.machine['date']}", fontsize=9)
+        panel.grid(True, alpha=0.25, linewidth=0.6)
+        panel.legend(fontsize=8, frameon=False)
+    fig.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(fig)
+
+
+def lines_of(panel: Any, rows: pd.DataFrame, x: str, y: str) -> None:
+    """One line a competitor."""
+    for name in PLOTTED:
+        of_one = rows[rows["competitor"] == name].sort_values(x)
+        if len(of_one):
+            panel.plot(
+                *(of_one[x], of_one[y]),
+                marker="o",
+                markersize=3.5,
+                linewidth=2.2 if name == OURS else 1.4,
+                color=COLORS.get(name, "#6e7781"),
+                label=name if name == OURS else f"torch {short(name)}",
+            )
+
+
+def draw_tensors(panel: Any, rows: pd.DataFrame) -> None:
+    """Step time against the number of tensors."""
+    lines_of(panel, rows.assign(ms=rows["step_us"] / 1e3), "tensors", "ms")
+    panel.set(xscale="log", yscale="log", xlabel="tensors of 1,024 float32", ylabel="step, ms")
+
+
+def draw_bandwidth(panel: Any, rows: pd.DataFrame) -> None:
+    """Bandwidth against size, with what the copy loop reached in the same run."""
+    copy = rows.drop_duplicates("elements").sort_values("elements")
+    label = f"copy limit ({copy['copy_kind'].iloc[0].split(',')[0]})"
+    panel.plot(copy["elements"], copy["copy_gb_s"], "--", color="#1f2328", label=label)
+    lines_of(panel, rows, "elements", "gb_s")
+    panel.set_xscale("log", base=2)
+    panel.set(ylim=(0, None), xlabel="elements of one float32 tensor", ylabel="GB/s")
+
+
+def main() -> None:
+    """Reads the results, fills README's blocks, draws the plots."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--images", type=Path, default=REPOSITORY / "docs" / "images")
+    given = parser.parse_args()
+    results = load(given.results)
+    if not results:
+        raise SystemExit(f"no results under {given.results}; `python -m bench.run` makes them")
+    try:
+        text = insert(given.readme.read_text(), blocks(results))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{given.readme}: {error}") from None
+    given.readme.write_text(text)
+    given.images.mkdir(parents=True, exist_ok=True)
+    figure(results, "sweep-tensors", draw_tensors, given.images / "tensors.png")
+    figure(results, "sweep-elements", draw_bandwidth, given.images / "bandwidth.png")
+    print(f"{len(results)} machines: tables in {given.readme}, plots in {given.images}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Runs the benchmark and writes its results: `python -m bench.run --help`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.cases import SHORT, Case, select
+from bench.competitors import OURS, Competitor, found, that_fit
+from bench.machine import REPOSITORY, describe, free_bytes, slug
+from bench.measure import Effort, Result, Times, measure, ratio, spread
+
+RESULTS = REPOSITORY / "bench" / "results"
+
+FULL = Effort(least=7, most=41, seconds=2.0)
+QUICK = Effort(least=3, most=21, seconds=0.7)
+
+# After the warm-up steps, rounding alone sets competitors less far apart than this in the mean.
+SUSPICIOUS_DIFFERENCE_LR = 0.25
+
+
+@dataclass
+class Row:
+    """One line of the results: one competitor on one case. Times are microseconds.
+
+    `step_us` is the whole step, until its result is there; on CUDA `host_us` is what the Python
+    thread pays and `device_us` what the GPU needs when the host is ahead. `ratio` is this
+    competitor's step time over warpstep's, so above 1 warpstep is faster. `gb_s` is the floor bytes
+    over the device's time; `copy_share` compares it, round by round, with the copy loop's. Where
+    `left_out` gives a reason, nothing was measured.
+    """
+
+    case: str
+    family: str
+    sequence: str
+    recipe: str
+    tensors: int
+    groups: int
+    elements: int
+    competitor: str
+    rounds: int = 0
+    step_us: float | None = None
+    step_us_p10: float | None = None
+    step_us_p90: float | None = None
+    host_us: float | None = None
+    device_us: float | None = None
+    ratio: float | None = None
+    ratio_p10: float | None = None
+    ratio_p90: float | None = None
+    gb_s: float | None = None
+    copy_gb_s: float | None = None
+    copy_share: float | None = None
+    copy_kind: str = ""
+    difference_lr: float | None = None
+    left_out: str = ""
+
+
+def row(result: Result, competitor: Competitor, left_out: str | None = None) -> Row:
+    """The line of one competitor."""
+    case = result.case
+    line = Row(
+        case=case.id,
+        family=case.family,
+        sequence=case.sequence,
+        recipe=SHORT[case.dtype],
+        tensors=case.tensors,
+        groups=case.groups,
+        elements=case.elements,
+        competitor=competitor.id,
+    )
+    times = result.times.get(competitor.id, Times())
+    if not times.step:
+        line.left_out = left_out or times.left_out or "no rounds"
+        return line
+    step = spread(times.step)
+    line.rounds = len(times.step)
+    line.step_us, line.step_us_p10, line.step_us_p90 = (
+        t / 1e3 for t in (step.median, step.p10, step.p90)
+    )
+    if times.device:
+        line.host_us = spread(times.host).median / 1e3
+        line.device_us = spread(times.device).median / 1e3
+    ours = result.times.get(OURS)
+    if ours is not None and ours.step:
+        ratios = ratio(times.step, ours.step)
+        line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
+    line.copy_gb_s = case.floor_bytes / spread(result.copy).median
+    line.copy_kind = result.copy_kind
+    if competitor.same_formats:
+        moving = times.device or times.step
+        line.gb_s = case.floor_bytes / spread(moving).median
+        line.copy_share = ratio(result.copy, moving).median
+    line.difference_lr = times.difference_lr
+    return line
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Writes all lines so far; figures keep five digits, which is more than they are worth."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([column.name for column in fields(Row)])
+        for line in rows:
+            values = asdict(line).values()
+            writer.writerow(
+                [f"{float(f'{v:.5g}'):.12g}" if isinstance(v, float) else v for v in values]
+            )
+
+
+def in_words(case: Case, rows: list[Row]) -> str:
+    """One case's outcome as a line for the terminal."""
+    by_id = {line.competitor: line for line in rows if line.step_us is not None}
+    ours = by_id.pop(OURS, None)
+    if ours is None or ours.step_us is None:
+        reasons = ", ".join(line.left_out for line in rows if line.competitor == OURS)
+        return f"{case.id}: warpstep was not measured: {reasons}"
+    share = f"{ours.copy_share:.0%} of copy" if ours.copy_share and case.is_memory_bound else ""
+    others = [
+        f"{name.removeprefix('torch-')} {line.ratio:.2f}x"
+        for name, line in by_id.items()
+        if line.ratio is not None
+    ]
+    return f"{case.id:<23} {ours.step_us:>11,.1f} us {share:>13}  {'  '.join(others)}"
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    on_cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=on_cuda)
+    parser.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="cases whose id matches, such as 'gpt2-*'; may be repeated",
+    )
+    parser.add_argument("--rounds", type=int, help="rounds a case, instead of a time budget")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parsed = parser.parse_args()
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    if parsed.rounds is not None and parsed.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {parsed.rounds}")
+    return parsed
+
+
+def run_case(
+    case: Case, competitors: list[Competitor], given: argparse.Namespace, say: Any
+) -> list[Row]:
+    """Measures one case and frees it."""
+    device: str = given.device
+    declined = {c.id: c.declines(case, device) for c in competitors}
+    if given.quick:
+        declined |= {c.id: "takes too long for --quick" for c in competitors if c.compiled}
+    willing = [c for c in competitors if declined[c.id] is None]
+    kept, too_many = that_fit(willing, case, free_bytes(device))
+    declined |= {c.id: "no memory left for its copy" for c in too_many}
+    effort = QUICK if given.quick else FULL
+    if given.rounds is not None:
+        effort = Effort(given.rounds, given.rounds, 0)
+    result = measure(
+        case,
+        kept,
+        device,
+        effort=effort,
+        say=say,
+    )
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return [row(result, c, declined[c.id]) for c in competitors]
+
+
+def main() -> None:
+    """Measures the cases asked for, writing the results after each."""
+    given = arguments()
+    console = Console(highlight=False)
+    try:
+        cases = select(given.device, given.quick, tuple(given.only))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    competitors, absent = found(given.device)
+    if OURS in absent:
+        raise SystemExit(f"warpstep cannot be imported ({absent[OURS]}); `pip install .` first")
+
+    machine = describe(given.device) | {"absent": absent}
+    # Only a whole run is a result to keep: a partial one goes beside it.
+    whole = not (given.quick or given.only)
+    folder = given.out or RESULTS / (slug(machine) + ("" if whole else ".partial"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+    console.print(f"{machine['name']}, {machine['cores']} cores, torch {machine['torch']}")
+    console.print(f"warpstep {machine['warpstep']} on its {machine['backend']} backend")
+    console.print(f"Measured: {', '.join(c.id for c in competitors)}")
+    console.print(f"Not installed: {', '.join(absent) or 'none'}")
+    if machine["load"] > 0.25 * machine["cores"]:
+        console.print(f"The machine is busy (load {machine['load']}): expect wide spreads.")
+    console.print("warpstep's time, then how many times longer each of the others takes:")
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+
+            def say(what: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case.id}: {what}")
+
+            lines = run_case(case, competitors, given, say)
+            rows.extend(lines)
+            write(folder / "steps.csv", rows)
+            progress.console.print(in_words(case, lines), soft_wrap=True)
+            progress.advance(task)
+    for line in rows:
+        if line.difference_lr is not None and line.difference_lr > SUSPICIOUS_DIFFERENCE_LR:
+            console.print(
+                f"{line.competitor} on {line.case}: parameters end {line.difference_lr:.2g} "
+                "learning rates from warpstep's in the mean; one of the two computes something else"
+            )
+    console.print(f"Written to {folder}; `python -m bench.report` makes tables and plots of it.")
+
+
+if __name__ == "__main__":
+    main()
