@@ -1,6 +1,7 @@
 """Memory that is freed, moved or of another kind under an optimizer; and plans that stay."""
 
 import copy
+import weakref
 import math
 
 import pytest
@@ -335,3 +336,16 @@ def test_each_step_is_one_launch():
         pytest.skip("no native module")
     run(optimizer, range(1, 6))
     assert warpstep.status().launches[key] == counts[key] + 5
+
+
+def test_state_that_is_moved_away_is_freed_at_once():
+    """A framework that takes state off the device between steps gets the memory back then."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = warpstep.AdamW([p])
+    optimizer.step()
+    optimizer.step()
+    old = [weakref.ref(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")]
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[p][key] = optimizer.state[p][key].clone()
+    assert [reference() for reference in old] == [None, None]

@@ -56,6 +56,14 @@ class Bucket:
     device: torch.device
     entries: list[Entry] = field(default_factory=list)
     tables: Any = None  # device memory, kept alive
+    stream: Any = None  # the one that the tables are known to be used on
+
+    def use_tables_on(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the tables' memory from reuse until what ``stream`` does by now is done."""
+        if stream != self.stream:
+            self.stream = stream
+            for table in self.tables.values():
+                table.record_stream(stream)
 
     def __str__(self) -> str:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
@@ -134,6 +142,10 @@ class Plan:
             )
         for index, bucket in enumerate(self.buckets):
             self._fill_tables(index, bucket)
+        # Not to keep alive state that a framework moves away.
+        for entry in entries:
+            entry.state, entry.new_state = {}, None
+        self.cuda_buckets = [b for b in self.buckets if b.device.type == b.backend == "cuda"]
         self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
 
     def _prepare(self, optimizer: OnePass, entry: Entry, repeated: bool = False) -> None:
@@ -226,6 +238,8 @@ class Plan:
             scales = [
                 tuple(scale_on(t, b.device) for t in (grad_scale, found_inf)) for b in self.buckets
             ]
+        for bucket in self.cuda_buckets:
+            bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         if self._native is not None:
             self._native.launch(torch.get_num_threads(), scales)
         for index, bucket in self.triton_buckets:
