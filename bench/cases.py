@@ -150,9 +150,9 @@ CASES: tuple[Case, ...] = (
     # Models, with the shapes they have.
     *_in_both(Case("gpt2-124m", "model", gpt2(12, 768), compiled_on=BOTH, quick=True)),
     *_in_both(Case("gpt2-1.5b", "model", gpt2(48, 1600), devices=CUDA)),
-    *_in_both(Case("resnet50", "model", resnet50(), compiled_on=CUDA, quick=True)),
+    *_in_both(Case("resnet50", "model", resnet50(), quick=True)),
     Case("resnet50/after-backward", "model", resnet50(), after_backward=True),
-    *_in_both(Case("vit-l", "model", vit(24, 1024), compiled_on=CUDA)),
+    *_in_both(Case("vit-l", "model", vit(24, 1024))),
     *_in_both(Case("llama2-7b-shard-8", "model", llama2_7b(8), devices=CUDA)),
     *_in_both(Case("llama2-7b-shard-64", "model", llama2_7b(64), devices=CPU)),
     # Many small tensors: what a step costs beside the memory traffic.

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -64,6 +65,32 @@ def free_bytes(device: str) -> int:
     return int(available * 0.8)
 
 
+class Others:
+    """How much of the machine other processes take: `cores()` since this was made, on Linux."""
+
+    def __init__(self) -> None:
+        self.start = self._seconds()
+
+    def cores(self) -> float | None:
+        """Cores kept busy by others, in the mean; None where the system does not tell."""
+        now = self._seconds()
+        if self.start is None or now is None:
+            return None
+        busy, own, wall = (b - a for a, b in zip(self.start, now, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Seconds of work of all processes, of this one, and on the clock."""
+        try:
+            line = Path("/proc/stat").read_text().splitlines()[0]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, soft_irq, stolen = map(int, line.split()[1:9])
+        ticks = user + nice + system + irq + soft_irq + stolen
+        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
+
+
 def commit() -> str | None:
     """The commit measured, marked where the working tree differs from it."""
     name = output_of(["git", "rev-parse", "--short=12", "HEAD"])
@@ -84,7 +111,6 @@ def describe(device: str) -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_gib": round(physical_bytes() / 2**30, 1),
-        "load": round(os.getloadavg()[0], 2),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -110,10 +136,9 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A folder name for the machine: its device, its name, and on a CPU the number of cores."""
-    words = f"{machine['device']} {machine['name']}"
+    """A folder name for the machine: the GPU's name, or the CPU's with its number of cores."""
+    words = machine["name"]
     if machine["device"] == "cpu":
-        words += f" {machine['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", words.lower().replace("(r)", "").replace("(tm)", "")).strip(
-        "-"
-    )
+        words = f"cpu {words} {machine['cores']} cores"
+    words = re.sub(r"\((r|tm)\)", "", words.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bench.competitors import BASELINE, COMPETITORS, OURS
 from bench.machine import REPOSITORY
-from bench.run import RESULTS
+from bench.run import BUSY_CORES, RESULTS
 
 mpl.use("Agg")  # Before pyplot, which would look for a screen.
 from matplotlib import pyplot as plt
@@ -111,6 +111,9 @@ def conditions(results: Results) -> str:
         f"ratios with their 10th to 90th percentile, and {SLOWER} marks where warpstep is slower. "
         f"Copy is {'; '.join(sorted(measured['copy_kind'].dropna().unique()))}, in the same run."
     )
+    disturbed = measured[measured["others_cores"] > BUSY_CORES]["case"].unique()
+    if len(disturbed):
+        text += f" Other processes disturbed {len(disturbed)} cases: {', '.join(disturbed)}."
     if m["absent"]:
         text += f" Not installed, so not measured: {', '.join(sorted(m['absent']))}."
     return text

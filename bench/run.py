@@ -8,21 +8,22 @@ import gc
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.cases import SHORT, Case, select
 from bench.competitors import OURS, Competitor, found, that_fit
 from bench.machine import REPOSITORY, describe, free_bytes, slug
 from bench.measure import Effort, Result, Times, measure, ratio, spread
+from bench.show import Show
 
 RESULTS = REPOSITORY / "bench" / "results"
 
 FULL = Effort(least=7, most=41, seconds=2.0)
 QUICK = Effort(least=3, most=21, seconds=0.7)
+
+# Where other processes take more than this, a case's figures are not to be trusted.
+BUSY_CORES = 0.1
 
 # After the warm-up steps, rounding alone sets competitors less far apart than this in the mean.
 SUSPICIOUS_DIFFERENCE_LR = 0.25
@@ -35,7 +36,9 @@ class Row:
     `step_us` is the whole step, until its result is there; on CUDA `host_us` is what the Python
     thread pays and `device_us` what the GPU needs when the host is ahead. `ratio` is this
     competitor's step time over warpstep's, so above 1 warpstep is faster. `gb_s` is the floor bytes
-    over the device's time; `copy_share` compares it, round by round, with the copy loop's. Where
+    over the device's time; `copy_share` compares it, round by round, with the copy loop's.
+    `difference_lr` is how far the parameters were from warpstep's after the warm-up steps, in the
+    mean and in learning rates; `others_cores` how many cores other processes kept busy. Where
     `left_out` gives a reason, nothing was measured.
     """
 
@@ -61,6 +64,7 @@ class Row:
     copy_share: float | None = None
     copy_kind: str = ""
     difference_lr: float | None = None
+    others_cores: float | None = None
     left_out: str = ""
 
 
@@ -100,6 +104,7 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         line.gb_s = case.floor_bytes / spread(moving).median
         line.copy_share = ratio(result.copy, moving).median
     line.difference_lr = times.difference_lr
+    line.others_cores = result.others_cores
     return line
 
 
@@ -128,7 +133,9 @@ def in_words(case: Case, rows: list[Row]) -> str:
         for name, line in by_id.items()
         if line.ratio is not None
     ]
-    return f"{case.id:<23} {ours.step_us:>11,.1f} us {share:>13}  {'  '.join(others)}"
+    line = f"{case.id:<23} {ours.step_us:>11,.1f} us {share:>13}  {'  '.join(others)}"
+    busy = ours.others_cores is not None and ours.others_cores > BUSY_CORES
+    return f"{line}  (disturbed: {ours.others_cores:.1f} cores busy elsewhere)" if busy else line
 
 
 def arguments() -> argparse.Namespace:
@@ -155,7 +162,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_case(
-    case: Case, competitors: list[Competitor], given: argparse.Namespace, say: Any
+    case: Case, competitors: list[Competitor], given: argparse.Namespace, show: Show
 ) -> list[Row]:
     """Measures one case and frees it."""
     device: str = given.device
@@ -169,11 +176,7 @@ def run_case(
     if given.rounds is not None:
         effort = Effort(given.rounds, given.rounds, 0)
     result = measure(
-        case,
-        kept,
-        device,
-        effort=effort,
-        say=say,
+        case, kept, device, effort=effort, say=lambda what: show.doing(f"{case.id}: {what}")
     )
     torch._dynamo.reset()
     gc.collect()
@@ -185,7 +188,6 @@ def run_case(
 def main() -> None:
     """Measures the cases asked for, writing the results after each."""
     given = arguments()
-    console = Console(highlight=False)
     try:
         cases = select(given.device, given.quick, tuple(given.only))
     except ValueError as error:
@@ -201,34 +203,25 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
 
-    console.print(f"{machine['name']}, {machine['cores']} cores, torch {machine['torch']}")
-    console.print(f"warpstep {machine['warpstep']} on its {machine['backend']} backend")
-    console.print(f"Measured: {', '.join(c.id for c in competitors)}")
-    console.print(f"Not installed: {', '.join(absent) or 'none'}")
-    if machine["load"] > 0.25 * machine["cores"]:
-        console.print(f"The machine is busy (load {machine['load']}): expect wide spreads.")
-    console.print("warpstep's time, then how many times longer each of the others takes:")
+    print(f"{machine['name']}, {machine['cores']} cores, torch {machine['torch']}")
+    print(f"warpstep {machine['warpstep']} on its {machine['backend']} backend")
+    print(f"Measured: {', '.join(c.id for c in competitors)}")
+    print(f"Not installed: {', '.join(absent) or 'none'}")
+    print("warpstep's time, then how many times longer each of the others takes:")
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(cases))
+    with Show(len(cases)) as show:
         for case in cases:
-
-            def say(what: str, case: Case = case) -> None:
-                progress.update(task, description=f"{case.id}: {what}")
-
-            lines = run_case(case, competitors, given, say)
+            lines = run_case(case, competitors, given, show)
             rows.extend(lines)
             write(folder / "steps.csv", rows)
-            progress.console.print(in_words(case, lines), soft_wrap=True)
-            progress.advance(task)
+            show.done(in_words(case, lines))
     for line in rows:
         if line.difference_lr is not None and line.difference_lr > SUSPICIOUS_DIFFERENCE_LR:
-            console.print(
+            print(
                 f"{line.competitor} on {line.case}: parameters end {line.difference_lr:.2g} "
                 "learning rates from warpstep's in the mean; one of the two computes something else"
             )
-    console.print(f"Written to {folder}; `python -m bench.report` makes tables and plots of it.")
+    print(f"Written to {folder}; `python -m bench.report` makes tables and plots of it.")
 
 
 if __name__ == "__main__":

@@ -156,12 +156,15 @@ void Plan::cut_chunks(Bucket& bucket) {
   if (bucket.spec.backend == Backend::cuda) chunk_size = kCudaChunk;
 #endif
   if (bucket.spec.backend == Backend::external) return;  // Triton cuts its own
-  std::int64_t in_batch = kCpuBatch;
+  std::int64_t total = 0;
+  for (const TensorRow& row : bucket.rows) total += row.numel;
+  const std::int64_t batch = std::clamp(total / kCpuBatches, kCpuBatchMin, kCpuBatchMax);
+  std::int64_t in_batch = batch;
   for (std::uint32_t tensor = 0; tensor < bucket.rows.size(); ++tensor) {
     TensorRow& row = bucket.rows[tensor];
     row.chunks = count_chunks(row.numel, row.head, chunk_size);
     for (std::uint32_t index = 0; index < row.chunks; ++index) {
-      if (in_batch >= kCpuBatch) {
+      if (in_batch >= batch) {
         bucket.batches.push_back(static_cast<std::uint32_t>(bucket.chunks.size()));
         in_batch = 0;
       }

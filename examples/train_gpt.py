@@ -244,9 +244,9 @@ def steady(training: Training) -> list[float]:
 def plot(trainings: list[Training], path: Path) -> None:
     """Both loss curves over each other, and both optimizers' times beside each other."""
     fig, (curves, bars) = plt.subplots(
-        1, 2, figsize=(9.6, 3.8), width_ratios=(2, 1), layout="constrained"
+        1, 2, figsize=(9.6, 3.8), width_ratios=(5, 2), layout="constrained"
     )
-    window = max(1, len(trainings[0].losses) // 100)
+    window = max(1, len(trainings[0].losses) // 60)
     for training, style in zip(trainings, ("-", "--"), strict=True):
         color = COLORS[training.name]
         means = torch.tensor(training.losses).unfold(0, window, 1).mean(1)
@@ -265,8 +265,8 @@ def plot(trainings: list[Training], path: Path) -> None:
     curves.set(xlabel="step", ylabel="training loss, nats a character")
     curves.set_title(f"Loss (mean of {window} steps)" if window > 1 else "Loss", fontsize=10)
     curves.legend(frameon=False)
-    bars.set(ylabel="ms in optimizer.step()")
-    bars.set_title("Optimizer time (median, 10th to 90th percentile)", fontsize=10)
+    bars.set(ylabel="ms, median and 10th to 90th percentile")
+    bars.set_title("optimizer.step()", fontsize=10)
     bars.margins(y=0.15)
     for panel in (curves, bars):
         panel.grid(True, axis="y", alpha=0.25)

@@ -7,11 +7,15 @@ namespace warpstep {
 
 // Elements of a chunk: 64 KiB a stream in float32, so that a chunk's streams fit the L2 cache.
 constexpr std::int64_t kCpuChunk = 16384;
-// Elements that a thread takes at a time (several small tensors, or one chunk).
-constexpr std::int64_t kCpuBatch = 16384;
+// A thread takes a batch of elements at a time (several small tensors, or a run of one): about a
+// 64th of all, so that threads end together, but neither so few that taking it shows nor more than
+// keep the hardware's prefetching going.
+constexpr std::int64_t kCpuBatches = 64;
+constexpr std::int64_t kCpuBatchMin = 16384;
+constexpr std::int64_t kCpuBatchMax = 262144;
 
 // Runs the step on all tensors with up to `threads` threads. `batches` cuts launch.chunks into runs
-// of about kCpuBatch elements: batch i is chunks [batches[i], batches[i + 1]).
+// of about as many elements: batch i is chunks [batches[i], batches[i + 1]).
 void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
                int threads);
 

@@ -76,9 +76,10 @@ void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* e
                        std::int64_t count, int threads) {
   std::atomic<std::int64_t> next{0};
   run_on_threads(threads, [&] {
-    for (std::int64_t i = next.fetch_add(kCpuBatch); i < count; i = next.fetch_add(kCpuBatch)) {
+    for (std::int64_t i = next.fetch_add(kCpuBatchMax); i < count;
+         i = next.fetch_add(kCpuBatchMax)) {
       kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
-                              std::min(kCpuBatch, count - i));
+                              std::min(kCpuBatchMax, count - i));
     }
   });
 }

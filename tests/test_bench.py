@@ -113,7 +113,7 @@ def test_a_competitor_that_fails_is_left_out_with_its_reason():
 def test_slug_is_a_plain_folder_name():
     name = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 2}
     assert slug(name) == "cpu-intel-xeon-cpu-2-20ghz-2-cores"
-    assert slug({"device": "cuda", "name": "NVIDIA H200", "cores": 16}) == "cuda-nvidia-h200"
+    assert slug({"device": "cuda", "name": "NVIDIA H200", "cores": 16}) == "nvidia-h200"
 
 
 MACHINE = {

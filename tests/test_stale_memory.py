@@ -1,8 +1,8 @@
 """Memory that is freed, moved or of another kind under an optimizer; and plans that stay."""
 
 import copy
-import weakref
 import math
+import weakref
 
 import pytest
 import torch
