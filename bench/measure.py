@@ -24,7 +24,7 @@ clock = time.perf_counter_ns
 
 WARM_UP_STEPS = 3
 
-# Steps ahead of the timed one: 400 tensors of 1,024 settle from 1,140 to 320 us within four. They
+# Steps ahead of the timed one: 400 tensors of 1,024 settle from 1,400 to 450 us within four. They
 # end early once they have taken this long; a case whose step takes everyone as long gets none.
 STEPS_AHEAD = 4
 LONG_STEP_NS = 20e6
