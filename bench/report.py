@@ -207,7 +207,7 @@ def figure(results: list[Results], family: str, draw: Any, path: Path) -> None:
         draw(panel, r.rows[(r.rows["family"] == family) & r.rows["step_us"].notna()])
         panel.set_title(f"{r.title}\ntorch {r.machine['torch']}, {r.machine['date']}", fontsize=9)
         panel.grid(True, alpha=0.25, linewidth=0.6)
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     fig.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(fig)
 
@@ -236,8 +236,7 @@ def draw_tensors(panel: Any, rows: pd.DataFrame) -> None:
 def draw_bandwidth(panel: Any, rows: pd.DataFrame) -> None:
     """Bandwidth against size, with what the copy loop reached in the same run."""
     copy = rows.drop_duplicates("elements").sort_values("elements")
-    label = f"copy limit ({copy['copy_kind'].iloc[0].split(',')[0]})"
-    panel.plot(copy["elements"], copy["copy_gb_s"], "--", color="#1f2328", label=label)
+    panel.plot(copy["elements"], copy["copy_gb_s"], "--", color="#1f2328", label="copy limit")
     lines_of(panel, rows, "elements", "gb_s")
     panel.set_xscale("log", base=2)
     panel.set(ylim=(0, None), xlabel="elements of one float32 tensor", ylabel="GB/s")
