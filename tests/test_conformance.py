@@ -177,6 +177,32 @@ def test_views_at_every_offset(backend, device, recipe):
         assert not torch.equal(base, original)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 3, 5])
+def test_long_tensors_whose_streams_all_begin_off_the_boundary(backend, device, offset):
+    """A head before the first vector, and chunks that all begin that much later."""
+    generator = torch.Generator().manual_seed(7)
+    size = 40_001
+
+    def view_of(values):
+        base = torch.zeros(size + 8, device=device)
+        base[offset : offset + size] = values.to(device)
+        return base[offset : offset + size]
+
+    numbers = [make(size, F32, "cpu", generator) for _ in range(4)]
+    numbers[3].square_()
+    param = Parameter(view_of(numbers[0]))
+    param.grad = view_of(numbers[1])
+    optimizer = warpstep.AdamW([param], backend=backend)
+    optimizer.state[param] = {
+        "step": torch.tensor(2.0, device=device),
+        "exp_avg": view_of(numbers[2]),
+        "exp_avg_sq": view_of(numbers[3]),
+    }
+    before = [streams_of(optimizer, param)]
+    assert_step(optimizer, [param], 3, lambda _: Options(), [param.grad], before)
+    assert_ran_on(optimizer, backend, (F32, F32, F32), False)
+
+
 def test_groups_have_their_own_hyper_parameters(backend, device):
     """More groups than the arguments of one CUDA launch hold, each different."""
     generator = torch.Generator().manual_seed(3)
