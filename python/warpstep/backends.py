@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from warpstep.recipes import FORMATS, Recipe, dtype_name
+from warpstep.recipes import FORMATS, Recipe
 from warpstep.version import __version__
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -213,7 +213,6 @@ __all__ = [
     "BackendUnavailableError",
     "Status",
     "choose",
-    "dtype_name",
     "has_kernel",
     "native",
     "requested_backend",

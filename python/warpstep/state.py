@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import moment_dtype, real_dtype
+from warpstep.recipes import dtype_name, moment_dtype, real_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -18,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 def describe(tensor: Tensor) -> str:
     """``float32 of shape (3, 4) on cpu``, for messages."""
     shape = "scalar" if tensor.dim() == 0 else f"shape {tuple(tensor.shape)}"
-    return f"{str(tensor.dtype).removeprefix('torch.')} of {shape} on {tensor.device}"
+    return f"{dtype_name(tensor.dtype)} of {shape} on {tensor.device}"
 
 
 def is_plain(tensor: Tensor) -> bool:
