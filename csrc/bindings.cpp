@@ -77,11 +77,15 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<BucketSpec>(m, "BucketSpec")
       .def(py::init([](const std::string& backend, const std::string& param,
-                       const std::string& grad, const std::string& moment, bool amsgrad) {
-             return BucketSpec{backend_named(backend), recipe_named(param, grad, moment, amsgrad)};
+                       const std::string& grad, const std::string& moment, bool amsgrad,
+                       const std::optional<std::string>& ema) {
+             BucketSpec spec{
+                 backend_named(backend), recipe_named(param, grad, moment, amsgrad), {}};
+             if (ema) spec.ema = format_named(*ema);
+             return spec;
            }),
            py::kw_only(), py::arg("backend"), py::arg("param"), py::arg("grad"), py::arg("moment"),
-           py::arg("amsgrad"));
+           py::arg("amsgrad"), py::arg("ema"));
 
   py::class_<Plan>(m, "Plan")
       .def(py::init<py::dict, py::list, const std::vector<int>&, const std::vector<BucketSpec>&,
@@ -89,8 +93,29 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
            py::arg("buckets"), py::arg("match_layout"))
       .def("check", &Plan::check)
-      .def("launch", &Plan::launch)
-      .def("increment_versions", &Plan::increment_versions)
+      .def(
+          "launch",
+          [](Plan& plan, int threads, py::object tensors, double max_norm, bool zero_grads) {
+            plan.launch(threads, std::move(tensors), {max_norm, zero_grads});
+          },
+          py::arg("threads"), py::arg("tensors"), py::kw_only(), py::arg("max_norm"),
+          py::arg("zero_grads"))
+      .def("increment_versions", &Plan::increment_versions, py::arg("zero_grads"))
+      .def(
+          "grad_norm",
+          [](Plan& plan, std::size_t bucket, bool largest, int threads, py::object out) {
+            plan.grad_norm(bucket, largest ? Norm::inf : Norm::l2, threads, out);
+          },
+          py::arg("bucket"), py::kw_only(), py::arg("largest"), py::arg("threads"), py::arg("out"))
+      .def("chunk_counts", &Plan::chunk_counts)
+      .def("remember_grads", &Plan::remember_grads)
+      .def("count_grads", &Plan::count_grads)
+      .def("forget_grads", &Plan::forget_grads)
+      .def("compare_grads",
+           [](const Plan& plan) {
+             const Plan::Unchanged found = plan.compare_grads();
+             return py::make_tuple(found.remembered, found.kept, found.unwritten);
+           })
       .def("host_tables", &Plan::host_tables)
       .def(
           "set_device_tables",

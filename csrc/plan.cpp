@@ -39,6 +39,13 @@ std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
   return best;
 }
 
+void* address_of(py::handle tensor) {
+  TensorView view;
+  if (tensor.is_none()) return nullptr;
+  if (!tensor_reader().read(tensor.ptr(), view)) throw py::type_error("a tensor has no memory");
+  return view.data;
+}
+
 template <class T>
 py::bytes bytes_of_table(const std::vector<T>& table) {
   return py::bytes(reinterpret_cast<const char*>(table.data()), table.size() * sizeof(T));
@@ -71,6 +78,7 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
     groups_.push_back({params.ptr(),
                        static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr())),
                        py::bool_(group["amsgrad"]),
+                       group.contains("ema_decay") && !group["ema_decay"].is_none(),
                        {group["fused"], group["capturable"], group["differentiable"]},
                        {},
                        {}});
@@ -129,13 +137,22 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   const std::int64_t numel = param.numel();
   TensorRow row{};
   row.param = bind(bound.param, recipe.param, numel);
-  row.exp_avg = bind(state["exp_avg"], recipe.moment, numel);
-  row.exp_avg_sq = bind(state["exp_avg_sq"], recipe.moment, numel);
-  if (recipe.amsgrad) row.max_exp_avg_sq = bind(state["max_exp_avg_sq"], recipe.moment, numel);
   row.step = static_cast<float*>(bind(state["step"], Format::float32, 1));
-  const char* const names[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
-  for (int i = 0; i < (recipe.amsgrad ? 3 : 2); ++i) {
-    bound.moments[i] = py::object(state[names[i]]).ptr();
+  const struct {
+    const char* name;
+    bool present;
+    Format format;
+    void** address;
+  } streams[] = {
+      {"exp_avg", true, recipe.moment, &row.exp_avg},
+      {"exp_avg_sq", true, recipe.moment, &row.exp_avg_sq},
+      {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, &row.max_exp_avg_sq},
+      {"ema", bucket.spec.ema.has_value(), bucket.spec.ema.value_or(Format{}), &row.ema}};
+  for (std::size_t i = 0; i < std::size(streams); ++i) {
+    if (!streams[i].present) continue;
+    const py::object tensor = state[streams[i].name];
+    *streams[i].address = bind(tensor, streams[i].format, numel);
+    bound.streams[i] = tensor.ptr();
   }
   const py::object step = state["step"];
   bound.step = step.ptr();
@@ -196,33 +213,37 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
   return bucket.hypers;
 }
 
-void Plan::launch(int threads, py::object scales) {
+Launch Plan::launch_of(Bucket& bucket, const Tail& tail) {
+  const std::vector<Hyper>& hypers = hypers_for(bucket);
+  return {bucket.spec.recipe,
+          tail,
+          bucket.rows.data(),
+          bucket.grads.data(),
+          static_cast<std::uint32_t>(bucket.rows.size()),
+          hypers.data(),
+          static_cast<std::uint32_t>(hypers.size()),
+          bucket.chunks.data(),
+          static_cast<std::uint32_t>(bucket.chunks.size())};
+}
+
+void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
     Bucket& bucket = buckets_[i];
     if (bucket.spec.backend == Backend::external) continue;
 
-    LossScale loss_scale{};
-    if (!scales.is_none()) {
-      const py::tuple pair = scales[py::int_(i)];
-      const auto address = [](py::handle tensor) -> const float* {
-        TensorView view;
-        if (tensor.is_none()) return nullptr;
-        if (!tensor_reader().read(tensor.ptr(), view))
-          throw py::type_error("a scale has no memory");
-        return static_cast<const float*>(view.data);
-      };
-      loss_scale = {address(pair[0]), address(pair[1])};
+    Tail tail{};
+    tail.max_norm = step_tail.max_norm;
+    tail.has_ema = bucket.spec.ema.has_value();
+    tail.ema = bucket.spec.ema.value_or(Format{});
+    tail.grads_after = step_tail.zero_grads ? GradsAfter::zeroed : GradsAfter::kept;
+    if (!tensors.is_none()) {
+      const py::tuple of_bucket = tensors[py::int_(i)];
+      tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
+      tail.found_inf = static_cast<const float*>(address_of(of_bucket[1]));
+      tail.total_norm = static_cast<const float*>(address_of(of_bucket[2]));
+      tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
     }
-    const std::vector<Hyper>& hypers = hypers_for(bucket);
-    const Launch launch{bucket.spec.recipe,
-                        loss_scale,
-                        bucket.rows.data(),
-                        bucket.grads.data(),
-                        static_cast<std::uint32_t>(bucket.rows.size()),
-                        hypers.data(),
-                        static_cast<std::uint32_t>(hypers.size()),
-                        bucket.chunks.data(),
-                        static_cast<std::uint32_t>(bucket.chunks.size())};
+    const Launch launch = launch_of(bucket, tail);
     if (bucket.spec.backend == Backend::cpu) {
       launch_cpu(bucket, launch, threads);
     } else {
@@ -238,17 +259,42 @@ void Plan::launch_cpu(Bucket& bucket, const Launch& launch, int threads) {
   ++launch_counts().cpu;
 }
 
+void Plan::grad_norm(std::size_t index, Norm kind, int threads, py::handle out) {
+  Bucket& bucket = buckets_.at(index);
+  double* const norm = static_cast<double*>(address_of(out));
+  const Launch launch = launch_of(bucket, {});
+  if (bucket.spec.backend == Backend::cpu) {
+    py::gil_scoped_release release;
+    norm[0] = grad_norm_cpu(kind, launch, norm + 2, threads);
+  } else {
+    grad_norm_cuda(bucket, launch, kind, norm);
+  }
+}
+
+std::vector<std::uint32_t> Plan::chunk_counts(std::size_t index) const {
+  std::vector<std::uint32_t> counts;
+  for (const TensorRow& row : buckets_.at(index).rows) counts.push_back(row.chunks);
+  return counts;
+}
+
 #ifdef WARPSTEP_CUDA
+namespace {
+
+void check_cuda(int error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text(error));
+}
+
+CudaTables tables_at(const DeviceTables& at) {
+  return {reinterpret_cast<const void*>(at.rows), reinterpret_cast<const void*>(at.chunks),
+          reinterpret_cast<void*>(at.arrivals), reinterpret_cast<const void*>(at.hypers)};
+}
+
+}  // namespace
+
 void Plan::launch_cuda(Bucket& bucket, const Launch& launch) {
-  const auto check = [](int error) {
-    if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text(error));
-  };
   const dlpack::Device device = bucket.device;
   void* stream = tensor_reader().current_stream(device);
-  const DeviceTables& at = bucket.device_tables;
-  const CudaTables tables{
-      reinterpret_cast<const void*>(at.rows), reinterpret_cast<const void*>(at.chunks),
-      reinterpret_cast<void*>(at.arrivals), reinterpret_cast<const void*>(at.hypers)};
+  const CudaTables tables = tables_at(bucket.device_tables);
   const std::size_t bytes = launch.groups * sizeof(Hyper);
   if (cuda_needs_hyper_table(launch.tensors, launch.groups) &&
       (bucket.uploaded_hypers.size() != launch.groups ||
@@ -260,33 +306,77 @@ void Plan::launch_cuda(Bucket& bucket, const Launch& launch) {
           "take a step with these hyper-parameters before capturing");
     }
     bucket.uploaded_hypers.assign(launch.hypers, launch.hypers + launch.groups);
-    check(cuda_copy_to_device(reinterpret_cast<void*>(at.hypers), bucket.uploaded_hypers.data(),
-                              bytes, device.index, stream));
+    check_cuda(cuda_copy_to_device(const_cast<void*>(tables.hypers), bucket.uploaded_hypers.data(),
+                                   bytes, device.index, stream));
   }
   const CudaResult result = adamw_cuda(launch, tables, device.index, stream);
   launch_counts().cuda += result.launches;
-  check(result.error);
+  check_cuda(result.error);
+}
+
+void Plan::grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out) {
+  void* stream = tensor_reader().current_stream(bucket.device);
+  const CudaResult result = warpstep::grad_norm_cuda(kind, launch, tables_at(bucket.device_tables),
+                                                     out, bucket.device.index, stream);
+  launch_counts().cuda += result.launches;
+  check_cuda(result.error);
 }
 #else
 void Plan::launch_cuda(Bucket&, const Launch&) {
   throw std::logic_error("this module was built without CUDA");
 }
+void Plan::grad_norm_cuda(Bucket&, const Launch&, Norm, double*) {
+  throw std::logic_error("this module was built without CUDA");
+}
 #endif
 
-void Plan::increment_versions() {
+bool Plan::has_grad(const BoundParam& bound) const {
+  return bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr;
+}
+
+void Plan::increment_versions(bool zero_grads) {
   static py::handle increment =
       py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release();
-  if (every_grad_) {
+  if (every_grad_ && !zero_grads) {
     increment(versioned_);
     return;
   }
-  py::list with_grad;
+  py::list written;
   for (const BoundParam& bound : params_) {
-    if (bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr) {
-      with_grad.append(py::handle(bound.param));
-    }
+    if (!has_grad(bound)) continue;
+    written.append(py::handle(bound.param));
+    if (zero_grads) written.append(py::handle(bound.param).attr("grad"));
   }
-  increment(with_grad);
+  increment(written);
+  if (!zero_grads) return;
+  for (const Bucket& bucket : buckets_) {
+    for (const py::object& grad : bucket.copied_from) grad.attr("zero_")();
+  }
+}
+
+std::size_t Plan::count_grads() const {
+  return std::count_if(params_.begin(), params_.end(),
+                       [this](const BoundParam& bound) { return has_grad(bound); });
+}
+
+void Plan::remember_grads() {
+  remembered_.clear();
+  for (const BoundParam& bound : params_) {
+    if (!has_grad(bound)) continue;
+    const py::object grad = py::handle(bound.param).attr("grad");
+    remembered_.push_back({bound.param, grad, grad.attr("_version").cast<long>()});
+  }
+}
+
+Plan::Unchanged Plan::compare_grads() const {
+  Unchanged found{remembered_.size(), 0, 0};
+  for (const RememberedGrad& remembered : remembered_) {
+    const py::object grad = py::handle(remembered.param).attr("grad");
+    if (!grad.is(remembered.grad)) continue;
+    ++found.kept;
+    found.unwritten += grad.attr("_version").cast<long>() == remembered.version;
+  }
+  return found;
 }
 
 py::dict Plan::host_tables(std::size_t index) const {

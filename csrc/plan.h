@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tables.h"
@@ -26,6 +27,13 @@ enum Assignment : int {
 struct BucketSpec {
   Backend backend;
   RecipeKey recipe;
+  std::optional<Format> ema;  // of the averages of the weights, where there are any
+};
+
+// The tail's share that is the same for all buckets of a step.
+struct StepTail {
+  double max_norm = 0;
+  bool zero_grads = false;
 };
 
 // Device memory that Python allocated for a bucket (addresses).
@@ -44,12 +52,30 @@ class Plan {
   // null, or why the plan is stale. Writes no tensor.
   const char* check(py::handle state, py::handle param_groups);
 
-  // Runs the buckets of the C++ backends, after a successful check. `scales` has an entry
-  // (grad_scale, found_inf) a bucket, each None or a float32 tensor on its device; or is None.
-  void launch(int threads, py::object scales);
+  // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
+  // (grad_scale, found_inf, total_norm, statistics) a bucket, each None or a tensor on its device,
+  // float32 but for the statistics' float64; or is None.
+  void launch(int threads, py::object tensors, const StepTail& tail);
 
-  // Bumps the version counters of the parameters that the last check found gradients for.
-  void increment_versions();
+  // Bumps the version counters of the parameters that the last check found gradients for, and with
+  // `zero_grads` of the gradients; zeroes those that a launch has only seen copies of.
+  void increment_versions(bool zero_grads);
+
+  // Writes the norm of a bucket's gradients to `out`, float64[2 + chunks] on its device: the sum of
+  // squares or the largest magnitude comes first, and the rest is scratch (zeros on entry).
+  void grad_norm(std::size_t bucket, Norm kind, int threads, py::handle out);
+  std::vector<std::uint32_t> chunk_counts(std::size_t bucket) const;
+
+  // Remembers the gradients that the last check gathered, as they are. Of those remembered, how
+  // many are still the parameters' gradients, and how many of them were not written to.
+  void remember_grads();
+  struct Unchanged {
+    std::size_t remembered, kept, unwritten;
+  };
+  Unchanged compare_grads() const;
+  void forget_grads() { remembered_.clear(); }
+  // How many gradients the last check gathered.
+  std::size_t count_grads() const;
 
   // For the backends that keep tables in device memory: the bytes of a bucket's tables, and where
   // Python has put them.
@@ -64,8 +90,9 @@ class Plan {
     BucketSpec spec{};
     dlpack::Device device{};  // its first parameter's
     std::vector<TensorRow> rows;
-    std::vector<const void*> grads;
-    std::vector<py::object> copied_grads;  // of match_layout, alive until the next step
+    std::vector<void*> grads;
+    // Of match_layout, alive until the next step; and what they were copied from.
+    std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;
     std::vector<std::uint32_t> batches;  // for the CPU
     std::vector<Hyper> hypers;
@@ -81,9 +108,9 @@ class Plan {
     bool is_complex = false;
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
-    // exp_avg, exp_avg_sq, max_exp_avg_sq (null without amsgrad), step: alive while check_state()
-    // finds them in their place.
-    PyObject* moments[3] = {};
+    // exp_avg, exp_avg_sq, max_exp_avg_sq, ema (null where there is none), step: alive while
+    // check_state() finds them in their place.
+    PyObject* streams[4] = {};
     PyObject* step = nullptr;
   };
 
@@ -91,6 +118,7 @@ class Plan {
     PyObject* params;   // a list or tuple
     std::size_t count;  // its length
     bool amsgrad;
+    bool has_ema;
     py::object flags[3];  // fused, capturable, differentiable
     // The group's items when it was last read: while the same objects are there, so are their
     // values.
@@ -113,8 +141,11 @@ class Plan {
   const char* check_param(BoundParam& bound);
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
+  Launch launch_of(Bucket& bucket, const Tail& tail);
   void launch_cpu(Bucket& bucket, const Launch& launch, int threads);
   void launch_cuda(Bucket& bucket, const Launch& launch);
+  void grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out);
+  bool has_grad(const BoundParam& bound) const;
 
   std::vector<Bucket> buckets_;
   std::vector<BoundGroup> groups_;
@@ -129,6 +160,12 @@ class Plan {
     std::vector<py::object> tensors;
   };
   std::vector<BoundState> state_;
+  struct RememberedGrad {
+    PyObject* param;
+    py::object grad;
+    long version;
+  };
+  std::vector<RememberedGrad> remembered_;
   bool every_grad_ = true;  // did the last check find all gradients
   py::list versioned_;      // the parameters of all buckets
   py::object match_layout_;

@@ -15,6 +15,9 @@ struct Names {
   PyObject* maximize = PyUnicode_InternFromString("maximize");
   PyObject* amsgrad = PyUnicode_InternFromString("amsgrad");
   PyObject* decoupled = PyUnicode_InternFromString("decoupled_weight_decay");
+  PyObject* decay_form = PyUnicode_InternFromString("decay_form");
+  PyObject* base_lr = PyUnicode_InternFromString("base_lr");
+  PyObject* ema_decay = PyUnicode_InternFromString("ema_decay");
   PyObject* fused = PyUnicode_InternFromString("fused");
   PyObject* capturable = PyUnicode_InternFromString("capturable");
   PyObject* differentiable = PyUnicode_InternFromString("differentiable");
@@ -39,6 +42,19 @@ PyObject* gradient_of(PyObject* param) {
   return PyObject_GetAttr(param, names().grad);
 }
 
+// By the word that groups hold; warpstep/hypers.py has the same.
+std::optional<Decay> decay_named(PyObject* name) {
+  static constexpr std::pair<const char*, Decay> kForms[] = {{"coupled", Decay::coupled},
+                                                             {"decoupled", Decay::decoupled},
+                                                             {"independent", Decay::independent},
+                                                             {"l1", Decay::l1},
+                                                             {"cautious", Decay::cautious}};
+  for (const auto& [form, decay] : kForms) {
+    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, form) == 0) return decay;
+  }
+  return std::nullopt;
+}
+
 bool same_shape(const TensorView& view, const std::int64_t* shape) {
   for (std::int32_t i = 0; i < view.ndim; ++i) {  // a few numbers: no call is worth it
     if (view.shape[i] != shape[i]) return false;
@@ -60,7 +76,10 @@ bool same_layout(const TensorView& view, const std::int64_t* shape, const std::i
 const char* Plan::check(py::handle state, py::handle param_groups) {
   every_grad_ = true;
   tensor_scalars_.clear();
-  for (Bucket& bucket : buckets_) bucket.copied_grads.clear();
+  for (Bucket& bucket : buckets_) {
+    bucket.copied_grads.clear();
+    bucket.copied_from.clear();
+  }
 
   if (const char* why = check_state(state.ptr())) return why;
   if (!PyList_Check(param_groups.ptr()) ||
@@ -187,8 +206,25 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
             decoupled = read_flag(names().decoupled);
   if (amsgrad < 0 || maximize < 0 || decoupled < 0) return kInvalid;
   if (static_cast<bool>(amsgrad) != groups_[index].amsgrad) return "a group's amsgrad changed";
-  if (maximize) hyper.flags |= Hyper::maximize;
-  if (decoupled) hyper.flags |= Hyper::decoupled_weight_decay;
+  hyper.maximize = maximize != 0;
+  hyper.decay = decoupled ? Decay::decoupled : Decay::coupled;
+  if (PyObject* form = PyDict_GetItem(group, names().decay_form)) {
+    const std::optional<Decay> decay = decay_named(form);
+    if (!decay) return kInvalid;
+    hyper.decay = *decay;
+  }
+  PyObject* base_lr = PyDict_GetItem(group, names().base_lr);
+  if (hyper.decay == Decay::independent &&
+      (!read_number(base_lr, hyper.base_lr) || !(hyper.base_lr > 0))) {
+    return kInvalid;
+  }
+  PyObject* ema_decay = PyDict_GetItem(group, names().ema_decay);
+  const bool has_ema = ema_decay != nullptr && ema_decay != Py_None;
+  if (has_ema && (!read_number(ema_decay, hyper.ema_decay) ||
+                  !(hyper.ema_decay >= 0 && hyper.ema_decay <= 1))) {
+    return kInvalid;
+  }
+  if (has_ema != bound.has_ema) return "a group's ema_decay came or went";
 
   bound.items.clear();
   bound.kept.clear();
@@ -209,7 +245,7 @@ const char* Plan::check_param(BoundParam& bound) {
   }
 
   Bucket& bucket = buckets_[bound.assignment];
-  const void*& slot = bucket.grads[bound.row];
+  void*& slot = bucket.grads[bound.row];
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
   const TensorReader& read_tensor = tensor_reader();
@@ -225,10 +261,12 @@ const char* Plan::check_param(BoundParam& bound) {
       !is_like_param(bound.format) || !same_layout(view, shape, strides)) {
     return "a parameter's memory changed";
   }
-  const void* const moments[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq};
-  for (int i = 0; i < 3 && bound.moments[i] != nullptr; ++i) {
-    if (!read_tensor.read(bound.moments[i], view) || view.data != moments[i] ||
-        !is_like_param(bucket.spec.recipe.moment) || !same_layout(view, shape, strides)) {
+  const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
+  for (int i = 0; i < 4; ++i) {
+    if (bound.streams[i] == nullptr) continue;
+    const Format format = i < 3 ? bucket.spec.recipe.moment : *bucket.spec.ema;
+    if (!read_tensor.read(bound.streams[i], view) || view.data != streams[i] ||
+        !is_like_param(format) || !same_layout(view, shape, strides)) {
       return "a state tensor's memory changed";
     }
   }
@@ -250,13 +288,14 @@ const char* Plan::check_param(BoundParam& bound) {
   const bool one = row.numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
     bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), grad));
+    bucket.copied_from.push_back(grad);
     read_tensor.read(bucket.copied_grads.back().ptr(), view);
   }
   // An empty tensor has a gradient all the same: its step counter advances.
-  static constexpr std::uint64_t kEmpty = 0;
+  static std::uint64_t nothing;
   const bool empty = row.numel == 0;
   if (view.data == nullptr && !empty) return "a gradient's memory was freed";
-  slot = empty ? &kEmpty : view.data;
+  slot = empty ? &nothing : view.data;
   return nullptr;
 }
 

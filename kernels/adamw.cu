@@ -1,55 +1,17 @@
-// The CUDA kernel and its launcher: every tensor of a recipe on a device in one launch.
+// The CUDA kernel of the step: every tensor of a recipe on a device in one launch.
 //
 // A block takes one chunk: one thread works out the constants of the chunk's tensor, all threads
 // then walk the elements with 16-byte accesses. What is stable lies in device memory since plan
 // time; what changes each step (gradient addresses, hyper-parameters) travels in the arguments, so
 // a captured graph holds it by value.
-#include <type_traits>
-
-#include "adamw_cuda.h"
+//
+// There are two kernels for each recipe: a plain one, and one with the tail, whose parts are told
+// apart at run time (all threads of a launch go the same way).
+#include "launch_cuda.cuh"
 #include "rule.h"
 
 namespace warpstep {
 namespace {
-
-// 32,764 bytes of arguments since CUDA 12.1 (compute capability 7.0 and later); a multiple of 8.
-constexpr std::uint32_t kArgumentBytes = 32760;
-constexpr std::uint32_t kVectorBytes = 16;
-
-struct Header {
-  const TensorRow* rows;
-  const Chunk* chunks;
-  std::uint32_t* arrivals;     // a zero for each tensor: blocks that have read its step counter
-  const Hyper* device_hypers;  // null: they are in the payload
-  LossScale loss_scale;
-  std::uint32_t first_chunk;
-  std::uint32_t first_tensor;
-  std::uint32_t groups;  // in the payload
-  std::uint32_t pad_;
-};
-
-struct Arguments : Header {
-  // Hyper[groups], then the gradients' addresses from first_tensor on.
-  std::uint64_t payload[(kArgumentBytes - sizeof(Header)) / 8];
-};
-static_assert(sizeof(Arguments) <= kArgumentBytes, "arguments must fit");
-static_assert(sizeof(Hyper) % 8 == 0, "gradient addresses follow aligned");
-
-constexpr std::uint32_t kPayloadWords = sizeof(Arguments::payload) / 8;
-constexpr std::uint32_t kHyperWords = sizeof(Hyper) / 8;
-// So many tensors go in one launch whatever the number of groups.
-constexpr std::uint32_t kTensorsPerLaunch = 4000;
-static_assert(kTensorsPerLaunch + kHyperWords <= kPayloadWords, "4,000 tensors in a launch");
-
-__device__ __forceinline__ const void* grad_of(const Arguments& args, std::uint32_t tensor) {
-  const std::uint32_t word = args.groups * kHyperWords + tensor - args.first_tensor;
-  return reinterpret_cast<const void*>(args.payload[word]);
-}
-
-__device__ __forceinline__ const Hyper& hyper_of(const Arguments& args, std::uint32_t group) {
-  if (args.device_hypers != nullptr) return args.device_hypers[group];
-  return reinterpret_cast<const Hyper*>(args.payload)[group];
-}
 
 // Reads the step counter; the last of the tensor's blocks to have read it advances it.
 __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* arrivals) {
@@ -64,54 +26,13 @@ __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* 
   return step;
 }
 
-// Consecutive elements of a stream, as they are in memory: one, or as many as fill whole vectors.
-template <class F, std::uint32_t kElements>
-struct Packet {
-  static constexpr std::uint32_t kBytes = kElements * sizeof(F);
-  using Word = std::conditional_t<kBytes % kVectorBytes == 0, uint4, F>;
-  static constexpr std::uint32_t kWords = kBytes / sizeof(Word);
-  union {
-    Word words[kWords];
-    F elements[kElements];
-  };
-  __device__ __forceinline__ Packet() {}
-
-  __device__ __forceinline__ void load(const F* from, bool aligned) {
-    if (aligned) {
-#pragma unroll
-      for (std::uint32_t i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
-    } else {
-#pragma unroll
-      for (std::uint32_t i = 0; i < kElements; ++i) elements[i] = from[i];
-    }
-  }
-  __device__ __forceinline__ void store(F* to, bool aligned) const {
-    if (aligned) {
-#pragma unroll
-      for (std::uint32_t i = 0; i < kWords; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
-    } else {
-#pragma unroll
-      for (std::uint32_t i = 0; i < kElements; ++i) to[i] = elements[i];
-    }
-  }
+// A thread's share of Tail::statistics.
+struct Sums {
+  double grad, param, change, not_finite;
 };
 
-// An address read from a table, known to the compiler as one in global memory: it then emits global
-// loads and stores, and not generic ones, which look up the address space first.
-template <class F>
-__device__ __forceinline__ F* in_global_memory(void* address) {
-#ifdef __CUDA_ARCH__
-  __builtin_assume(__isGlobal(address));
-#endif
-  return static_cast<F*>(address);
-}
-
-__device__ __forceinline__ bool is_aligned(const void* address) {
-  return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0;
-}
-
 // The streams of one tensor, and the step of a few consecutive elements of it.
-template <class Recipe>
+template <class Recipe, bool kTail>
 struct Streams {
   using T = typename Recipe::Compute;
   using Param = typename Recipe::Param;
@@ -119,26 +40,31 @@ struct Streams {
   using Moment = typename Recipe::Moment;
 
   Param* param;
-  const Grad* grad;
+  Grad* grad;
   Moment* exp_avg;
   Moment* exp_avg_sq;
   Moment* max_exp_avg_sq;
+  void* ema;
 
   struct Aligned {
-    bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+    bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema;
     __device__ __forceinline__ bool all() const {
-      return param && grad && exp_avg && exp_avg_sq && max_exp_avg_sq;
+      return param && grad && exp_avg && exp_avg_sq && max_exp_avg_sq && ema;
     }
   };
 
-  __device__ __forceinline__ Aligned alignment_at(std::int64_t i) const {
-    return {is_aligned(param + i), is_aligned(grad + i), is_aligned(exp_avg + i),
-            is_aligned(exp_avg_sq + i), !Recipe::amsgrad || is_aligned(max_exp_avg_sq + i)};
+  __device__ __forceinline__ Aligned alignment_at(std::int64_t i, Format ema_format) const {
+    return {is_aligned(param + i),
+            is_aligned(grad + i),
+            is_aligned(exp_avg + i),
+            is_aligned(exp_avg_sq + i),
+            !Recipe::amsgrad || is_aligned(max_exp_avg_sq + i),
+            !kTail || is_aligned(static_cast<char*>(ema) + i * bytes_of(ema_format))};
   }
 
   template <std::uint32_t kElements>
-  __device__ __forceinline__ void step(const Constants<T>& constants, std::int64_t i,
-                                       const Aligned& aligned) const {
+  __device__ __forceinline__ void step(const Constants<T>& constants, const Tail& tail, bool taken,
+                                       std::int64_t i, const Aligned& aligned, Sums& sums) const {
     Packet<Param, kElements> p;
     Packet<Grad, kElements> g;
     Packet<Moment, kElements> m, v, peak;
@@ -150,49 +76,113 @@ struct Streams {
 
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
+      const T before = warpstep::load(p.elements[k]);
+      const T gradient = T(warpstep::load(g.elements[k]));
       Moments<T> moments{warpstep::load(m.elements[k]), warpstep::load(v.elements[k]), T(0)};
       if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = warpstep::load(peak.elements[k]);
-      const T result = adamw_rule<Recipe::amsgrad>(constants, warpstep::load(p.elements[k]),
-                                                   T(warpstep::load(g.elements[k])), moments);
-      warpstep::store(result, p.elements[k]);
-      warpstep::store(moments.exp_avg, m.elements[k]);
-      warpstep::store(moments.exp_avg_sq, v.elements[k]);
-      if constexpr (Recipe::amsgrad) {
-        warpstep::store(moments.max_exp_avg_sq, peak.elements[k]);
+      const T result = adamw_rule<Recipe::amsgrad, kTail>(constants, before, gradient, moments);
+      if (!kTail || taken) {
+        warpstep::store(result, p.elements[k]);
+        warpstep::store(moments.exp_avg, m.elements[k]);
+        warpstep::store(moments.exp_avg_sq, v.elements[k]);
+        if constexpr (Recipe::amsgrad) {
+          warpstep::store(moments.max_exp_avg_sq, peak.elements[k]);
+        }
+      }
+      if constexpr (kTail) {
+        if (tail.statistics != nullptr) count(sums, before, p.elements[k], g.elements[k]);
+        if (tail.grads_after == GradsAfter::zeroed) g.elements[k] = Grad{};
+        if (tail.grads_after == GradsAfter::unscaled) {
+          using G = typename Grad::Compute;
+          warpstep::store(warpstep::load(g.elements[k]) * static_cast<G>(constants.unscale),
+                          g.elements[k]);
+        }
       }
     }
 
-    p.store(param + i, aligned.param);
-    m.store(exp_avg + i, aligned.exp_avg);
-    v.store(exp_avg_sq + i, aligned.exp_avg_sq);
-    if constexpr (Recipe::amsgrad) peak.store(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+    if (!kTail || taken) {
+      p.store(param + i, aligned.param);
+      m.store(exp_avg + i, aligned.exp_avg);
+      v.store(exp_avg_sq + i, aligned.exp_avg_sq);
+      if constexpr (Recipe::amsgrad) peak.store(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+    }
+    if constexpr (kTail) {
+      if (taken && tail.has_ema) {
+        if (tail.ema == Param::format) {
+          average<Param>(constants, p, i, aligned.ema);
+        } else {
+          average<float32>(constants, p, i, aligned.ema);
+        }
+      }
+      if (tail.grads_after == GradsAfter::zeroed ||
+          (tail.grads_after == GradsAfter::unscaled && taken)) {
+        g.store(grad + i, aligned.grad);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void count(Sums& sums, T before, Param after, Grad gradient) {
+    const double g = warpstep::load(gradient);
+    const double p = warpstep::load(after);
+    const double change = p - static_cast<double>(before);
+    sums.grad += g * g;
+    sums.param += p * p;
+    sums.change += change * change;
+    sums.not_finite += is_finite(warpstep::load(gradient)) ? 0 : 1;
+  }
+
+  template <class Ema, std::uint32_t kElements>
+  __device__ __forceinline__ void average(const Constants<T>& constants,
+                                          const Packet<Param, kElements>& p, std::int64_t i,
+                                          bool aligned) const {
+    Packet<Ema, kElements> e;
+    Ema* const at = in_global_memory<Ema>(ema) + i;
+    e.load(at, aligned);
+#pragma unroll
+    for (std::uint32_t k = 0; k < kElements; ++k) {
+      warpstep::store(lerp(T(warpstep::load(e.elements[k])), warpstep::load(p.elements[k]),
+                           constants.ema_weight, constants.ema_kept),
+                      e.elements[k]);
+    }
+    e.store(at, aligned);
   }
 };
 
-template <class Recipe>
+template <class Recipe, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, 2)
     adamw_kernel(const __grid_constant__ Arguments args) {
   using T = typename Recipe::Compute;
-  const Chunk chunk = args.chunks[args.first_chunk + blockIdx.x];
-  const void* grad = grad_of(args, chunk.tensor);
-  if (grad == nullptr) return;
-  if (args.loss_scale.found_inf != nullptr && *args.loss_scale.found_inf != 0) return;
+  const Tail& tail = args.tail;
+  const std::uint32_t chunk_index = args.first_chunk + blockIdx.x;
+  const Chunk chunk = args.chunks[chunk_index];
+  double* const statistics = kTail && tail.statistics != nullptr
+                                 ? tail.statistics + std::uint64_t{chunk_index} * kStatistics
+                                 : nullptr;
+  void* const grad = grad_of(args, chunk.tensor);
+  if (grad == nullptr) {
+    if (statistics != nullptr && threadIdx.x < kStatistics) statistics[threadIdx.x] = 0;
+    return;
+  }
+  const bool taken = is_taken(tail);
+  if (!kTail && !taken) return;
   const TensorRow row = args.rows[chunk.tensor];
 
   __shared__ Constants<T> shared_constants;
   if (threadIdx.x == 0) {
-    const float step = take_step(row, args.arrivals + chunk.tensor);
-    shared_constants = constants_of<T>(hyper_of(args, row.group), step, args.loss_scale.grad_scale);
+    const float step =
+        taken && !tail.steps_advanced ? take_step(row, args.arrivals + chunk.tensor) : *row.step;
+    shared_constants = constants_of<T>(hyper_of(args, row.group), step, tail);
   }
   __syncthreads();
   const Constants<T> constants = shared_constants;
 
-  using S = Streams<Recipe>;
+  using S = Streams<Recipe, kTail>;
   const S streams{in_global_memory<typename S::Param>(row.param),
-                  in_global_memory<const typename S::Grad>(const_cast<void*>(grad)),
+                  in_global_memory<typename S::Grad>(grad),
                   in_global_memory<typename S::Moment>(row.exp_avg),
                   in_global_memory<typename S::Moment>(row.exp_avg_sq),
-                  in_global_memory<typename S::Moment>(row.max_exp_avg_sq)};
+                  in_global_memory<typename S::Moment>(row.max_exp_avg_sq),
+                  row.ema};
 
   // As many elements at a time as fill one vector of the narrowest stream.
   constexpr std::uint32_t kNarrowest = min_of(
@@ -203,60 +193,51 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
   const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
   const std::uint32_t vectors = (size - head) / kElements;
-  const std::uint32_t tail = size - head - vectors * kElements;
+  const std::uint32_t tail_size = size - head - vectors * kElements;
+  Sums sums{};
 
   // Head and tail, a thread an element.
   constexpr typename S::Aligned kScalar{};
-  if (threadIdx.x < head + tail) {
+  if (threadIdx.x < head + tail_size) {
     const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
-    streams.template step<1>(constants, range.begin + i, kScalar);
+    streams.template step<1>(constants, tail, taken, range.begin + i, kScalar, sums);
   }
 
   const std::int64_t body = range.begin + head;
-  const typename S::Aligned aligned = streams.alignment_at(body);
+  const typename S::Aligned aligned = streams.alignment_at(body, tail.ema);
   if (aligned.all()) {
-    constexpr typename S::Aligned kAll{true, true, true, true, true};
+    constexpr typename S::Aligned kAll{true, true, true, true, true, true};
     for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      streams.template step<kElements>(constants, body + i * kElements, kAll);
+      streams.template step<kElements>(constants, tail, taken, body + i * kElements, kAll, sums);
     }
   } else {
     for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      streams.template step<kElements>(constants, body + i * kElements, aligned);
+      streams.template step<kElements>(constants, tail, taken, body + i * kElements, aligned, sums);
+    }
+  }
+
+  if (statistics != nullptr) {
+    const double unscale = constants.unscale;
+    const double totals[kStatistics] = {sum_block(sums.grad) * unscale * unscale,
+                                        sum_block(sums.param), sum_block(sums.change),
+                                        sum_block(sums.not_finite)};
+    if (threadIdx.x == 0) {
+      for (std::uint32_t k = 0; k < kStatistics; ++k) statistics[k] = totals[k];
     }
   }
 }
 
-using Kernel = void (*)(Arguments);
-
-// Launches on tensors [first, last) of the table, which cover chunks [first_chunk, last_chunk).
-cudaError_t launch(Kernel kernel, Arguments& args, const Launch& launch, std::uint32_t first,
-                   std::uint32_t last, std::uint32_t first_chunk, std::uint32_t last_chunk,
-                   cudaStream_t stream) {
-  args.first_tensor = first;
-  args.first_chunk = first_chunk;
-  std::memcpy(args.payload + args.groups * kHyperWords, launch.grads + first,
-              (last - first) * sizeof(std::uint64_t));
-  void* kernel_arguments[] = {&args};
-  return cudaLaunchKernel(kernel, dim3(last_chunk - first_chunk), dim3(kCudaThreads),
-                          kernel_arguments, 0, stream);
+// Whether the plain kernel does not do.
+bool needs_tail(const Launch& launch) {
+  const Tail& tail = launch.tail;
+  if (tail.has_ema || tail.statistics != nullptr || tail.grads_after != GradsAfter::kept) {
+    return true;
+  }
+  for (std::uint32_t group = 0; group < launch.groups; ++group) {
+    if (is_selective(launch.hypers[group].decay)) return true;
+  }
+  return false;
 }
-
-// Makes a device current, and the previous one again.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device_) error = cudaSetDevice(device_);
-  }
-  ~DeviceGuard() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-  cudaError_t error = cudaSuccess;
-
- private:
-  int device_;
-  int previous_ = 0;
-};
 
 }  // namespace
 
@@ -265,43 +246,29 @@ bool cuda_needs_hyper_table(std::uint32_t tensors, std::uint32_t groups) {
   return std::uint64_t{groups} * kHyperWords + in_launch > kPayloadWords;
 }
 
-CudaResult adamw_cuda(const Launch& step, const CudaTables& tables, int device, void* stream) {
+CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
   const DeviceGuard guard(device);
-  CudaResult result{guard.error, 0};
+  if (guard.error) return {guard.error, 0};
 
   Arguments args{};
   args.rows = static_cast<const TensorRow*>(tables.rows);
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
-  args.loss_scale = step.loss_scale;
-  if (cuda_needs_hyper_table(step.tensors, step.groups)) {
+  args.tail = launch.tail;
+  if (cuda_needs_hyper_table(launch.tensors, launch.groups)) {
     args.device_hypers = static_cast<const Hyper*>(tables.hypers);
   } else {
-    args.groups = step.groups;
-    std::memcpy(args.payload, step.hypers, step.groups * sizeof(Hyper));
+    args.groups = launch.groups;
+    std::memcpy(args.payload, launch.hypers, launch.groups * sizeof(Hyper));
   }
 
   Kernel kernel = nullptr;
-  visit_recipe(step.recipe, [&](auto recipe) { kernel = adamw_kernel<decltype(recipe)>; });
-  if (kernel == nullptr) result.error = cudaErrorInvalidDeviceFunction;
-
-  for (std::uint32_t first = 0, first_chunk = 0; first < step.tensors && !result.error;) {
-    const std::uint32_t last = min_of(first + kTensorsPerLaunch, step.tensors);
-    std::uint32_t last_chunk = first_chunk;
-    bool any_grad = false;
-    for (std::uint32_t tensor = first; tensor < last; ++tensor) {
-      last_chunk += step.rows[tensor].chunks;
-      any_grad |= step.grads[tensor] != nullptr;
-    }
-    if (any_grad) {
-      result.error = launch(kernel, args, step, first, last, first_chunk, last_chunk,
-                            static_cast<cudaStream_t>(stream));
-      ++result.launches;
-    }
-    first = last;
-    first_chunk = last_chunk;
-  }
-  return result;
+  visit_recipe(launch.recipe, [&](auto recipe) {
+    using Recipe = decltype(recipe);
+    kernel = needs_tail(launch) ? adamw_kernel<Recipe, true> : adamw_kernel<Recipe, false>;
+  });
+  if (kernel == nullptr) return {cudaErrorInvalidDeviceFunction, 0};
+  return launch_all(kernel, args, launch, true, static_cast<cudaStream_t>(stream));
 }
 
 int cuda_device_count() {

@@ -19,6 +19,10 @@ constexpr std::int64_t kCpuBatchMax = 262144;
 void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
                int threads);
 
+// The norm of all gradients: the sum of their squares, or their largest magnitude. The same bits
+// whatever the threads. `partials` has room for a number a chunk.
+double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int threads);
+
 bool has_cpu_recipe(const RecipeKey& key);
 
 // The instruction set that was chosen on this machine.
@@ -32,6 +36,7 @@ using StepChunks = void (*)(const Launch& launch, std::uint32_t first, std::uint
 
 struct CpuKernels {
   StepChunks (*find)(const RecipeKey& key);  // null where there is no such recipe
+  double (*chunk_norm)(Norm kind, const Launch& launch, std::uint32_t index);
   void (*touch_streams)(float*, const float*, float*, float*, std::int64_t);
 };
 

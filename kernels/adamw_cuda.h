@@ -27,7 +27,12 @@ struct CudaResult {
 };
 
 // Enqueues the step on `stream` of `device`. Neither waits nor allocates.
-CudaResult adamw_cuda(const Launch& step, const CudaTables& tables, int device, void* stream);
+CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream);
+
+// Enqueues the norm of all gradients. `norm` is double[2 + chunk_count] on the device, zeros on
+// entry: the sum of squares, or the largest magnitude, comes first; the rest is scratch.
+CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
+                          int device, void* stream);
 
 // Whether the groups' hyper-parameters are too many for the arguments of one launch, so that they
 // are read from device memory.

@@ -54,7 +54,10 @@ bool has_cpu_recipe(const RecipeKey& key) { return kernels().find(key) != nullpt
 
 void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
                int threads) {
-  if (launch.loss_scale.found_inf != nullptr && *launch.loss_scale.found_inf != 0) return;
+  const Tail& tail = launch.tail;
+  const bool taken = tail.found_inf == nullptr || *tail.found_inf == 0;
+  const bool only_steps = tail.statistics == nullptr && tail.grads_after != GradsAfter::zeroed;
+  if (!taken && only_steps) return;
   const StepChunks step_chunks = kernels().find(launch.recipe);
 
   // Batches are taken, not dealt: a thread that the machine does not run for a while costs no more
@@ -67,9 +70,31 @@ void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t
   });
 
   // Every chunk has read its tensor's step counter by now.
+  if (!taken || tail.steps_advanced) return;
   for (std::uint32_t tensor = 0; tensor < launch.tensors; ++tensor) {
     if (launch.grads[tensor] != nullptr) *launch.rows[tensor].step += 1;
   }
+}
+
+double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int threads) {
+  // As many elements as a batch of the step has at most.
+  constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
+  const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
+  std::atomic<std::uint32_t> next{0};
+  run_on_threads(std::min<int>(threads, static_cast<int>(runs)), [&] {
+    for (std::uint32_t run = next++; run < runs; run = next++) {
+      const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
+      for (std::uint32_t i = run * kRun; i < last; ++i) {
+        partials[i] = kernels().chunk_norm(kind, launch, i);
+      }
+    }
+  });
+  double norm = 0;
+  for (std::uint32_t i = 0; i < launch.chunk_count; ++i) {
+    const double part = partials[i];
+    norm = kind == Norm::l2 ? norm + part : part > norm || part != part ? part : norm;
+  }
+  return norm;
 }
 
 void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,

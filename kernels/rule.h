@@ -1,14 +1,22 @@
 // The rule: AdamW (and Adam with coupled decay) of one element, in registers. Host and device.
 //
-//   g  <- grad * grad_factor                              +-1 / grad_scale; minus to maximize
-//   g  <- g + weight_decay * p                            coupled decay (Adam) only
+//   g  <- grad * grad_factor                              clip / grad_scale; minus to maximize
+//   g  <- g + weight_decay * p                            Decay::coupled only
 //   m  <- m + (1 - beta1) * (g - m)                       exp_avg
 //   v  <- (v - (1 - beta2) * v) + (1 - beta2) * g * g     exp_avg_sq
-//   p  <- p - (lr * weight_decay * p + step_size * m / (sqrt(v) + eps_hat))
+//   u  <- step_size * m / (sqrt(v) + eps_hat)
+//   p  <- p - (decay * d + u)
 //
 // with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
 // which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
-// the running maximum of v takes its place in the last line.
+// the running maximum of v takes its place. clip = min(1, max_norm / (total_norm + 1e-6)).
+//
+//   Decay          decay                            d
+//   coupled        0                                (Adam with L2)
+//   decoupled      lr * weight_decay                p          (AdamW as torch has it)
+//   independent    lr / base_lr * weight_decay      p          (Loshchilov and Hutter's Algorithm
+//   2) l1             lr * weight_decay                sign(p) cautious       lr * weight_decay p
+//   where u and p do not differ in sign, else 0
 //
 // NOTE [the same bits everywhere]
 // CPU and CUDA give the same bits because nothing here is left to a compiler or a libm: fused
@@ -33,12 +41,16 @@ namespace {
 template <class T>
 struct Constants {
   T grad_factor;
-  T coupled_decay;    // weight_decay if coupled, else 0
-  T decoupled_decay;  // lr * weight_decay if decoupled, else 0
+  T coupled_decay;  // weight_decay if coupled, else 0
+  T decay;          // of the table above
   T step_size;
   T eps_hat;
   T weight1, weight2;  // 1 - beta1, 1 - beta2
   T beta1, beta2;
+  T unscale;     // 1 / grad_scale
+  T ema_weight;  // 1 - ema_decay; 1 at the first step, which begins the average
+  T ema_kept;    // 1 - ema_weight
+  Decay form;
 };
 
 template <class T>
@@ -64,28 +76,48 @@ WARPSTEP_FN double read(const Scalar& scalar, std::uint8_t kind) {
   return scalar.value;
 }
 
-// `step` counts the steps taken before this one.
+// Whether parameters are stepped at all.
+WARPSTEP_FN bool is_taken(const Tail& tail) {
+  return tail.found_inf == nullptr || *tail.found_inf == 0;
+}
+
+WARPSTEP_FN bool is_selective(Decay decay) {
+  return decay == Decay::l1 || decay == Decay::cautious;
+}
+
+// `step` is what a tensor's counter says.
 template <class T>
-WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const float* grad_scale) {
+WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail& tail) {
   const double lr = read(hyper.lr, hyper.lr_kind);
   const double beta1 = read(hyper.beta1, hyper.beta1_kind);
   const double beta2 = read(hyper.beta2, hyper.beta2_kind);
-  const std::uint32_t t = static_cast<std::uint32_t>(step > 0 ? step : 0) + 1;
+  const std::uint32_t counted = static_cast<std::uint32_t>(step > 0 ? step : 0);
+  const std::uint32_t t = counted + (tail.steps_advanced ? 0 : 1);
   const double bias_correction1 = 1 - power(beta1, t);
   const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
-  const bool decoupled = hyper.flags & Hyper::decoupled_weight_decay;
-  const double sign = hyper.flags & Hyper::maximize ? -1 : 1;
+  const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
+  double clip = 1;
+  if (tail.total_norm != nullptr) {
+    const double ratio = tail.max_norm / (*tail.total_norm + 1e-6);
+    clip = ratio > 1 ? 1 : ratio;  // NaN stays, as in torch
+  }
+  const double multiple = hyper.decay == Decay::independent ? lr / hyper.base_lr : lr;
+  const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<T> c;
-  c.grad_factor = static_cast<T>(grad_scale ? sign / *grad_scale : sign);
-  c.coupled_decay = static_cast<T>(decoupled ? 0 : hyper.weight_decay);
-  c.decoupled_decay = static_cast<T>(decoupled ? lr * hyper.weight_decay : 0);
+  c.grad_factor = static_cast<T>((hyper.maximize ? -clip : clip) * unscale);
+  c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
+  c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : multiple * hyper.weight_decay);
   c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);
   c.eps_hat = static_cast<T>(hyper.eps * bias_correction2_sqrt);
   c.weight1 = static_cast<T>(1 - beta1);
   c.weight2 = static_cast<T>(1 - beta2);
   c.beta1 = static_cast<T>(beta1);
   c.beta2 = static_cast<T>(beta2);
+  c.unscale = static_cast<T>(unscale);
+  c.ema_weight = static_cast<T>(1 - ema_decay);
+  c.ema_kept = static_cast<T>(ema_decay);
+  c.form = hyper.decay;
   return c;
 }
 
@@ -113,12 +145,15 @@ WARPSTEP_FN T lerp(T from, T to, T weight, T complement) {
   return weight < T(0.5) ? fma_of(weight, difference, from) : fma_of(-complement, difference, to);
 }
 
+template <class T>
+WARPSTEP_FN bool is_finite(T x) {
+  return std::fabs(x) <= (sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308));
+}
+
 // x, or 0 where x is infinite or NaN: keeps inf - inf out of forms in which torch's has none.
 template <class T>
 WARPSTEP_FN T finite_or_zero(T x) {
-  return std::fabs(x) <= (sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308))
-             ? x
-             : T(0);
+  return is_finite(x) ? x : T(0);
 }
 
 // The larger, NaN if either is (as torch.maximum).
@@ -127,7 +162,16 @@ WARPSTEP_FN T maximum(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-template <bool kAmsgrad, class T>
+// What the decay takes from: d in the table above.
+template <class T>
+WARPSTEP_FN T decay_of(Decay form, T param, T update) {
+  if (form == Decay::l1) return param > 0 ? T(1) : param < 0 ? T(-1) : T(0);
+  const bool opposed = (update > 0 && param < 0) || (update < 0 && param > 0);
+  return form == Decay::cautious && opposed ? T(0) : finite_or_zero(param);
+}
+
+// Only with kSelective may the form of decay be l1 or cautious.
+template <bool kAmsgrad, bool kSelective, class T>
 WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& moments) {
   T g = grad * c.grad_factor;
   if (c.coupled_decay != 0) g = fma_of(c.coupled_decay, param, g);
@@ -141,7 +185,8 @@ WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& mom
   if (kAmsgrad) peak = moments.max_exp_avg_sq = maximum(moments.max_exp_avg_sq, v);
 
   const T update = c.step_size * divide(m, square_root(peak) + c.eps_hat);
-  return param - fma_of(c.decoupled_decay, finite_or_zero(param), update);
+  const T d = kSelective ? decay_of(c.form, param, update) : finite_or_zero(param);
+  return param - fma_of(c.decay, d, update);
 }
 
 }  // namespace

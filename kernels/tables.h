@@ -19,7 +19,7 @@ WARPSTEP_FN constexpr A min_of(A a, A b) {
 // How the elements of one stream lie in memory.
 enum class Format : std::uint8_t { float64, float32, bfloat16, float16 };
 
-constexpr std::uint32_t bytes_of(Format format) {
+WARPSTEP_FN constexpr std::uint32_t bytes_of(Format format) {
   return format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
 }
 
@@ -45,16 +45,22 @@ struct Scalar {
   };
 };
 
+// How weight decay acts; rule.h has the formulas.
+enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious };
+
 // Hyper-parameters of one parameter group, as they are at this step.
 struct Hyper {
-  enum Flag : std::uint32_t { maximize = 1, decoupled_weight_decay = 2 };
   Scalar lr;
   Scalar beta1;
   Scalar beta2;
   double eps;
   double weight_decay;
-  std::uint32_t flags;                                 // of Flag
-  std::uint8_t lr_kind, beta1_kind, beta2_kind, pad_;  // of Scalar::Kind
+  double base_lr;    // of which lr is the schedule's multiple; for Decay::independent
+  double ema_decay;  // of the average of the weights
+  std::uint8_t lr_kind, beta1_kind, beta2_kind;  // of Scalar::Kind
+  Decay decay;
+  std::uint8_t maximize;  // 0 or 1
+  std::uint8_t pad_[3];
 };
 
 // One tensor of the table: what stays the same from step to step.
@@ -63,6 +69,7 @@ struct TensorRow {
   void* exp_avg;
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
+  void* ema;             // average of the weights; null without
   float* step;           // steps taken so far; the launch advances it
   std::int64_t numel;
   std::uint32_t group;   // index into the Hyper table
@@ -98,18 +105,35 @@ WARPSTEP_FN ChunkRange chunk_range(const TensorRow& row, std::uint32_t index,
   return {begin, min_of(end, row.numel)};
 }
 
-// The two words of torch's GradScaler protocol; each may be null.
-struct LossScale {
-  const float* grad_scale;  // gradients are divided by it
+// What a step leaves in the gradients.
+enum class GradsAfter : std::uint8_t { kept, zeroed, unscaled };
+
+// What training loops do around the step, done in its pass. Zeros mean: nothing of it.
+struct Tail {
+  const float* grad_scale;  // gradients are divided by it (torch's GradScaler)
   const float* found_inf;   // anything but zero: the step is not taken
+  const float* total_norm;  // of the unscaled gradients, which are clipped by it to max_norm
+  double max_norm;
+  double* statistics;  // kStatistics for each chunk
+  Format ema;          // of the averages, where rows have any
+  bool has_ema;
+  GradsAfter grads_after;
+  bool steps_advanced;  // the caller has advanced the step counters, and the launch does not
 };
+
+// Sums over a chunk that a launch leaves in Tail::statistics: squares of the unscaled gradients, of
+// the parameters after the step and of what the step changed them by; gradients not finite.
+constexpr std::uint32_t kStatistics = 4;
+
+// Which norm of the gradients: the root of the sum of their squares, or the largest magnitude.
+enum class Norm : std::uint8_t { l2, inf };
 
 // One step of all tensors of one recipe on one device. Arrays are the caller's.
 struct Launch {
   RecipeKey recipe;
-  LossScale loss_scale;
-  const TensorRow* rows;     // host copy
-  const void* const* grads;  // one a row; null where a parameter has none at this step
+  Tail tail;
+  const TensorRow* rows;  // host copy
+  void* const* grads;     // one a row; null where a parameter has none at this step
   std::uint32_t tensors;
   const Hyper* hypers;  // one a group
   std::uint32_t groups;

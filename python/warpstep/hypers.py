@@ -7,12 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
+# How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
+DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
+
+
+def decay_form(group: dict[str, Any]) -> str:
+    """The form of a group's weight decay: ``decay_form``, else what torch's flag says."""
+    default = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+    form: str = group.get("decay_form", default)
+    return form
+
 
 def check_group(group: dict[str, Any], where: str) -> None:
     """Raises ValueError if a hyper-parameter of ``group`` is invalid.
 
-    lr, eps and weight_decay are at least 0, betas in [0, 1); none is NaN. Tensors have one element;
-    the values of those on an accelerator are not read, which would wait for it.
+    lr, eps and weight_decay are at least 0, betas in [0, 1), ema_decay in [0, 1]; none is NaN.
+    Tensors have one element; the values of those on an accelerator are not read, which would wait
+    for it.
     """
 
     def check(key: str, label: str, value: Any, below_one: bool = False) -> None:
@@ -37,6 +48,22 @@ def check_group(group: dict[str, Any], where: str) -> None:
         check(f"betas[{index}]", f"beta parameter at index {index}", betas[index], below_one=True)
     check("weight_decay", "weight_decay value", group["weight_decay"])
 
+    form = decay_form(group)
+    if form not in DECAY_FORMS:
+        raise ValueError(f"Invalid decay_form: {form!r} is none of {DECAY_FORMS}{where}")
+    if form == "independent":
+        base_lr = group.get("base_lr")
+        if not isinstance(base_lr, (int, float)) or not base_lr > 0:
+            raise ValueError(
+                f"Invalid base_lr: {base_lr!r}{where}: with decay_form='independent' it is the "
+                "positive learning rate that lr is the schedule's multiple of"
+            )
+    ema_decay = group.get("ema_decay")
+    if ema_decay is not None and not (
+        isinstance(ema_decay, (int, float)) and 0.0 <= ema_decay <= 1.0
+    ):
+        raise ValueError(f"Invalid ema_decay: {ema_decay!r} is not in [0, 1]{where}")
+
 
 def pack_groups(groups: list[dict[str, Any]]) -> bytes:
     """The groups' hyper-parameters as the table of ``Hyper`` structs in kernels/tables.h.
@@ -47,11 +74,11 @@ def pack_groups(groups: list[dict[str, Any]]) -> bytes:
     table = b""
     for group in groups:
         beta1, beta2 = group["betas"]
-        flags = 1 * bool(group["maximize"]) | 2 * bool(group["decoupled_weight_decay"])
+        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+        more = (group.get("base_lr") or 0.0, group.get("ema_decay") or 0.0)
+        form = DECAY_FORMS.index(decay_form(group))
+        kinds = (0, 0, 0)  # numbers, all of them
         table += struct.pack(
-            "<5dI4B",
-            *(float(x) for x in (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])),
-            flags,
-            *(0, 0, 0, 0),
+            "<7d5B3x", *map(float, (*numbers, *more)), *kinds, form, bool(group["maximize"])
         )
     return table

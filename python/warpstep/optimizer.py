@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,11 +15,21 @@ from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dyn
 from torch.optim.optimizer import ParamsT
 
 from warpstep.backends import requested_backend
+from warpstep.hypers import check_group
 from warpstep.plan import Plan, parameter_name
 from warpstep.recipes import FORMATS
 from warpstep.state import MOMENTS, describe
+from warpstep.tail import (
+    Clipping,
+    Statistics,
+    Tail,
+    defer_unscale,
+    report_found_inf,
+    swapped,
+)
 
 Betas = tuple[float | Tensor, float | Tensor]
+EmaDecay = float | Callable[[int], float]
 
 
 class OnePass(torch.optim.Adam):
@@ -35,33 +47,108 @@ class OnePass(torch.optim.Adam):
 
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
+    ema_decay: EmaDecay | None = None
+    ema_dtype: torch.dtype | None = None
+    stats: bool = False
     plan: Plan | None = None
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
+    _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
+    _averages_swapped: bool = False
+    _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 
     def _set_options(
-        self, state_dtype: torch.dtype | None, backend: str, differentiable: bool
+        self,
+        differentiable: bool,
+        *,
+        backend: str,
+        state_dtype: torch.dtype | None,
+        decay_form: str | None,
+        ema_decay: EmaDecay | None,
+        ema_dtype: torch.dtype | None,
+        stats: bool,
     ) -> None:
-        if state_dtype is not None and state_dtype not in FORMATS:
-            raise ValueError(f"Invalid state_dtype: {state_dtype} is none of {FORMATS}")
-        if state_dtype is not None and differentiable:
-            raise ValueError("`state_dtype` is not supported with `differentiable`")
+        for name, dtype in (("state_dtype", state_dtype), ("ema_dtype", ema_dtype)):
+            if dtype is not None and dtype not in FORMATS:
+                raise ValueError(f"Invalid {name}: {dtype} is none of {FORMATS}")
+        ours = {
+            "state_dtype": state_dtype,
+            "decay_form": decay_form,
+            "ema_decay": ema_decay,
+            "stats": stats or None,
+        }
+        for name, value in ours.items():
+            if differentiable and value is not None:
+                raise ValueError(f"`{name}` is not supported with `differentiable`")
         self.backend = requested_backend(backend)
         self.state_dtype = state_dtype
+        self.ema_decay = ema_decay
+        self.ema_dtype = ema_dtype
+        self.stats = stats
         self._captured_plans = []
         self._step_supports_amp_scaling = not differentiable
+        # Only what is asked for: groups and state dicts are torch's where nothing is.
+        if decay_form is not None:
+            self.defaults["decay_form"] = decay_form
+        if ema_decay is not None:
+            self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
+        for index, group in enumerate(self.param_groups):
+            self._complete_group(group)
+            check_group(group, f" (in parameter group {index})")
+
+    def _complete_group(self, group: dict[str, Any]) -> None:
+        """Adds what a group needs beside torch's keys."""
+        for key in ("decay_form", "ema_decay"):
+            if key in self.defaults:
+                group.setdefault(key, self.defaults[key])
+        if group.get("decay_form") == "independent":
+            group.setdefault("base_lr", float(group["lr"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, as torch does."""
+        super().add_param_group(param_group)
+        self._complete_group(self.param_groups[-1])
 
     @_disable_dynamo
-    def _step(self) -> None:
+    def _step(self, zero_grads: bool = False) -> None:
+        if self._averages_swapped:
+            raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
+        self._update_ema_decay()
         capturing = self._check_capture()
+        plan = self._valid_plan(capturing)
+        if plan is None:
+            if zero_grads or self._clipping is not None:
+                raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
+            _torch_step(self)
+            return
+        # Set and deleted by GradScaler around its call of step().
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        tail = Tail(grad_scale, found_inf, zero_grads=zero_grads, statistics=self.stats)
+        clipping = self._clipping
+        if clipping is not None and clipping.still_holds(plan.count_grads()):
+            scale = clipping.grad_scale if clipping.grad_scale is not None else grad_scale
+            tail = replace(
+                tail,
+                grad_scale=scale,
+                total_norm=clipping.total_norm,
+                max_norm=clipping.max_norm,
+            )
+        plan.run(self, tail)
+        self._ema_steps += 1
+        self._forget_clipping()
+        if capturing and plan not in self._captured_plans:
+            self._captured_plans.append(plan)
+
+    def _valid_plan(self, capturing: bool = False) -> Plan | None:
+        """The plan, made anew if it is stale, its inputs gathered; None for torch's own step."""
         plan = self.plan
         reason = "there is none yet"
         if plan is not None and plan.checked_by_native:
             reason = plan.stale(self) or ""
         if reason:
             if any(group["differentiable"] for group in self.param_groups):
-                _torch_step(self)
-                return
+                return None
             if capturing:
                 raise RuntimeError(
                     f"step() is being captured in a graph and needs a new plan ({reason}): take "
@@ -73,10 +160,141 @@ class OnePass(torch.optim.Adam):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
             self.plan = plan
         assert plan is not None
-        # Set and deleted by GradScaler around its call of step().
-        plan.run(self, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if capturing and plan not in self._captured_plans:
-            self._captured_plans.append(plan)
+        return plan
+
+    def _update_ema_decay(self) -> None:
+        if callable(self.ema_decay):
+            decay = self.ema_decay(self._ema_steps)
+            for group in self.param_groups:
+                group["ema_decay"] = decay
+
+    @_disable_dynamo
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Clips the norm of all gradients together, in the next step.
+
+        In place of :func:`torch.nn.utils.clip_grad_norm_`, where that is called. One pass reads the
+        gradients; they stay as they are, and the next ``step`` multiplies them by
+        ``min(1, max_norm / (total_norm + 1e-6))`` in registers. There is no synchronisation.
+
+        The clipping is for the gradients that it has seen. ``zero_grad`` forgets it, as do new
+        gradients in place of all of them; a gradient that is written to in between makes ``step``
+        raise.
+
+        Args:
+            max_norm: what the norm is to be at most; at least 0.
+            norm_type: 2 and inf take one fused pass; others go through torch.
+            error_if_nonfinite: raise if the norm is NaN or infinite (this waits for the device).
+            scaler: a :class:`torch.amp.GradScaler` whose ``unscale_`` has not been called. The norm
+                is then that of the unscaled gradients, which ``step`` unscales in its own pass; a
+                norm that is not finite makes ``scaler.step`` skip, so no other inf check is made.
+                Needed where the scaler is used without ``unscale_``.
+
+        Returns:
+            The norm before clipping, a float32 scalar tensor on the gradients' device, of the same
+            bits each time. Each parameter counts once; other ranks' gradients do not count.
+
+        Raises:
+            ValueError: ``max_norm`` is negative or NaN.
+            RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient is invalid;
+                or ``scaler`` has stepped already.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        if not max_norm >= 0:
+            raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
+        self._update_ema_decay()
+        self._forget_clipping()
+        scale = defer_unscale(scaler, self)
+        plan = self._valid_plan()
+        if plan is None:
+            if scaler is not None and scaler.is_enabled() and scale is not None:
+                scaler.unscale_(self)
+            params = [p for group in self.param_groups for p in group["params"]]
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        total_norm = plan.grad_norm(norm_type)
+        if scale is not None:
+            total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
+        if error_if_nonfinite and not total_norm.isfinite():
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients is non-finite ({total_norm}), "
+                "so it cannot be clipped. Nothing has been changed. To disable this error and "
+                "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+            )
+        if scale is not None:
+            report_found_inf(scaler, self, (~total_norm.isfinite()).float())
+        self._clipping = plan.clipping(total_norm, max_norm)
+        self._clipping.grad_scale = scale
+        return total_norm
+
+    def _forget_clipping(self) -> None:
+        if self._clipping is not None and self._clipping.plan is not None:
+            self._clipping.plan.forget_grads()
+        self._clipping = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets all gradients, and forgets a clipping that no step has applied."""
+        self._forget_clipping()
+        super().zero_grad(set_to_none)
+
+    def ema_parameters(self) -> dict[Tensor, Tensor]:
+        """Each parameter's average; the parameter itself where it has had no step yet.
+
+        After each step, ``ema <- ema_decay * ema + (1 - ema_decay) * p``, beginning as p after the
+        first: :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn``.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages.
+        """
+        averages: dict[Tensor, Tensor] = {}
+        kept = False
+        for group in self.param_groups:
+            kept = kept or group.get("ema_decay") is not None
+            for param in group["params"]:
+                state = self.state.get(param) or {}
+                averages[param] = state.get("ema", param.detach())
+        if not kept:
+            raise RuntimeError("no averages are kept: construct the optimizer with ema_decay=")
+        return averages
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
+
+        Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
+        raises. The parameters' values are kept in a copy meanwhile.
+        """
+        averages = {p: e for p, e in self.ema_parameters().items() if e.data_ptr() != p.data_ptr()}
+
+        @contextmanager
+        def swap() -> Any:
+            if self._averages_swapped:
+                raise RuntimeError("swap_ema() inside swap_ema()")
+            self._averages_swapped = True
+            try:
+                with swapped(averages):
+                    yield
+            finally:
+                self._averages_swapped = False
+
+        return swap()
+
+    def statistics(self) -> Statistics:
+        """What the last step saw of each parameter: norms and counts, from its own pass.
+
+        Nothing waits for the device. Sums are in float64 and have the same bits each time.
+
+        Raises:
+            RuntimeError: ``stats=True`` was not asked for, or no step has been taken since.
+        """
+        found = self.plan.statistics() if self.stats and self.plan is not None else None
+        if found is None:
+            raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
+        return found
 
     def _check_capture(self) -> bool:
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""
@@ -86,11 +304,13 @@ class OnePass(torch.optim.Adam):
         (check or self._cuda_graph_capture_health_check)()
         return True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grads: bool = False) -> Any:
         """Performs a single optimization step.
 
         Args:
             closure: reevaluates the model and returns the loss; run with gradients enabled.
+            zero_grads: leave the gradients zero, written in the same pass; also if the step is
+                skipped for an inf.
 
         Returns:
             What ``closure`` returned, or None.
@@ -103,18 +323,21 @@ class OnePass(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        self._step(zero_grads)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        options = {"backend": self.backend, "state_dtype": self.state_dtype}
-        return {**super().__getstate__(), **options}
+        names = ("backend", "state_dtype", "ema_decay", "ema_dtype", "stats", "_ema_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.plan = None
+        self._clipping = None
         self.__dict__.setdefault("_captured_plans", [])
         self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)
+        for group in self.param_groups:
+            self._complete_group(group)
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,6 +386,8 @@ class OnePass(torch.optim.Adam):
             if "param_names" in mine:
                 loaded.setdefault("param_names", mine["param_names"])
         self.__setstate__({"state": state, "param_groups": groups})
+        if callable(self.ema_decay):
+            self._ema_steps = max((int(s.get("step", 0)) for s in self.state.values()), default=0)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -183,14 +408,15 @@ class OnePass(torch.optim.Adam):
                 on_device = group.get("capturable") or group.get("fused")
                 device = param.device if on_device else value.device
                 state[key] = value.detach().to(device, torch.float32, copy=True)
-            elif key in MOMENTS:
+            elif key in (*MOMENTS, "ema"):
                 if value.shape != param.shape:
                     raise ValueError(
                         f"loaded state dict does not fit {name}: {key!r} is {describe(value)}, "
                         f"the parameter {describe(param)}"
                     )
-                recast = self.state_dtype is not None and value.is_floating_point()
-                dtype = self.state_dtype if recast else value.dtype
+                wanted = self.ema_dtype if key == "ema" else self.state_dtype
+                recast = wanted is not None and value.is_floating_point()
+                dtype = wanted if recast else value.dtype
                 state[key] = value.detach().to(param.device, dtype, copy=True)
             else:
                 state[key] = value.detach().to(param.device, copy=True)
@@ -249,8 +475,12 @@ class AdamW(OnePass, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: str | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
     ) -> None:
         torch.optim.AdamW.__init__(
             self,
@@ -266,7 +496,15 @@ class AdamW(OnePass, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._set_options(state_dtype, backend, differentiable)
+        self._set_options(
+            differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+        )
 
 
 class Adam(OnePass):
@@ -294,8 +532,12 @@ class Adam(OnePass):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: str | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
     ) -> None:
         torch.optim.Adam.__init__(
             self,
@@ -312,4 +554,12 @@ class Adam(OnePass):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._set_options(state_dtype, backend, differentiable)
+        self._set_options(
+            differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+        )

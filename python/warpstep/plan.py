@@ -6,6 +6,7 @@ The native module compares a plan with the optimizer at each step and says when 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,17 @@ from torch.autograd.graph import increment_version
 
 from warpstep import backends, reference
 from warpstep.hypers import check_group, pack_groups
-from warpstep.recipes import Recipe, real_dtype
+from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.state import (
     MOMENTS,
     check_gradient,
     completed,
-    describe,
     is_dense,
     is_plain,
     match_layout,
     moments_dtype,
 )
+from warpstep.tail import Clipping, Statistics, Tail, combined_norm, statistics_of
 
 if TYPE_CHECKING:
     from warpstep.optimizer import OnePass
@@ -56,6 +57,7 @@ class Bucket:
     device: torch.device
     entries: list[Entry] = field(default_factory=list)
     tables: Any = None  # device memory, kept alive
+    statistics: Tensor | None = None  # float64[chunks, 4], once asked for
     stream: Any = None  # the one that the tables are known to be used on
 
     def use_tables_on(self, stream: torch.cuda.Stream) -> None:
@@ -123,6 +125,7 @@ class Plan:
         # A parameter that is met twice shares its first entry's state.
         publish(optimizer, entries)
 
+        self._reference_sums: list[Tensor] = []
         self._native: Any = None
         module, _ = backends.native()
         if module is not None:
@@ -135,6 +138,7 @@ class Plan:
                         backend="external" if b.backend == "triton" else b.backend,
                         **dict(zip(("param", "grad", "moment"), b.recipe.names(), strict=True)),
                         amsgrad=b.recipe.amsgrad,
+                        ema=None if b.recipe.ema is None else dtype_name(b.recipe.ema),
                     )
                     for b in self.buckets
                 ],
@@ -165,13 +169,20 @@ class Plan:
             amsgrad=amsgrad,
             state_dtype=optimizer.state_dtype,
             step_device=param.device if on_device else torch.device("cpu"),
+            ema=group.get("ema_decay") is not None,
+            wanted_ema_dtype=optimizer.ema_dtype,
         )
         state = {**entry.state, **(entry.new_state or {})}
         moment = moments_dtype(state, amsgrad)
         if moment is None or repeated or chosen == "reference":
             return
-        recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), moment, amsgrad)
-        streams = (param, grad, state["step"], *(state[k] for k in MOMENTS if k in state))
+        streams = [param, grad, state["step"], *(state[k] for k in MOMENTS if k in state)]
+        average = state["ema"] if group.get("ema_decay") is not None else None
+        ema = None
+        if average is not None:
+            ema = real_dtype(average.dtype)
+            streams.append(average)
+        recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), moment, amsgrad, ema)
         plain = all(is_plain(tensor) for tensor in streams)
         if plain and is_dense(param) and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
@@ -203,6 +214,7 @@ class Plan:
                 stream("exp_avg"),
                 stream("exp_avg_sq"),
                 stream("max_exp_avg_sq") if bucket.recipe.amsgrad else None,
+                stream("ema") if bucket.recipe.ema is not None else None,
                 stream("step"),
                 [e.group for e in bucket.entries],
                 bucket.device,
@@ -227,39 +239,42 @@ class Plan:
         reason: str | None = self._native.check(optimizer.state, optimizer.param_groups)
         return reason
 
-    def run(self, optimizer: OnePass, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(self, optimizer: OnePass, tail: Tail) -> None:
         """Takes the step, after a check that found the plan valid."""
         # All that can fail, before the first write.
-        values: list[tuple[Tensor, Tensor]] = []
+        computed: list[reference.Computed] = []
         if self.python_only:
-            values = self._computed_by_reference(optimizer, self.python_only, grad_scale, found_inf)
-        scales = None
-        if grad_scale is not None or found_inf is not None:
-            scales = [
-                tuple(scale_on(t, b.device) for t in (grad_scale, found_inf)) for b in self.buckets
+            computed = self._computed_by_reference(optimizer, self.python_only, tail)
+        tensors: list[tuple[Tensor | None, ...]] | None = None
+        if tail != Tail(zero_grads=tail.zero_grads):
+            tensors = [
+                (*tail.on(b.device), self._statistics_table(i) if tail.statistics else None)
+                for i, b in enumerate(self.buckets)
             ]
         for bucket in self.cuda_buckets:
             bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         if self._native is not None:
-            self._native.launch(torch.get_num_threads(), scales)
+            self._native.launch(
+                torch.get_num_threads(),
+                tensors,
+                max_norm=tail.max_norm,
+                zero_grads=tail.zero_grads,
+            )
         for index, bucket in self.triton_buckets:
-            pair = scales[index] if scales is not None else (None, None)
-            self._run_triton(optimizer, index, bucket, *pair)
+            of_bucket = tensors[index] if tensors is not None else (None,) * 4
+            self._run_triton(optimizer, index, bucket, of_bucket, tail)
         if self._native is not None and self.buckets:
-            self._native.increment_versions()
-        if values:
-            reference.store(values)
+            self._native.increment_versions(tail.zero_grads)
+        for one in computed:
+            reference.store(one.stores)
         for mention in self.repeated:
-            again = self._computed_by_reference(optimizer, [mention], grad_scale, found_inf)
-            reference.store(again)
+            for one in self._computed_by_reference(optimizer, [mention], tail):
+                reference.store(one.stores)
+        self._reference_sums = [one.sums for one in computed if one.sums is not None]
 
     def _computed_by_reference(
-        self,
-        optimizer: OnePass,
-        mentions: list[tuple[Tensor, int, str]],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> list[tuple[Tensor, Tensor]]:
+        self, optimizer: OnePass, mentions: list[tuple[Tensor, int, str]], tail: Tail
+    ) -> list[reference.Computed]:
         """Checks and steps parameters that the native module does not look at."""
         entries = []
         for param, group, name in mentions:
@@ -268,43 +283,128 @@ class Plan:
                 self._prepare(optimizer, entry)
                 entries.append(entry)
         publish(optimizer, entries)
-        values: list[tuple[Tensor, Tensor]] = []
-        if entries and found_inf is not None and found_inf.item() != 0:
-            return values
+        taken = not entries or tail.found_inf is None or tail.found_inf.item() == 0
+        computed = []
         for entry in entries:
             grad = entry.param.grad
             assert grad is not None
-            hypers = optimizer.param_groups[entry.group]
-            values += reference.computed(entry.param, grad, entry.state, hypers, grad_scale)
-        return values
+            group_of = optimizer.param_groups[entry.group]
+            one = reference.computed(entry.param, grad, entry.state, group_of, tail, taken)
+            computed.append(one)
+        return computed
+
+    def _chunk_counts(self, index: int) -> Tensor:
+        if self.buckets[index].backend == "triton":
+            counts: Tensor = self.buckets[index].tables.chunk_counts
+            return counts
+        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64)
+
+    def _statistics_table(self, index: int) -> Tensor:
+        """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
+        bucket = self.buckets[index]
+        if bucket.statistics is None:
+            chunks = int(self._chunk_counts(index).sum())
+            bucket.statistics = torch.zeros(chunks, 4, dtype=torch.float64, device=bucket.device)
+        return bucket.statistics
+
+    def statistics(self) -> Statistics | None:
+        """What the last step saw; None where no step has been taken with statistics."""
+        params: list[Tensor] = []
+        tables: list[Tensor] = []
+        for index, bucket in enumerate(self.buckets):
+            if bucket.statistics is not None:
+                params += [entry.param for entry in bucket.entries]
+                counts = self._chunk_counts(index).to(bucket.device)
+                # In the order of the chunks: the same bits each time.
+                tables.append(
+                    torch.segment_reduce(bucket.statistics, "sum", lengths=counts, axis=0)
+                )
+        for (param, _, _), sums in zip(self.python_only, self._reference_sums, strict=False):
+            params.append(param)
+            tables.append(sums[None])
+        return statistics_of(params, tables) if tables else None
+
+    def grad_norm(self, norm_type: float) -> Tensor:
+        """The norm of all gradients as they are, after a check that found the plan valid. float32.
+
+        One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
+        """
+        entries = [entry for bucket in self.buckets for entry in bucket.entries]
+        others = [param.grad for param, _, _ in self.python_only if param.grad is not None]
+        if self._native is None or norm_type not in (2.0, math.inf):
+            grads = [entry.param.grad for entry in entries if entry.param.grad is not None]
+            norm = torch.nn.utils.get_total_norm([*grads, *others], norm_type)
+            return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+        shares = []
+        for index, bucket in enumerate(self.buckets):
+            chunks = int(self._chunk_counts(index).sum())
+            out = torch.zeros(2 + chunks, dtype=torch.float64, device=bucket.device)
+            largest = math.isinf(norm_type)
+            if bucket.backend == "triton":
+                self._triton_grad_norm(index, bucket, largest, out)
+            else:
+                threads = torch.get_num_threads()
+                self._native.grad_norm(index, largest=largest, threads=threads, out=out)
+            shares.append(out[0])
+        shares += [_grad_share(grad, norm_type) for grad in others]
+        return combined_norm(shares, norm_type) if shares else torch.tensor(0.0)
+
+    def clipping(self, total_norm: Tensor, max_norm: float) -> Clipping:
+        """The gradients that the last check gathered, remembered as they are."""
+        natively = self._native is not None
+        if natively:
+            self._native.remember_grads()
+        elsewhere = [param for param, _, _ in self.python_only]
+        if not natively:
+            elsewhere += [entry.param for bucket in self.buckets for entry in bucket.entries]
+        others = [(p, p.grad, p.grad._version) for p in elsewhere if p.grad is not None]
+        return Clipping(total_norm, max_norm, self if natively else None, others=others)
+
+    def compare_grads(self) -> tuple[int, int, int]:
+        """Of the gradients remembered: their number, how many are kept, and how many unwritten."""
+        found: tuple[int, int, int] = self._native.compare_grads()
+        return found
+
+    def forget_grads(self) -> None:
+        """Lets go of the gradients remembered."""
+        if self._native is not None:
+            self._native.forget_grads()
+
+    def count_grads(self) -> int:
+        """How many parameters have a gradient, of those that are stepped once."""
+        others = sum(param.grad is not None for param, _, _ in self.python_only)
+        if self._native is not None:
+            return others + int(self._native.count_grads())
+        entries = (entry for bucket in self.buckets for entry in bucket.entries)
+        return others + sum(entry.param.grad is not None for entry in entries)
+
+    def _triton_inputs(self, optimizer: OnePass, index: int) -> tuple[Tensor, bytes, list[Tensor]]:
+        """Gradients' addresses, hyper-parameters, and copies to be kept until the launch."""
+        if self._native is not None:
+            grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
+            return grads, self._native.hyper_table(index), []
+        entries = self.buckets[index].entries
+        copies = [match_layout(e.param, e.param.grad) for e in entries if e.param.grad is not None]
+        rest = iter(copies)
+        # An empty tensor's gradient has no address; any but 0 makes its step count.
+        grads = torch.tensor(
+            [0 if e.param.grad is None else next(rest).data_ptr() or 1 for e in entries],
+            dtype=torch.int64,
+        )
+        return grads, pack_groups(optimizer.param_groups), copies
 
     def _run_triton(
         self,
         optimizer: OnePass,
         index: int,
         bucket: Bucket,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        of_bucket: tuple[Tensor | None, ...],
+        tail: Tail,
     ) -> None:
         kernel, _ = backends.triton_kernel()
         assert kernel is not None
-        copies: list[Tensor] = []  # alive until the launch is enqueued
-        if self._native is not None:
-            grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
-            hypers = self._native.hyper_table(index)
-        else:
-            copies = [
-                match_layout(e.param, e.param.grad)
-                for e in bucket.entries
-                if e.param.grad is not None
-            ]
-            rest = iter(copies)
-            # An empty tensor's gradient has no address; any but 0 makes its step count.
-            grads = torch.tensor(
-                [0 if e.param.grad is None else next(rest).data_ptr() or 1 for e in bucket.entries],
-                dtype=torch.int64,
-            )
-            hypers = pack_groups(optimizer.param_groups)
+        grads, hypers, copies = self._triton_inputs(optimizer, index)
+        grad_scale, found_inf, total_norm, statistics = of_bucket
         kernel.launch(
             bucket.tables,
             grads,
@@ -312,9 +412,25 @@ class Plan:
             recipe=bucket.recipe,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            total_norm=total_norm,
+            max_norm=tail.max_norm,
+            statistics=statistics,
+            zero_grads=tail.zero_grads,
         )
         if self._native is None:
-            increment_version([e.param for e in bucket.entries if e.param.grad is not None])
+            stepped = [e.param for e in bucket.entries if e.param.grad is not None]
+            increment_version(stepped)
+            if tail.zero_grads:
+                increment_version([param.grad for param in stepped])
+                for param, seen in zip(stepped, copies, strict=True):
+                    if seen.data_ptr() != param.grad.data_ptr():
+                        param.grad.zero_()
+
+    def _triton_grad_norm(self, index: int, bucket: Bucket, largest: bool, out: Tensor) -> None:
+        kernel, _ = backends.triton_kernel()
+        assert kernel is not None
+        grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
+        kernel.grad_norm(bucket.tables, grads, out, recipe=bucket.recipe, largest=largest)
 
     def __str__(self) -> str:
         lines = [str(bucket) for bucket in self.buckets]
@@ -335,10 +451,9 @@ def publish(optimizer: OnePass, entries: list[Entry]) -> None:
         entry.state = optimizer.state[entry.param]
 
 
-def scale_on(scale: Tensor | None, device: torch.device) -> Tensor | None:
-    """A GradScaler's number as float32 on ``device``; raises ValueError if it is not one number."""
-    if scale is None:
-        return None
-    if scale.numel() != 1:
-        raise ValueError(f"grad_scale and found_inf must have one element, not {describe(scale)}")
-    return scale.to(device=device, dtype=torch.float32, non_blocking=True)
+def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
+    """One gradient's share of `combined_norm`."""
+    grad = torch.view_as_real(grad) if grad.is_complex() else grad
+    norm = torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
+    return norm if math.isinf(norm_type) else norm**2

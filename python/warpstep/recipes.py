@@ -17,13 +17,15 @@ FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Recipe(NamedTuple):
     """The dtypes of a parameter, its gradient and its moments, complex ones as their real part's.
 
-    ``amsgrad`` tells whether there is a ``max_exp_avg_sq``, which has the moments' dtype.
+    ``amsgrad`` tells whether there is a ``max_exp_avg_sq``, which has the moments' dtype; ``ema``
+    is the dtype of the parameter's average, or None where none is kept.
     """
 
     param: torch.dtype
     grad: torch.dtype
     moment: torch.dtype
     amsgrad: bool
+    ema: torch.dtype | None = None
 
     def names(self) -> tuple[str, str, str]:
         """Names of the three dtypes, as the native module spells them."""
@@ -32,7 +34,8 @@ class Recipe(NamedTuple):
     def __str__(self) -> str:
         param, grad, moment = self.names()
         text = param if param == grad == moment else f"{param}, {grad} gradients, {moment} moments"
-        return text + (", amsgrad" if self.amsgrad else "")
+        text += ", amsgrad" if self.amsgrad else ""
+        return text + (f", {dtype_name(self.ema)} average" if self.ema is not None else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -50,3 +53,13 @@ def moment_dtype(param: torch.Tensor, state_dtype: torch.dtype | None) -> torch.
     if state_dtype is None or param.is_complex():
         return param.dtype
     return state_dtype
+
+
+def ema_dtype(param: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new average of ``param``: ``wanted``, by default float32.
+
+    float64 and complex parameters have averages of their own dtype.
+    """
+    if param.dtype == torch.float64 or param.is_complex():
+        return param.dtype
+    return torch.float32 if wanted is None else wanted

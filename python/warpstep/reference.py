@@ -6,12 +6,15 @@ kernels/rule.h, with the same variable names; only its fused multiply-adds are t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.tail import Tail
 
 Number = float | Tensor
 
@@ -25,29 +28,44 @@ def _finite_or_zero(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0)
 
 
+@dataclass
+class Computed:
+    """A step of one parameter, worked out and not yet stored."""
+
+    stores: list[tuple[Tensor, Tensor]]  # a tensor, and its new value
+    sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/tables.h
+
+
 @torch.no_grad()
 def computed(
     param: Tensor,
     grad: Tensor,
     state: dict[str, Tensor],
     group: dict[str, Any],
-    grad_scale: Tensor | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+    tail: Tail | None = None,
+    taken: bool = True,
+) -> Computed:
     """One step of AdamW, or of Adam with coupled decay, on one parameter: what to store, and where.
 
-    ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``;
-    ``group`` torch's hyper-parameters. With ``capturable`` no value is read on the host. ::
+    ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``,
+    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``
+    no value is read on the host. ::
 
-        g <- grad / grad_scale;  -g to maximize;  g + weight_decay * p if coupled
+        g <- grad / grad_scale, clipped;  -g to maximize;  g + weight_decay * p if coupled
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
-        p <- p - (lr * weight_decay * p  [decoupled]  + step_size * m / (sqrt(v) + eps_hat))
+        u <- step_size * m / (sqrt(v) + eps_hat)
+        p <- p - (decay * d + u)           with decay and d by the form of decay (kernels/rule.h)
+        ema <- ema + (1 - ema_decay) * (p - ema)
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
-    pairs of a tensor and its new value, for `store`, which rounds each value once.
+    pairs of a tensor and its new value, for `store`, which rounds each value once. Of a step that
+    is not ``taken`` there are at most the sums and the zeroed gradient.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
-    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
+    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
+    cautious decay: Chen et al. (https://arxiv.org/abs/2510.12402).
     """
+    tail = tail or Tail()
 
     def value(hyper: Any) -> Number:
         if not isinstance(hyper, Tensor):
@@ -63,18 +81,23 @@ def computed(
     bias_correction2_sqrt = (1 - beta2**step) ** 0.5
     step_size = lr / bias_correction1 * bias_correction2_sqrt
     eps_hat = group["eps"] * bias_correction2_sqrt
-    decoupled = group["decoupled_weight_decay"]
 
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
     p, g, m, v = (
         _real(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
     )
-    if grad_scale is not None:
-        g = g * (1 / grad_scale.to(g.device, torch.float64)).to(compute)
+    raw, unscale = g, None
+    if tail.grad_scale is not None:
+        unscale = 1 / tail.grad_scale.to(g.device, torch.float64)
+        g = g * unscale.to(compute)
+    if tail.total_norm is not None:
+        ratio = tail.max_norm / (tail.total_norm.to(g.device, torch.float64) + 1e-6)
+        g = g * ratio.clamp(max=1).to(compute)
     if group["maximize"]:
         g = -g
-    if group["weight_decay"] != 0 and not decoupled:
-        g = g + group["weight_decay"] * p
+    form, weight_decay = decay_form(group), group["weight_decay"]
+    if weight_decay != 0 and form == "coupled":
+        g = g + weight_decay * p
 
     weight1, weight2 = 1 - beta1, 1 - beta2
     m = torch.lerp(m, g, weight1.to(compute) if isinstance(weight1, Tensor) else weight1)
@@ -86,10 +109,36 @@ def computed(
         new["max_exp_avg_sq"] = peak
 
     update = step_size * (m / (peak.sqrt() + eps_hat))
-    if decoupled:
-        update = lr * group["weight_decay"] * _finite_or_zero(p) + update
+    if form != "coupled":
+        multiple = lr / group["base_lr"] if form == "independent" else lr
+        d = p.sign() if form == "l1" else _finite_or_zero(p)
+        if form == "cautious":
+            d = torch.where(p.sign() * update.sign() < 0, 0, d)
+        update = multiple * weight_decay * d + update
+    # What is stored of it, rounded: the average and the statistics see that.
+    after = (p - update).to(real_dtype(param.dtype)) if taken else _real(param)
+    if group.get("ema_decay") is not None:
+        average = _real(state["ema"]).to(compute)
+        weight = 1 - torch.where(new_step == 1, 0.0, group["ema_decay"]).to(average.device, compute)
+        new["ema"] = torch.lerp(average, after.to(compute), weight)
+
     stores = [(state[key], new[key]) for key in new]
-    return [(state["step"], new_step), (param, p - update), *stores]
+    stores = [(state["step"], new_step), (param, after), *stores] if taken else []
+    if tail.zero_grads:
+        stores.append((grad, torch.zeros_like(_real(grad))))
+    if not tail.statistics:
+        return Computed(stores)
+
+    def sum_of_squares(x: Tensor) -> Tensor:
+        return x.double().square().sum()
+
+    sums = [
+        sum_of_squares(raw) * (1 if unscale is None else unscale**2),
+        sum_of_squares(after),
+        sum_of_squares(after.double() - p),
+        (~raw.isfinite()).sum(),
+    ]
+    return Computed(stores, torch.stack([s.double() for s in sums]))
 
 
 @torch.no_grad()

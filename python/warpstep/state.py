@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import dtype_name, moment_dtype, real_dtype
+from warpstep.recipes import dtype_name, ema_dtype, moment_dtype, real_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -111,11 +111,14 @@ def completed(
     amsgrad: bool,
     state_dtype: torch.dtype | None,
     step_device: torch.device,
+    ema: bool = False,
+    wanted_ema_dtype: torch.dtype | None = None,
 ) -> dict[str, Any] | None:
     """The tensors that ``state`` lacks or has in another form than a step needs; None if none.
 
-    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. Raises RuntimeError
-    where a tensor of the state does not fit ``param``.
+    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. With ``ema`` there
+    is an average of the parameter, which begins as the parameter. Raises RuntimeError where a
+    tensor of the state does not fit ``param``, or the average cannot have the dtype wanted.
     """
     new: dict[str, Any] = {}
     step = state.get("step")
@@ -129,8 +132,12 @@ def completed(
     elif step.dtype != torch.float32 or step.device != step_device:
         new["step"] = step.to(step_device, torch.float32)
 
-    for key in MOMENTS if amsgrad else MOMENTS[:2]:
+    keys = MOMENTS if amsgrad else MOMENTS[:2]
+    for key in (*keys, "ema") if ema else keys:
         moment = state.get(key)
+        if moment is None and key == "ema":
+            new[key] = _new_average(name, param, wanted_ema_dtype)
+            continue
         if moment is None:
             given = state.get("exp_avg")
             dtype = moment_dtype(param, state_dtype) if given is None else given.dtype
@@ -155,6 +162,17 @@ def completed(
         if is_plain(moment) and is_dense(param) and not same_layout(moment, param):
             new[key] = match_layout(param, moment)
     return new or None
+
+
+def _new_average(name: str, param: Tensor, wanted: torch.dtype | None) -> Tensor:
+    dtype = ema_dtype(param, wanted)
+    if dtype not in (param.dtype, torch.float32):
+        raise RuntimeError(
+            f"{name} is {describe(param)}: its average can be {dtype_name(param.dtype)} or "
+            f"float32, and not ema_dtype {dtype_name(dtype)}"
+        )
+    with torch.no_grad():
+        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
 
 
 def moments_dtype(state: dict[str, Any], amsgrad: bool) -> torch.dtype | None:

@@ -1,0 +1,100 @@
+// The CUDA kernel of the gradients' norm: every gradient of a recipe read once, in one launch.
+//
+// A block leaves its chunk's share; the last block adds the shares up in their order, so that the
+// result has the same bits each time. Sums are in float64.
+#include "launch_cuda.cuh"
+#include "rule.h"
+
+namespace warpstep {
+namespace {
+
+template <class Combine>
+__device__ __forceinline__ void finish(const Arguments& args, double share, Combine&& combine) {
+  double* const shares = args.norm + 2;
+  std::uint32_t* const done = reinterpret_cast<std::uint32_t*>(args.norm + 1);
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) {
+    shares[args.first_chunk + blockIdx.x] = share;
+    __threadfence();
+    is_last = atomicAdd(done, 1u) == args.chunk_count - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  double total = 0;
+  for (std::uint32_t i = threadIdx.x; i < args.chunk_count; i += blockDim.x) {
+    total = combine(total, static_cast<volatile double*>(shares)[i]);
+  }
+  total = combine_block(total, combine);
+  if (threadIdx.x == 0) args.norm[0] = total;
+}
+
+template <class Grad, class Term, class Combine>
+__device__ __forceinline__ void norm_of_chunk(const Arguments& args, Term&& term,
+                                              Combine&& combine) {
+  const Chunk chunk = args.chunks[args.first_chunk + blockIdx.x];
+  const TensorRow row = args.rows[chunk.tensor];
+  void* const grad = grad_of(args, chunk.tensor);
+  double share = 0;
+  if (grad != nullptr) {
+    constexpr std::uint32_t kElements = kVectorBytes / sizeof(Grad);
+    const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);
+    const Grad* const at = in_global_memory<const Grad>(grad) + range.begin;
+    const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
+    // Elements up to the gradient's own 16-byte boundary.
+    const std::uint32_t past = reinterpret_cast<std::uintptr_t>(at) % kVectorBytes;
+    const std::uint32_t head =
+        min_of<std::uint32_t>((kVectorBytes - past) % kVectorBytes / sizeof(Grad), size);
+    const std::uint32_t vectors = (size - head) / kElements;
+    const std::uint32_t rest = size - head - vectors * kElements;
+    if (threadIdx.x < head + rest) {
+      const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
+      share = combine(share, term(load(at[i])));
+    }
+    for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+      Packet<Grad, kElements> g;
+      g.load(at + head + i * kElements, true);
+#pragma unroll
+      for (std::uint32_t k = 0; k < kElements; ++k) {
+        share = combine(share, term(load(g.elements[k])));
+      }
+    }
+  }
+  finish(args, combine_block(share, combine), combine);
+}
+
+template <class Grad>
+__global__ void __launch_bounds__(kCudaThreads, 4)
+    grad_norm_kernel(const __grid_constant__ Arguments args) {
+  if (args.norm_kind == Norm::l2) {
+    norm_of_chunk<Grad>(
+        args, [](double x) { return x * x; }, [](double a, double b) { return a + b; });
+  } else {
+    norm_of_chunk<Grad>(
+        args, [](double x) { return x < 0 ? -x : x; },
+        [](double a, double b) { return maximum(a, b); });
+  }
+}
+
+}  // namespace
+
+CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
+                          int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error) return {guard.error, 0};
+
+  Arguments args{};
+  args.rows = static_cast<const TensorRow*>(tables.rows);
+  args.chunks = static_cast<const Chunk*>(tables.chunks);
+  args.norm = norm;
+  args.norm_kind = kind;
+  args.chunk_count = launch.chunk_count;
+  const Format format = launch.recipe.grad;
+  const Kernel kernel = format == Format::float64    ? grad_norm_kernel<float64>
+                        : format == Format::float32  ? grad_norm_kernel<float32>
+                        : format == Format::bfloat16 ? grad_norm_kernel<bfloat16>
+                                                     : grad_norm_kernel<float16>;
+  return launch_all(kernel, args, launch, false, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace warpstep

@@ -1,0 +1,170 @@
+// What the CUDA kernels share: their arguments, 16-byte access, sums over a block, launching.
+#pragma once
+
+#include <type_traits>
+
+#include "adamw_cuda.h"
+#include "formats.h"
+
+namespace warpstep {
+namespace {
+
+// 32,764 bytes of arguments since CUDA 12.1 (compute capability 7.0 and later); a multiple of 8.
+constexpr std::uint32_t kArgumentBytes = 32760;
+constexpr std::uint32_t kVectorBytes = 16;
+
+struct Header {
+  const TensorRow* rows;
+  const Chunk* chunks;
+  std::uint32_t* arrivals;     // a zero for each tensor: blocks that have read its step counter
+  const Hyper* device_hypers;  // null: they are in the payload
+  Tail tail;
+  double* norm;  // grad_norm.cu: the result, a counter of blocks done, a number for each chunk
+  std::uint32_t first_chunk;
+  std::uint32_t first_tensor;
+  std::uint32_t groups;  // in the payload
+  std::uint32_t chunk_count;
+  Norm norm_kind;
+  std::uint8_t pad_[7];
+};
+
+struct Arguments : Header {
+  // Hyper[groups], then the gradients' addresses from first_tensor on.
+  std::uint64_t payload[(kArgumentBytes - sizeof(Header)) / 8];
+};
+static_assert(sizeof(Arguments) <= kArgumentBytes, "arguments must fit");
+static_assert(sizeof(Hyper) % 8 == 0, "gradient addresses follow aligned");
+
+constexpr std::uint32_t kPayloadWords = sizeof(Arguments::payload) / 8;
+constexpr std::uint32_t kHyperWords = sizeof(Hyper) / 8;
+// So many tensors go in one launch whatever the number of groups.
+constexpr std::uint32_t kTensorsPerLaunch = 4000;
+static_assert(kTensorsPerLaunch + kHyperWords <= kPayloadWords, "4,000 tensors in a launch");
+
+__device__ __forceinline__ void* grad_of(const Arguments& args, std::uint32_t tensor) {
+  const std::uint32_t word = args.groups * kHyperWords + tensor - args.first_tensor;
+  return reinterpret_cast<void*>(args.payload[word]);
+}
+
+__device__ __forceinline__ const Hyper& hyper_of(const Arguments& args, std::uint32_t group) {
+  if (args.device_hypers != nullptr) return args.device_hypers[group];
+  return reinterpret_cast<const Hyper*>(args.payload)[group];
+}
+
+// Consecutive elements of a stream, as they are in memory: one, or as many as fill whole vectors.
+template <class F, std::uint32_t kElements>
+struct Packet {
+  static constexpr std::uint32_t kBytes = kElements * sizeof(F);
+  using Word = std::conditional_t<kBytes % kVectorBytes == 0, uint4, F>;
+  static constexpr std::uint32_t kWords = kBytes / sizeof(Word);
+  union {
+    Word words[kWords];
+    F elements[kElements];
+  };
+  __device__ __forceinline__ Packet() {}
+
+  __device__ __forceinline__ void load(const F* from, bool aligned) {
+    if (aligned) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
+    } else {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kElements; ++i) elements[i] = from[i];
+    }
+  }
+  __device__ __forceinline__ void store(F* to, bool aligned) const {
+    if (aligned) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kWords; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
+    } else {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kElements; ++i) to[i] = elements[i];
+    }
+  }
+};
+
+// An address read from a table, known to the compiler as one in global memory: it then emits global
+// loads and stores, and not generic ones, which look up the address space first.
+template <class F>
+__device__ __forceinline__ F* in_global_memory(void* address) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(address));
+#endif
+  return static_cast<F*>(address);
+}
+
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0;
+}
+
+// Combines a number from every thread of a block into one, the same bits each time. All get it.
+template <class Combine>
+__device__ __forceinline__ double combine_block(double value, Combine&& combine) {
+  __shared__ double values[kCudaThreads];
+  values[threadIdx.x] = value;
+  for (std::uint32_t half = kCudaThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      values[threadIdx.x] = combine(values[threadIdx.x], values[threadIdx.x + half]);
+    }
+  }
+  __syncthreads();
+  const double result = values[0];
+  __syncthreads();  // before the next use
+  return result;
+}
+
+__device__ __forceinline__ double sum_block(double value) {
+  return combine_block(value, [](double a, double b) { return a + b; });
+}
+
+using Kernel = void (*)(Arguments);
+
+// Makes a device current, and the previous one again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    cudaGetDevice(&previous_);
+    if (previous_ != device_) error = cudaSetDevice(device_);
+  }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  cudaError_t error = cudaSuccess;
+
+ private:
+  int device_;
+  int previous_ = 0;
+};
+
+// Launches a kernel on all tensors, as many at a time as fit its arguments; with `needs_grads`, not
+// on tensors of which none has a gradient.
+CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool needs_grads,
+                      cudaStream_t stream) {
+  CudaResult result{cudaSuccess, 0};
+  for (std::uint32_t first = 0, first_chunk = 0; first < launch.tensors && !result.error;) {
+    const std::uint32_t last = min_of(first + kTensorsPerLaunch, launch.tensors);
+    std::uint32_t last_chunk = first_chunk;
+    bool wanted = !needs_grads;
+    for (std::uint32_t tensor = first; tensor < last; ++tensor) {
+      last_chunk += launch.rows[tensor].chunks;
+      wanted |= launch.grads[tensor] != nullptr;
+    }
+    if (wanted) {
+      args.first_tensor = first;
+      args.first_chunk = first_chunk;
+      std::memcpy(args.payload + args.groups * kHyperWords, launch.grads + first,
+                  (last - first) * sizeof(std::uint64_t));
+      void* kernel_arguments[] = {&args};
+      result.error = cudaLaunchKernel(kernel, dim3(last_chunk - first_chunk), dim3(kCudaThreads),
+                                      kernel_arguments, 0, stream);
+      ++result.launches;
+    }
+    first = last;
+    first_chunk = last_chunk;
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace warpstep

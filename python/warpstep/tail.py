@@ -1,0 +1,175 @@
+"""The tail: what training loops do around the step, and the step does in its pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from warpstep.state import describe
+
+if TYPE_CHECKING:
+    from warpstep.plan import Plan
+
+
+@dataclass(frozen=True)
+class Tail:
+    """One step's tail. What it does to a gradient g, before the rule sees it::
+
+    g <- g / grad_scale
+    g <- g * min(1, max_norm / (total_norm + 1e-6))
+    """
+
+    grad_scale: Tensor | None = None  # torch's GradScaler
+    found_inf: Tensor | None = None  # anything but zero: the step is not taken
+    total_norm: Tensor | None = None  # of the unscaled gradients
+    max_norm: float = 0.0
+    zero_grads: bool = False
+    statistics: bool = False
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three tensors as kernels read them: float32, on ``device``.
+
+        Raises ValueError for one that is not a single number.
+        """
+        numbers = (self.grad_scale, self.found_inf, self.total_norm)
+        grad_scale, found_inf, total_norm = (_number_on(t, device) for t in numbers)
+        return grad_scale, found_inf, total_norm
+
+
+def _number_on(number: Tensor | None, device: torch.device) -> Tensor | None:
+    if number is None:
+        return None
+    if number.numel() != 1:
+        raise ValueError(f"grad_scale and found_inf must have one element, not {describe(number)}")
+    return number.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+@dataclass
+class Clipping:
+    """What ``clip_grad_norm_`` found, for the next step to apply.
+
+    It holds for the gradients that it has seen, as they were: see ``still_holds``.
+    """
+
+    total_norm: Tensor
+    max_norm: float
+    plan: Plan | None
+    grad_scale: Tensor | None = None  # that the gradients still carry
+    # Gradients that no native plan looks at: each with its parameter and version counter.
+    others: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+
+    def still_holds(self, grads_now: int) -> bool:
+        """Whether the gradients are those that were measured; False if they were all replaced.
+
+        Raises RuntimeError where some are and some are not, or where one was written to: what was
+        measured is then no longer there, and what is there was not measured.
+        """
+        remembered, kept, unwritten = 0, 0, 0
+        if self.plan is not None:
+            remembered, kept, unwritten = self.plan.compare_grads()
+        for param, grad, version in self.others:
+            remembered += 1
+            kept += param.grad is grad
+            unwritten += param.grad is grad and grad._version == version
+        if kept == 0 and remembered > 0:
+            return False
+        if unwritten == remembered == grads_now:
+            return True
+        raise RuntimeError(
+            f"gradients changed between clip_grad_norm_() and step(): of the {remembered} that "
+            f"were measured, {remembered - kept} were replaced and {kept - unwritten} written to, "
+            f"and there are {grads_now} now. Clip right before the step, after everything else "
+            "that writes gradients; or forget the clipping with zero_grad()."
+        )
+
+
+def defer_unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Tells a GradScaler that this optimizer's gradients are seen to; the scale that they carry.
+
+    As ``scaler.unscale_(optimizer)``, but the gradients stay as they are: the step divides them.
+    None where they carry none (no scaling, or unscaled already). The caller owes the scaler the
+    inf check: see ``report_found_inf``.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return None
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler is a {type(scaler).__name__}, expected a torch.amp.GradScaler")
+    states = scaler._per_optimizer_states[id(optimizer)]
+    stage = states["stage"].name
+    if stage == "STEPPED":
+        raise RuntimeError("clip_grad_norm_() with this scaler is being called after step().")
+    if stage == "UNSCALED":
+        return None
+    scaler._check_scale_growth_tracker("unscale_")
+    scale: Tensor | None = scaler._scale
+    return scale
+
+
+def report_found_inf(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """Leaves the result of the inf check where ``scaler.step`` and ``update`` look for it."""
+    states = scaler._per_optimizer_states[id(optimizer)]
+    states["found_inf_per_device"] = {found_inf.device: found_inf}
+    states["stage"] = type(states["stage"]).UNSCALED
+
+
+def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
+    """One float32 norm from shares of it, one-element tensors on any devices.
+
+    A share is the sum of squares for the 2-norm, the norm itself for the inf-norm.
+    """
+    device = shares[0].device
+    together = torch.stack([s.to(device, torch.float64, non_blocking=True) for s in shares])
+    if math.isinf(norm_type):
+        return together.amax().float()  # NaN if any is
+    return together.sum().sqrt().float()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the last step saw, one number a parameter, on the first parameter's device.
+
+    Attributes:
+        params: the parameters, in the optimizer's order of buckets.
+        grad_norm: 2-norm of the unscaled gradient, before clipping. float32.
+        param_norm: 2-norm of the parameter after the step. float32.
+        update_norm: 2-norm of what the step changed the parameter by, decay included. float32.
+        nonfinite: how many values of the gradient were NaN or infinite; -1 where there was no
+            gradient. int64. A step that was skipped for found_inf is counted as well.
+    """
+
+    params: list[Tensor]
+    grad_norm: Tensor
+    param_norm: Tensor
+    update_norm: Tensor
+    nonfinite: Tensor
+
+
+def statistics_of(params: list[Tensor], tables: list[Tensor]) -> Statistics:
+    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h)."""
+    device = tables[0].device
+    sums = torch.cat([table.to(device, non_blocking=True) for table in tables])
+    norms = sums[:, :3].sqrt().float()
+    counts = sums[:, 3].clamp(min=-1).to(torch.int64)
+    return Statistics(params, norms[:, 0], norms[:, 1], norms[:, 2], counts)
+
+
+@contextmanager
+def swapped(averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
+    with torch.no_grad():
+        kept = [param.detach().clone() for param in averages]
+    try:
+        with torch.no_grad():
+            for param, average in averages.items():
+                param.copy_(average)
+        yield
+    finally:
+        with torch.no_grad():
+            for param, own in zip(averages, kept, strict=True):
+                param.copy_(own)
