@@ -160,7 +160,9 @@ __global__ void __launch_bounds__(kCudaThreads, 2)
                                  : nullptr;
   void* const grad = grad_of(args, chunk.tensor);
   if (grad == nullptr) {
-    if (statistics != nullptr && threadIdx.x < kStatistics) statistics[threadIdx.x] = 0;
+    if (statistics != nullptr && threadIdx.x < kStatistics) {
+      statistics[threadIdx.x] = threadIdx.x == 3 ? -1 : 0;
+    }
     return;
   }
   const bool taken = is_taken(tail);

@@ -157,7 +157,10 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
         tail.statistics != nullptr ? tail.statistics + i * kStatistics : nullptr;
     void* const grad = launch.grads[chunk.tensor];
     if (grad == nullptr) {
-      if (statistics != nullptr) std::fill_n(statistics, kStatistics, 0.0);
+      if (statistics != nullptr) {
+        std::fill_n(statistics, kStatistics, 0.0);
+        statistics[3] = -1;
+      }
       continue;
     }
     const TensorRow& row = launch.rows[chunk.tensor];

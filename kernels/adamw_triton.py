@@ -1,4 +1,4 @@
-"""The Triton kernel and its launcher: every tensor of a recipe on a device in one launch.
+"""The Triton kernel of the step: every tensor of a recipe on a device in one launch.
 
 The rule is rule.h's, operation by operation and under the same names; the records are tables.h's.
 A program takes one chunk: it works out the constants of the chunk's tensor, then walks the elements
@@ -7,44 +7,36 @@ does not compile, and another backend has to serve.
 """
 
 from collections import namedtuple
-from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
-# Elements that a program takes. As in the CUDA kernel: a 100M-element model makes thousands of
-# programs, and a chunk is large enough that working out the constants does not show.
-CHUNK = 16384
-# Few warps, so that several programs share a multiprocessor and one loads while another computes.
-NUM_WARPS = 4
-# Elements that a thread takes at a time: a 16-byte access of a 2-byte stream, two of a 4-byte one.
-THREAD_ELEMENTS = 8
-# The interpreter's costs are by the operation, not by the element.
-INTERPRETER_BLOCK = 4096
-# Contraction off: a fused multiply-add stands where the rule spells one, and nowhere else.
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 GRANULE = tl.constexpr(16)  # elements: whole 16-byte vectors in every format
-ROW_WORDS = tl.constexpr(8)  # a row of TensorTable.rows
-HYPER_WORDS = tl.constexpr(6)  # sizeof(Hyper) / 8
-launches = 0  # kernels launched since import
+ROW_WORDS = tl.constexpr(9)  # a row of TensorTable.rows
+HYPER_WORDS = tl.constexpr(8)  # sizeof(Hyper) / 8
+STATISTICS = tl.constexpr(4)  # kStatistics of tables.h
 
 # What the rule needs of a tensor at this step; from float64, each rounded once.
 CONSTANTS = (
-    "grad_factor coupled_decay decoupled_decay step_size eps_hat weight1 weight2 beta1 beta2"
+    "grad_factor coupled_decay decay step_size eps_hat weight1 weight2 beta1 beta2 "
+    "unscale ema_weight ema_kept form"
 )
 Constants = namedtuple("Constants", CONSTANTS)
 # Addresses of a tensor's streams, and which element is the chunk's first.
-Streams = namedtuple("Streams", "param grad exp_avg exp_avg_sq max_exp_avg_sq first")
-# Triton's types of a recipe's streams, the type computed in, and whether there is amsgrad.
-Formats = namedtuple("Formats", "param grad moment compute amsgrad")
+Streams = namedtuple("Streams", "param grad exp_avg exp_avg_sq max_exp_avg_sq ema first")
+# Triton's types of a recipe's streams, the type computed in, and whether there is amsgrad. `ema` is
+# None where no averages are kept.
+Formats = namedtuple("Formats", "param grad moment compute amsgrad ema")
+# Which parts of the tail there are, beside an average: what a kernel is compiled for. `selective`:
+# the form of some group's decay is l1 or cautious. `skippable`: a step that is not taken has
+# something to do all the same.
+Tail = namedtuple("Tail", "statistics zero_grads selective skippable")
+NO_TAIL = Tail(False, False, False, False)
+# Decay in tables.h
+COUPLED, INDEPENDENT, L1, CAUTIOUS = (tl.constexpr(form) for form in (0, 2, 3, 4))
 
 
 def device_function(fn: Any) -> Any:
@@ -79,26 +71,40 @@ def read(word, kind):
 
 
 @device_function
-def constants_of(hyper, step, grad_scale, T: tl.constexpr):
+def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr):
     """The constants of a tensor; `step` counts the steps taken before this one."""
-    word = tl.load(hyper + 5)  # 32 bits of flags, then a byte each: kinds of lr, beta1, beta2
-    lr = read(tl.load(hyper), word >> 32 & 255)
-    beta1 = read(tl.load(hyper + 1), word >> 40 & 255)
-    beta2 = read(tl.load(hyper + 2), word >> 48 & 255)
+    word = tl.load(hyper + 7)  # a byte each: kinds of lr, beta1, beta2; form of decay; maximize
+    lr = read(tl.load(hyper), word & 255)
+    beta1 = read(tl.load(hyper + 1), word >> 8 & 255)
+    beta2 = read(tl.load(hyper + 2), word >> 16 & 255)
+    form = word >> 24 & 255
     eps = tl.load(hyper + 3).to(tl.float64, bitcast=True)
     weight_decay = tl.load(hyper + 4).to(tl.float64, bitcast=True)
+    base_lr = tl.load(hyper + 5).to(tl.float64, bitcast=True)
+    ema_decay = tl.load(hyper + 6).to(tl.float64, bitcast=True)
     t = step.to(tl.uint32) + 1
     bias_correction1 = 1 - power(beta1, t)
     bias_correction2_sqrt = tl.sqrt(1 - power(beta2, t))
-    grad_factor = tl.where(word & 1 != 0, -1.0, 1.0).to(tl.float64)
+    unscale = tl.full((), 1, tl.float64)
     if grad_scale is not None:
-        grad_factor = grad_factor / tl.load(grad_scale).to(tl.float64)
-    coupled = tl.where(word & 2 != 0, 0, weight_decay).to(T)
-    decoupled = tl.where(word & 2 != 0, lr * weight_decay, 0).to(T)
+        unscale = unscale / tl.load(grad_scale).to(tl.float64)
+    grad_factor = unscale
+    if total_norm is not None:
+        ratio = tl.load(max_norm).to(tl.float64, bitcast=True)
+        ratio = ratio / (tl.load(total_norm).to(tl.float64) + 1e-6)
+        grad_factor = tl.where(ratio > 1, 1.0, ratio) * unscale  # NaN stays, as in torch
+    grad_factor = tl.where((word >> 32 & 255) != 0, -grad_factor, grad_factor)
+    multiple = tl.where(form == INDEPENDENT, lr / base_lr, lr)
+    coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
+    decay = tl.where(form == COUPLED, 0, multiple * weight_decay).to(T)
     step_size = (lr / bias_correction1 * bias_correction2_sqrt).to(T)
     eps_hat = (eps * bias_correction2_sqrt).to(T)
     betas = ((1 - beta1).to(T), (1 - beta2).to(T), beta1.to(T), beta2.to(T))
-    return Constants(grad_factor.to(T), coupled, decoupled, step_size, eps_hat, *betas)
+    kept = tl.where(t == 1, 0, ema_decay)  # the first step begins the average
+    ema = ((1 - kept).to(T), kept.to(T))
+    return Constants(
+        grad_factor.to(T), coupled, decay, step_size, eps_hat, *betas, unscale, *ema, form
+    )
 
 
 @device_function
@@ -134,7 +140,16 @@ def maximum(a, b):
 
 
 @device_function
-def adamw_rule(c, param, grad, m, v, peak, AMSGRAD: tl.constexpr):
+def decay_of(form, param, update):
+    """What the decay takes from: d in rule.h's table."""
+    opposed = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
+    d = tl.where((form == CAUTIOUS) & opposed, 0.0, finite_or_zero(param))
+    sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0))
+    return tl.where(form == L1, sign, d).to(param.dtype)
+
+
+@device_function
+def adamw_rule(c, param, grad, m, v, peak, AMSGRAD: tl.constexpr, SELECTIVE: tl.constexpr):
     """One step of a block: the new parameter, exp_avg, exp_avg_sq and max_exp_avg_sq."""
     g = grad * c.grad_factor
     g = tl.where(c.coupled_decay != 0, tl.fma(c.coupled_decay, param, g), g)
@@ -146,7 +161,8 @@ def adamw_rule(c, param, grad, m, v, peak, AMSGRAD: tl.constexpr):
     peak = maximum(peak, v) if AMSGRAD else v
 
     update = c.step_size * divide(m, square_root(peak) + c.eps_hat)
-    return param - tl.fma(c.decoupled_decay, finite_or_zero(param), update), m, v, peak
+    d = decay_of(c.form, param, update) if SELECTIVE else finite_or_zero(param)
+    return param - tl.fma(c.decay, d, update), m, v, peak
 
 
 # NOTE [bfloat16 in the interpreter]
@@ -164,28 +180,53 @@ def pointers(address, first, offsets, FORMAT: tl.constexpr, ALIGNED: tl.constexp
 
 
 @device_function
-def load(pointer, mask, T: tl.constexpr):
-    """Elements as numbers to compute with."""
-    x = tl.load(pointer, mask=mask)
+def numbers(x, T: tl.constexpr):
+    """Elements of a format as numbers to compute with."""
     if x.dtype == tl.uint16:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(T)
 
 
 @device_function
-def store(pointer, x, mask):
-    """Numbers as elements, rounded to nearest, ties to even."""
-    if pointer.dtype.element_ty == tl.uint16:
+def elements(x, FORMAT: tl.constexpr):
+    """Numbers as elements of a format, rounded to nearest, ties to even."""
+    if tl.uint16 == FORMAT:
         bits = x.to(tl.uint32, bitcast=True)
         x = tl.where(x != x, 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-    tl.store(pointer, x.to(pointer.dtype.element_ty), mask=mask)
+    return x.to(FORMAT)
+
+
+@device_function
+def load(pointer, mask, T: tl.constexpr):
+    """Elements in memory as numbers to compute with."""
+    return numbers(tl.load(pointer, mask=mask), T)
+
+
+@device_function
+def sum_of_squares(x, mask):
+    """In float64, over the elements of the mask."""
+    x = tl.where(mask, x.to(tl.float64), 0.0)
+    return tl.sum(x * x, 0)
 
 
 @device_function
 def step_range(
-    c, at, begin, end, BLOCK: tl.constexpr, FORMATS: tl.constexpr, ALIGNED: tl.constexpr
+    c,
+    at,
+    sums,
+    taken,
+    begin,
+    end,
+    BLOCK: tl.constexpr,
+    FORMATS: tl.constexpr,
+    TAIL: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """The step of a chunk's [begin, end). ALIGNED streams: 0 none, 1 all but grad, 2 all."""
+    """The step of a chunk's [begin, end). ALIGNED streams: 0 none, 1 all but grad, 2 all.
+
+    Returns `sums` (Tail::statistics in tables.h) with what this range adds to them.
+    """
+    squares, params, changes, not_finite = sums
     start = tl.cast(begin, tl.int32)
     while start < end:  # range() of a tensor fails in Triton 3.6's interpreter with NumPy 2.4
         offsets = start + tl.arange(0, BLOCK)
@@ -196,205 +237,126 @@ def step_range(
         v_at = pointers(at.exp_avg_sq, at.first, offsets, FORMATS.moment, ALIGNED > 0)
         peak_at = pointers(at.max_exp_avg_sq, at.first, offsets, FORMATS.moment, ALIGNED > 0)
 
-        param = load(param_at, mask, FORMATS.compute)
+        before = load(param_at, mask, FORMATS.compute)
         grad = load(grad_at, mask, FORMATS.compute)
         m = load(m_at, mask, FORMATS.compute)
         v = load(v_at, mask, FORMATS.compute)
         peak = load(peak_at, mask, FORMATS.compute) if FORMATS.amsgrad else v
-        param, m, v, peak = adamw_rule(c, param, grad, m, v, peak, FORMATS.amsgrad)
-        store(param_at, param, mask)
-        store(m_at, m, mask)
-        store(v_at, v, mask)
+        param, m, v, peak = adamw_rule(c, before, grad, m, v, peak, FORMATS.amsgrad, TAIL.selective)
+        param = elements(param, FORMATS.param)
+        written = mask
+        if TAIL.skippable:
+            written = tl.where(taken, mask, offsets < 0)
+        tl.store(param_at, param, mask=written)
+        tl.store(m_at, elements(m, FORMATS.moment), mask=written)
+        tl.store(v_at, elements(v, FORMATS.moment), mask=written)
         if FORMATS.amsgrad:
-            store(peak_at, peak, mask)
+            tl.store(peak_at, elements(peak, FORMATS.moment), mask=written)
+
+        after = numbers(param, FORMATS.compute)
+        if TAIL.skippable:
+            after = tl.where(taken, after, before)
+        if FORMATS.ema is not None:
+            ema_at = pointers(at.ema, at.first, offsets, FORMATS.ema, ALIGNED > 0)
+            average = load(ema_at, mask, FORMATS.compute)
+            average = lerp(average, after, c.ema_weight, c.ema_kept)
+            tl.store(ema_at, elements(average, FORMATS.ema), mask=written)
+        if TAIL.zero_grads:
+            tl.store(grad_at, tl.zeros((BLOCK,), FORMATS.grad), mask=mask)
+        if TAIL.statistics:
+            squares += sum_of_squares(grad, mask)
+            params += sum_of_squares(after, mask)
+            changes += sum_of_squares(after.to(tl.float64) - before.to(tl.float64), mask)
+            finite = tl.abs(grad) < float("inf")
+            not_finite += tl.sum(tl.where(mask & (finite == 0), 1.0, 0.0).to(tl.float64), 0)
         start += BLOCK
+    return squares, params, changes, not_finite
 
 
 @device_function
-def take_step(counter, arrivals, chunks):
+def take_step(counter, arrivals, chunks, taken):
     """Reads the step counter; the last of the tensor's programs to have read it advances it."""
     step = tl.load(counter, volatile=True)
     tl.debug_barrier()  # each thread reads for itself, and none may come after the write
-    if chunks == 1:
-        tl.store(counter, step + 1)
-    elif tl.atomic_add(arrivals, 1, sem="acq_rel") == chunks - 1:
-        tl.store(arrivals, 0)
-        tl.store(counter, step + 1)
+    if taken:
+        if chunks == 1:
+            tl.store(counter, step + 1)
+        elif tl.atomic_add(arrivals, 1, sem="acq_rel") == chunks - 1:
+            tl.store(arrivals, 0)
+            tl.store(counter, step + 1)
     return step
 
 
-@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
+SCALARS = ["grad_scale", "found_inf", "total_norm", "max_norm"]
+
+
+@triton.jit(do_not_specialize_on_alignment=SCALARS)
 def adamw_kernel(
-    rows,  # int64[tensors, ROW_WORDS]: param, exp_avg, exp_avg_sq, max_exp_avg_sq, step, numel, ...
+    rows,  # int64[tensors, ROW_WORDS]: param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step, ...
     chunks,  # int32[programs, 2]: tensor, index of the chunk within it
     arrivals,  # int32[tensors], zeros: programs that have read the step counter
     hypers,  # int64[groups, HYPER_WORDS]: `Hyper` in tables.h
     grads,  # int64[tensors]: addresses, 0 for a tensor to leave alone
     grad_scale,  # float32[1] or None
     found_inf,  # float32[1] or None
+    total_norm,  # float32[1] or None
+    max_norm,  # int64[1], the bits of a float64; None without total_norm
+    statistics,  # float64[programs, STATISTICS] or None
     FORMATS: tl.constexpr,
+    TAIL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The step of one chunk."""
-    chunk = chunks + 2 * tl.program_id(0)
+    program = tl.program_id(0)
+    chunk = chunks + 2 * program
     tensor = tl.load(chunk)
     grad = tl.load(grads + tensor)
     if grad == 0:
+        if TAIL.statistics:
+            for i in tl.static_range(STATISTICS):
+                none = -1.0 if i == 3 else 0.0
+                tl.store(statistics + program.to(tl.int64) * STATISTICS + i, none)
         return
-    if found_inf is not None and tl.load(found_inf) != 0:
-        return
+    taken = tl.full((), 1, tl.int1)
+    if found_inf is not None:
+        taken = tl.load(found_inf) == 0
+        if not TAIL.skippable and taken == 0:
+            return
 
     row = rows + tensor * ROW_WORDS
-    counter = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-    step = take_step(counter, arrivals + tensor, tl.load(row + 7))
-    c = constants_of(hypers + tl.load(row + 6) * HYPER_WORDS, step, grad_scale, FORMATS.compute)
+    counter = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    step = take_step(counter, arrivals + tensor, tl.load(row + 8), taken)
+    hyper = hypers + tl.load(row + 7) * HYPER_WORDS
+    c = constants_of(hyper, step, grad_scale, total_norm, max_norm, FORMATS.compute)
 
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    size = tl.minimum(tl.load(row + 5) - first, CHUNK).to(tl.int32)
-    at = Streams(tl.load(row), grad, tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), first)
+    size = tl.minimum(tl.load(row + 6) - first, CHUNK).to(tl.int32)
+    moments = (tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))
+    at = Streams(tl.load(row), grad, *moments, tl.load(row + 4), first)
+    zero = tl.full((), 0, tl.float64)
+    sums = (zero, zero, zero, zero)
 
     # NOTE [alignment]
     # A vector access takes a proof that address and mask come in whole vectors (CHUNK is whole
     # vectors). So the address is looked at here and the promise made in the branch, and whole
     # granules have a bound of their own; what they leave, and streams that begin anywhere, go one
     # element at a time. Gradients have their own case: views into a bucket are often misaligned.
-    if (at.param | at.exp_avg | at.exp_avg_sq | at.max_exp_avg_sq) & 15 == 0:
+    if (at.param | at.exp_avg | at.exp_avg_sq | at.max_exp_avg_sq | at.ema) & 15 == 0:
         body = size // GRANULE * GRANULE
         if at.grad & 15 == 0:
-            step_range(c, at, 0, body, BLOCK, FORMATS, 2)
+            sums = step_range(c, at, sums, taken, 0, body, BLOCK, FORMATS, TAIL, 2)
         else:
-            step_range(c, at, 0, body, BLOCK, FORMATS, 1)
-        step_range(c, at, body, size, GRANULE, FORMATS, 0)
+            sums = step_range(c, at, sums, taken, 0, body, BLOCK, FORMATS, TAIL, 1)
+        sums = step_range(c, at, sums, taken, body, size, GRANULE, FORMATS, TAIL, 0)
     else:
         # Half a block: blocks of one shape get one layout; here neighbours go to neighbours.
-        step_range(c, at, 0, size, BLOCK // 2, FORMATS, 0)
+        sums = step_range(c, at, sums, taken, 0, size, BLOCK // 2, FORMATS, TAIL, 0)
 
-
-class TensorTable:
-    """Every tensor of one recipe on one device, as the kernel reads it. Made once per plan.
-
-    Only addresses are kept: the caller keeps the tensors alive, and makes another table when one
-    moves. Lists have an entry a tensor; tensors are read flat, as their elements lie in memory.
-
-    Raises:
-        RuntimeError: for the CPU without Triton's interpreter, or another device with it.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor] | None,  # None without amsgrad
-        steps: Sequence[Tensor],  # one float32 each
-        groups: Sequence[int],  # index of each tensor's parameter group
-        device: torch.device,
-    ) -> None:
-        self.device = torch.device(device)
-        self.device_module = torch.get_device_module(self.device)
-        if (self.device.type == "cpu") != INTERPRETED:
-            found = f"{self.device} with TRITON_INTERPRET {'set' if INTERPRETED else 'not set'}"
-            raise RuntimeError(f"{found} at import: set it for the CPU, and for the CPU alone")
-        numels = torch.tensor([p.numel() for p in params])
-        counts = ((numels + CHUNK - 1) // CHUNK).clamp(min=1)
-        tensors = torch.arange(len(params)).repeat_interleave(counts)
-        indices = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
-        streams = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or [None] * len(params), steps)
-        addresses = [[0 if t is None else t.data_ptr() for t in stream] for stream in streams]
-        columns = [*map(torch.tensor, addresses), numels, torch.tensor(groups), counts]
-
-        self.programs = len(tensors)
-        self.rows = torch.stack(columns, dim=1).to(self.device)
-        self.chunks = torch.stack([tensors, indices], dim=1).to(self.device, torch.int32)
-        self.arrivals = torch.zeros(len(params), dtype=torch.int32, device=self.device)
-        self.block = INTERPRETER_BLOCK
-        if not INTERPRETED:
-            with self.device_module.device(self.device):
-                self.block = block_of(triton.runtime.driver.active.get_current_target())
-        self._last: tuple[int, Tensor, Tensor] | None = None
-        self._spare: Tensor | None = None
-        self._captured: list[tuple[Tensor, Tensor]] = []
-
-    def upload(self, hypers: bytes, grads: Tensor) -> Tensor:
-        """`hypers`, then `grads`, as int64 words on the device; sent if they are not there yet."""
-        words = torch.cat([torch.frombuffer(bytearray(hypers), dtype=torch.int64), grads])
-        if self.device.type == "cpu":
-            return words
-        stream = self.device_module.current_stream(self.device)
-        # A captured copy happens at replay: steps before it cannot use it.
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._last is not None and not capturing:
-            last_stream, last_words, on_device = self._last
-            if last_stream != stream.stream_id:
-                for tensor in (self.rows, self.chunks, self.arrivals, on_device):
-                    tensor.record_stream(stream)  # so that it is not freed under the new stream
-            elif torch.equal(last_words, words):
-                return on_device
-
-        # A buffer that a copy under way, or a captured graph, may yet read is never written again.
-        # Older versions of torch cannot pin memory during a capture, so one buffer is kept ready.
-        host = torch.empty_like(words, pin_memory=True) if self._spare is None else self._spare
-        self._spare = None if capturing else torch.empty_like(words, pin_memory=True)
-        on_device = host.copy_(words).to(self.device, non_blocking=True)
-        if capturing:
-            self._captured.append((host, on_device))
-        else:
-            self._last = (stream.stream_id, words, on_device)
-        return on_device
-
-
-def block_of(target: GPUTarget) -> int:
-    """How many elements a program takes at a time on a target."""
-    return THREAD_ELEMENTS * NUM_WARPS * target.warp_size
-
-
-def formats_of(recipe: Any) -> Formats:
-    """The streams' types in Triton, which names them as torch does."""
-    formats = [getattr(tl, str(d)[6:]) for d in (recipe.param, recipe.grad, recipe.moment)]
-    compute = tl.float64 if recipe.param == torch.float64 else tl.float32
-    if INTERPRETED:
-        formats = [tl.uint16 if f == tl.bfloat16 else f for f in formats]
-    return Formats(*formats, compute, bool(recipe.amsgrad))
-
-
-def launch(
-    table: TensorTable,
-    grads: Tensor,
-    hypers: bytes,
-    *,
-    recipe: Any,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One AdamW step of a table's tensors: one kernel on the current stream, nothing waited for.
-
-    Args:
-        table: the tensors, of `recipe`.
-        grads: int64[tensors] on the CPU: each gradient's address, or 0 where a parameter has none
-            and is left alone, its step counter too. (An empty gradient needs another number.)
-        hypers: a `Hyper` of tables.h for each group, as in memory.
-        recipe: dtypes `param`, `grad` and `moment`, and whether `amsgrad`.
-        grad_scale: float32[1] on the device; gradients are divided by it.
-        found_inf: float32[1] on the device; if anything but zero, nothing is changed.
-    """
-    global launches
-    if not grads.any():
-        return
-    with nullcontext() if INTERPRETED else table.device_module.device(table.device):
-        changing = table.upload(hypers, grads).split([len(hypers) // 8, len(grads)])
-        tables = (table.rows, table.chunks, table.arrivals, *changing, grad_scale, found_inf)
-        constants = (formats_of(recipe), CHUNK, table.block)
-        adamw_kernel[(table.programs,)](*tables, *constants, **OPTIONS)
-    launches += 1
-
-
-def compile_for(target: GPUTarget, recipe: Any) -> CompiledKernel:
-    """The kernel compiled ahead of time, for a target that need not be present."""
-    assert not INTERPRETED, "Triton's interpreter compiles nothing"
-    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", *["constexpr"] * 3]
-    signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
-    constants = {"FORMATS": formats_of(recipe), "CHUNK": CHUNK, "BLOCK": block_of(target)}
-    # As the tables at a launch: torch allocates at 16-byte boundaries.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-    return triton.compile(ASTSource(adamw_kernel, signature, constants, aligned), target, OPTIONS)
+    if TAIL.statistics:
+        squares, params, changes, not_finite = sums
+        to = statistics + program.to(tl.int64) * STATISTICS
+        tl.store(to, squares * c.unscale * c.unscale)
+        tl.store(to + 1, params)
+        tl.store(to + 2, changes)
+        tl.store(to + 3, not_finite)

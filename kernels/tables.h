@@ -122,7 +122,8 @@ struct Tail {
 };
 
 // Sums over a chunk that a launch leaves in Tail::statistics: squares of the unscaled gradients, of
-// the parameters after the step and of what the step changed them by; gradients not finite.
+// the parameters after the step and of what the step changed them by; and how many gradients are
+// not finite, -1 for a tensor without any.
 constexpr std::uint32_t kStatistics = 4;
 
 // Which norm of the gradients: the root of the sum of their squares, or the largest magnitude.

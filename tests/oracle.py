@@ -29,7 +29,8 @@ TINY = {
 
 @dataclass(frozen=True)
 class Options:
-    """Hyper-parameters, with torch's names and defaults."""
+    """Hyper-parameters, with torch's names and defaults. `grad_factor`: what gradients are
+    multiplied by before anything else (unscaled, clipped)."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -38,6 +39,13 @@ class Options:
     amsgrad: bool = False
     maximize: bool = False
     decoupled: bool = True
+    decay_form: str | None = None
+    base_lr: float | None = None
+    grad_factor: float = 1.0
+
+    @property
+    def form(self) -> str:
+        return self.decay_form or ("decoupled" if self.decoupled else "coupled")
 
 
 @dataclass
@@ -74,8 +82,9 @@ def step(before: Streams, grad: np.ndarray, t: int, options: Options) -> Step:
     lr, eps, decay = WIDE(options.lr), WIDE(options.eps), WIDE(options.weight_decay)
     beta1, beta2 = (WIDE(b) for b in options.betas)
     p = before.param
-    g = -grad if options.maximize else grad
-    if not options.decoupled:
+    g = grad * WIDE(options.grad_factor)
+    g = -g if options.maximize else g
+    if options.form == "coupled":
         g = g + decay * p
     m = beta1 * before.exp_avg + (1 - beta1) * g
     v = beta2 * before.exp_avg_sq + (1 - beta2) * g * g
@@ -85,7 +94,13 @@ def step(before: Streams, grad: np.ndarray, t: int, options: Options) -> Step:
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = np.where(denominator > 0, step_size / denominator, 0)
         update = np.where(denominator > 0, step_size * m / denominator, np.nan)
-    decayed = lr * decay * p if options.decoupled else np.zeros_like(p)
+    decayed = {
+        "coupled": np.zeros_like(p),
+        "decoupled": lr * decay * p,
+        "independent": lr / WIDE(options.base_lr or 1) * decay * p,
+        "l1": lr * decay * np.sign(p),
+        "cautious": lr * decay * p * (np.sign(update) * np.sign(p) >= 0),
+    }[options.form]
     after = Streams(p - decayed - update, m, v, peak if options.amsgrad else None)
     return Step(after, g, before, decayed, update, slope, t)
 
@@ -111,12 +126,14 @@ def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype
     u = ROUNDOFF[torch.float64 if param == torch.float64 else torch.float32]
     tiny = TINY[torch.float64 if param == torch.float64 else torch.float32]
     beta2 = options.betas[1]
-    coupled = 0 if options.decoupled else options.weight_decay
+    coupled = options.weight_decay if options.form == "coupled" else 0
     before, after = step.before, step.after
+    # A factor of the gradient is rounded once, and once more where it is one of two.
+    factor = 0 if options.grad_factor == 1 else 2
     raw_grad = np.abs(step.grad) + 2 * coupled * np.abs(before.param)
 
-    m = 5 * u * (np.abs(before.exp_avg) + raw_grad) + tiny
-    v = 7 * u * after.exp_avg_sq + 4 * tiny
+    m = (5 + factor) * u * (np.abs(before.exp_avg) + raw_grad) + tiny
+    v = (7 + 2 * factor) * u * after.exp_avg_sq + 4 * tiny
     g = 3 * u * coupled * np.abs(before.param)
     v += (1 - beta2) * (2 * np.abs(step.grad) + g) * g
     peak = after.max_exp_avg_sq if options.amsgrad else after.exp_avg_sq
@@ -128,6 +145,9 @@ def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype
     relative = 9 * u + root + correction1 + correction2 / 2
     p = relative * np.abs(step.update) + 3 * u * np.abs(step.decay)
     p += m * step.slope + 2 * u * np.abs(after.param) + tiny
+    if options.form == "cautious":  # the sign of an update within its error is anyone's
+        decay = options.lr * options.weight_decay * np.abs(before.param)
+        p += np.where(np.abs(step.update) <= 2 * m * step.slope, decay, 0)
 
     def stored(error: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         return error + ROUNDOFF[dtype] * (np.abs(exact) + error) + TINY[dtype]

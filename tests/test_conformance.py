@@ -43,6 +43,9 @@ OPTIONS = {
     "low-betas": Options(betas=(0.3, 0.4)),
     "high-betas": Options(betas=(0.99, 0.99999), lr=1e-5),
     "large-eps": Options(eps=1e-2, lr=0.1, weight_decay=0.3),
+    "independent-decay": Options(decay_form="independent", lr=2e-3, base_lr=0.1, weight_decay=0.1),
+    "l1-decay": Options(decay_form="l1", lr=0.1, weight_decay=0.1),
+    "cautious-decay": Options(decay_form="cautious", lr=0.1, weight_decay=0.3),
 }
 # Around the edges of vectors and, at the end, of the backends' chunks.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 257, 1000, 1023)
@@ -59,9 +62,9 @@ def set_grad(param, grad):
     param.grad = grad
 
 
-def optimizer_for(groups, options, recipe, backend):
+def optimizer_for(groups, options, recipe, backend, **more):
     kind = warpstep.AdamW if options.decoupled else warpstep.Adam
-    return kind(
+    optimizer = kind(
         groups,
         lr=options.lr,
         betas=options.betas,
@@ -70,8 +73,13 @@ def optimizer_for(groups, options, recipe, backend):
         amsgrad=options.amsgrad,
         maximize=options.maximize,
         state_dtype=None if recipe[2] == recipe[0] else recipe[2],
+        decay_form=options.decay_form,
         backend=backend,
+        **more,
     )
+    for group in optimizer.param_groups if options.base_lr else ():
+        group["base_lr"] = options.base_lr
+    return optimizer
 
 
 def streams_of(optimizer, param):

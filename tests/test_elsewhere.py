@@ -18,7 +18,13 @@ import pytest
 from conftest import EMULATED, INTERPRETED
 
 ROOT = Path(__file__).parent.parent
-SUITE = ["test_conformance.py", "test_bits.py", "test_formats.py", "test_launches.py"]
+SUITE = [
+    "test_conformance.py",
+    "test_tail.py",
+    "test_bits.py",
+    "test_formats.py",
+    "test_launches.py",
+]
 
 pytestmark = [
     pytest.mark.slow,

@@ -45,10 +45,10 @@ def native() -> tuple[ModuleType | None, str]:
 def triton_kernel() -> tuple[ModuleType | None, str]:
     """The module of the Triton kernel, or None and the reason why there is none."""
     try:
-        from warpstep.kernels import adamw_triton
+        from warpstep.kernels import launch_triton
     except ImportError as error:
         return None, f"triton cannot be imported ({error}): pip install triton"
-    return adamw_triton, ""
+    return launch_triton, ""
 
 
 def _triton_interprets() -> bool:

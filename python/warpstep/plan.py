@@ -246,7 +246,7 @@ class Plan:
         if self.python_only:
             computed = self._computed_by_reference(optimizer, self.python_only, tail)
         tensors: list[tuple[Tensor | None, ...]] | None = None
-        if tail != Tail(zero_grads=tail.zero_grads):
+        if tail.needs_tensors:
             tensors = [
                 (*tail.on(b.device), self._statistics_table(i) if tail.statistics else None)
                 for i, b in enumerate(self.buckets)
@@ -346,7 +346,7 @@ class Plan:
                 threads = torch.get_num_threads()
                 self._native.grad_norm(index, largest=largest, threads=threads, out=out)
             shares.append(out[0])
-        shares += [_grad_share(grad, norm_type) for grad in others]
+        shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else torch.tensor(0.0)
 
     def clipping(self, total_norm: Tensor, max_norm: float) -> Clipping:

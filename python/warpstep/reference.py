@@ -119,7 +119,8 @@ def computed(
     after = (p - update).to(real_dtype(param.dtype)) if taken else _real(param)
     if group.get("ema_decay") is not None:
         average = _real(state["ema"]).to(compute)
-        weight = 1 - torch.where(new_step == 1, 0.0, group["ema_decay"]).to(average.device, compute)
+        kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
+        weight = (1 - kept).to(average.device, compute)
         new["ema"] = torch.lerp(average, after.to(compute), weight)
 
     stores = [(state[key], new[key]) for key in new]

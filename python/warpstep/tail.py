@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from warpstep.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # comparing tensors would wait for their device
 class Tail:
     """One step's tail. What it does to a gradient g, before the rule sees it::
 
@@ -31,6 +31,12 @@ class Tail:
     max_norm: float = 0.0
     zero_grads: bool = False
     statistics: bool = False
+
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether there is more than a plain step, or one that zeroes gradients."""
+        numbers = (self.grad_scale, self.found_inf, self.total_norm)
+        return self.statistics or any(number is not None for number in numbers)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three tensors as kernels read them: float32, on ``device``.

@@ -1,0 +1,61 @@
+"""The Triton kernel of the gradients' norm: every gradient of a recipe read once, in one launch."""
+
+import triton
+import triton.language as tl
+
+from .adamw_triton import ROW_WORDS, device_function, load, maximum, pointers
+
+
+@device_function
+def largest_of(x):
+    """The largest of float64 magnitudes, NaN if any is: their bits are in the same order."""
+    return tl.max(x.to(tl.int64, bitcast=True), 0).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize_on_alignment=["out"])
+def grad_norm_kernel(
+    rows,  # as adamw_kernel's
+    chunks,
+    grads,
+    out,  # float64[2 + programs]: the result, a count of programs done (zero), a share each
+    FORMAT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of squares, or the largest magnitude, of all gradients; the same bits each time."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * program)
+    grad = tl.load(grads + tensor)
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    size = tl.minimum(tl.load(rows + tensor * ROW_WORDS + 6) - first, CHUNK).to(tl.int32)
+    size = tl.where(grad == 0, 0, size)
+    share = tl.full((), 0, tl.float64)
+    start = tl.cast(0, tl.int32)
+    while start < size:
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < size
+        x = load(pointers(grad, first, offsets, FORMAT, False), mask, tl.float64)
+        x = tl.where(mask, x, 0.0)
+        if LARGEST:
+            share = maximum(share, largest_of(tl.abs(x)))
+        else:
+            share += tl.sum(x * x, 0)
+        start += BLOCK
+    tl.store(out + 2 + program, share)
+    tl.debug_barrier()
+    done = tl.atomic_add((out + 1).to(tl.pointer_type(tl.int32)), 1, sem="acq_rel")
+    programs = tl.num_programs(0)
+    if done == programs - 1:
+        total = tl.full((), 0, tl.float64)
+        start = tl.cast(0, tl.int32)
+        while start < programs:
+            offsets = start + tl.arange(0, BLOCK)
+            mask = offsets < programs
+            shares = tl.load(out + 2 + offsets, mask=mask, other=0.0, volatile=True)
+            if LARGEST:
+                total = maximum(total, largest_of(shares))
+            else:
+                total += tl.sum(shares, 0)
+            start += BLOCK
+        tl.store(out, total)

@@ -1,0 +1,238 @@
+"""Launches the Triton kernels: the tensor table, what is sent each step, ahead-of-time compiles."""
+
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from .adamw_triton import (
+    CAUTIOUS,
+    HYPER_WORDS,
+    INTERPRETED,
+    L1,
+    NO_TAIL,
+    Formats,
+    Tail,
+    adamw_kernel,
+)
+from .grad_norm_triton import grad_norm_kernel
+
+# Elements that a program takes. As in the CUDA kernel: a 100M-element model makes thousands of
+# programs, and a chunk is large enough that working out the constants does not show.
+CHUNK = 16384
+# Few warps, so that several programs share a multiprocessor and one loads while another computes.
+NUM_WARPS = 4
+# Elements that a thread takes at a time: a 16-byte access of a 2-byte stream, two of a 4-byte one.
+THREAD_ELEMENTS = 8
+# The interpreter's costs are by the operation, not by the element.
+INTERPRETER_BLOCK = 4096
+# Contraction off: a fused multiply-add stands where the rule spells one, and nowhere else.
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+launches = 0  # kernels launched since import
+
+
+class TensorTable:
+    """Every tensor of one recipe on one device, as the kernel reads it. Made once per plan.
+
+    Only addresses are kept: the caller keeps the tensors alive, and makes another table when one
+    moves. Lists have an entry a tensor; tensors are read flat, as their elements lie in memory.
+
+    Raises:
+        RuntimeError: for the CPU without Triton's interpreter, or another device with it.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor] | None,  # None without amsgrad
+        emas: Sequence[Tensor] | None,  # None where no averages are kept
+        steps: Sequence[Tensor],  # one float32 each
+        groups: Sequence[int],  # index of each tensor's parameter group
+        device: torch.device,
+    ) -> None:
+        self.device = torch.device(device)
+        self.device_module = torch.get_device_module(self.device)
+        if (self.device.type == "cpu") != INTERPRETED:
+            found = f"{self.device} with TRITON_INTERPRET {'set' if INTERPRETED else 'not set'}"
+            raise RuntimeError(f"{found} at import: set it for the CPU, and for the CPU alone")
+        numels = torch.tensor([p.numel() for p in params])
+        counts = ((numels + CHUNK - 1) // CHUNK).clamp(min=1)
+        tensors = torch.arange(len(params)).repeat_interleave(counts)
+        indices = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
+        none = [None] * len(params)
+        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs or none)
+        streams = (params, *moments, emas or none, steps)
+        addresses = [[0 if t is None else t.data_ptr() for t in stream] for stream in streams]
+        columns = [*map(torch.tensor, addresses), numels, torch.tensor(groups), counts]
+
+        self.programs = len(tensors)
+        self.chunk_counts = counts
+        self.rows = torch.stack(columns, dim=1).to(self.device)
+        self.chunks = torch.stack([tensors, indices], dim=1).to(self.device, torch.int32)
+        self.arrivals = torch.zeros(len(params), dtype=torch.int32, device=self.device)
+        self.block = INTERPRETER_BLOCK
+        if not INTERPRETED:
+            with self.device_module.device(self.device):
+                self.block = block_of(triton.runtime.driver.active.get_current_target())
+        self._last: tuple[int, Tensor, Tensor] | None = None
+        self._spare: Tensor | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def upload(self, hypers: bytes, grads: Tensor) -> Tensor:
+        """`hypers`, then `grads`, as int64 words on the device; sent if they are not there yet."""
+        words = grads
+        if hypers:
+            words = torch.cat([torch.frombuffer(bytearray(hypers), dtype=torch.int64), grads])
+        if self.device.type == "cpu":
+            return words
+        stream = self.device_module.current_stream(self.device)
+        # A captured copy happens at replay: steps before it cannot use it.
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._last is not None and not capturing:
+            last_stream, last_words, on_device = self._last
+            if last_stream != stream.stream_id:
+                for tensor in (self.rows, self.chunks, self.arrivals, on_device):
+                    tensor.record_stream(stream)  # so that it is not freed under the new stream
+            elif torch.equal(last_words, words):
+                return on_device
+
+        # A buffer that a copy under way, or a captured graph, may yet read is never written again.
+        # Older versions of torch cannot pin memory during a capture, so one buffer is kept ready.
+        host = torch.empty_like(words, pin_memory=True) if self._spare is None else self._spare
+        self._spare = None if capturing else torch.empty_like(words, pin_memory=True)
+        on_device = host.copy_(words).to(self.device, non_blocking=True)
+        if capturing:
+            self._captured.append((host, on_device))
+        else:
+            self._last = (stream.stream_id, words, on_device)
+        return on_device
+
+
+def block_of(target: GPUTarget) -> int:
+    """How many elements a program takes at a time on a target."""
+    return THREAD_ELEMENTS * NUM_WARPS * target.warp_size
+
+
+def formats_of(recipe: Any) -> Formats:
+    """The streams' types in Triton, which names them as torch does."""
+    dtypes = (recipe.param, recipe.grad, recipe.moment, recipe.ema)
+    formats = [None if d is None else getattr(tl, str(d)[6:]) for d in dtypes]
+    compute = tl.float64 if recipe.param == torch.float64 else tl.float32
+    if INTERPRETED:
+        formats = [tl.uint16 if f == tl.bfloat16 else f for f in formats]
+    return Formats(*formats[:3], compute, bool(recipe.amsgrad), formats[3])
+
+
+def is_selective(hypers: bytes) -> bool:
+    """Whether the form of some group's decay is l1 or cautious."""
+    return any(form in (L1.value, CAUTIOUS.value) for form in hypers[59 :: 8 * HYPER_WORDS.value])
+
+
+def launch(
+    table: TensorTable,
+    grads: Tensor,
+    hypers: bytes,
+    *,
+    recipe: Any,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    total_norm: Tensor | None = None,
+    max_norm: float = 0.0,
+    statistics: Tensor | None = None,
+    zero_grads: bool = False,
+) -> None:
+    """One AdamW step of a table's tensors: one kernel on the current stream, nothing waited for.
+
+    Args:
+        table: the tensors, of `recipe`.
+        grads: int64[tensors] on the CPU: each gradient's address, or 0 where a parameter has none
+            and is left alone, its step counter too. (An empty gradient needs another number.)
+        hypers: a `Hyper` of tables.h for each group, as in memory.
+        recipe: dtypes `param`, `grad`, `moment` and `ema`, and whether `amsgrad`.
+        grad_scale: float32[1] on the device; gradients are divided by it.
+        found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
+        total_norm, max_norm: float32[1] on the device, and a number: the norm of the unscaled
+            gradients, which are clipped by it.
+        statistics: float64[table.programs, 4] on the device: Tail::statistics of tables.h.
+        zero_grads: the gradients are left zero.
+    """
+    global launches
+    if not grads.any():
+        return
+    skippable = found_inf is not None and (statistics is not None or zero_grads)
+    tail = Tail(statistics is not None, zero_grads, is_selective(hypers), skippable)
+    words = hypers + (b"" if total_norm is None else struct.pack("<d", max_norm))
+    with nullcontext() if INTERPRETED else table.device_module.device(table.device):
+        sizes = [len(hypers) // 8, (len(words) - len(hypers)) // 8, len(grads)]
+        hypers_at, max_norm_at, grads_at = table.upload(words, grads).split(sizes)
+        tables = (table.rows, table.chunks, table.arrivals, hypers_at, grads_at)
+        clip = (None, None) if total_norm is None else (total_norm, max_norm_at)
+        scalars = (grad_scale, found_inf, *clip, statistics)
+        constants = (formats_of(recipe), tail, CHUNK, table.block)
+        adamw_kernel[(table.programs,)](*tables, *scalars, *constants, **OPTIONS)
+    launches += 1
+
+
+def grad_norm(
+    table: TensorTable, grads: Tensor, out: Tensor, *, recipe: Any, largest: bool
+) -> None:
+    """The norm of a table's gradients: one kernel on the current stream, nothing waited for.
+
+    Args:
+        table, grads, recipe: as `launch` takes them.
+        out: float64[2 + table.programs] on the device, zeros: the sum of squares, or with `largest`
+            the largest magnitude, comes first; the rest is scratch.
+        largest: which of the two.
+    """
+    global launches
+    with nullcontext() if INTERPRETED else table.device_module.device(table.device):
+        grads_at = table.upload(b"", grads)
+        constants = (formats_of(recipe).grad, largest, CHUNK, table.block)
+        grad_norm_kernel[(table.programs,)](
+            table.rows, table.chunks, grads_at, out, *constants, **OPTIONS
+        )
+    launches += 1
+
+
+def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> CompiledKernel:
+    """The step's kernel compiled ahead of time, for a target that need not be present."""
+    assert not INTERPRETED, "Triton's interpreter compiles nothing"
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp32", "*i64", "*fp64"]
+    types += ["constexpr"] * 4
+    signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
+    constants = {
+        "FORMATS": formats_of(recipe),
+        "TAIL": tail,
+        "CHUNK": CHUNK,
+        "BLOCK": block_of(target),
+    }
+    return _compiled(adamw_kernel, signature, constants, target)
+
+
+def compile_grad_norm_for(target: GPUTarget, recipe: Any, largest: bool) -> CompiledKernel:
+    """The norm's kernel compiled ahead of time, for a target that need not be present."""
+    types = ["*i64", "*i32", "*i64", "*fp64", *["constexpr"] * 4]
+    signature = dict(zip(grad_norm_kernel.arg_names, types, strict=True))
+    constants = {"FORMAT": formats_of(recipe).grad, "LARGEST": largest}
+    constants |= {"CHUNK": CHUNK, "BLOCK": block_of(target)}
+    return _compiled(grad_norm_kernel, signature, constants, target)
+
+
+def _compiled(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: GPUTarget
+) -> CompiledKernel:
+    # As the tables at a launch: torch allocates at 16-byte boundaries.
+    tables = ("rows", "chunks", "arrivals", "hypers", "grads")
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in tables
+    }
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target, OPTIONS)
