@@ -45,10 +45,15 @@ def kernels():
 
 
 def recipe_of(name):
-    """Formats of parameter, gradient and moments, and amsgrad, from a kernel's name."""
-    match = re.search(r"Recipe<(.+?), \(?(?:bool\))?(true|false|0|1)>", name)
+    """Formats of parameter, gradient and moments, amsgrad, and whether with the tail."""
+    flag = r"\(?(?:bool\))?(true|false|0|1)"
+    match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", name)
     formats = [part.split("::")[-1] for part in match.group(1).split(", ")]
-    return *formats, match.group(2) in ("true", "1")
+    return *formats, match.group(2) in ("true", "1"), match.group(3) in ("true", "1")
+
+
+def of_the_step(kernels):
+    return {key: code for key, code in kernels.items() if "adamw_kernel" in key[1]}
 
 
 def test_every_recipe_was_compiled_for_every_architecture(kernels):
@@ -57,23 +62,36 @@ def test_every_recipe_was_compiled_for_every_architecture(kernels):
     built = {f"sm_{a.split('-')[0]}" for a in native.cuda_architectures.split()}
     assert architectures == built
     for architecture in architectures:
-        recipes = {recipe_of(name) for a, name in kernels if a == architecture}
-        assert len(recipes) == 22  # eleven, with and without amsgrad
+        recipes = {recipe_of(name) for a, name in of_the_step(kernels) if a == architecture}
+        assert len(recipes) == 44  # eleven, with and without amsgrad, with and without the tail
+        norms = [n for a, n in kernels if a == architecture and "grad_norm_kernel" in n]
+        assert len(norms) == len(FORMAT_BYTES)
 
 
 def test_aligned_streams_are_accessed_16_bytes_at_a_time(kernels):
-    for (architecture, name), code in kernels.items():
-        param, grad, moment, amsgrad = recipe_of(name)
+    for (architecture, name), code in of_the_step(kernels).items():
+        param, grad, moment, amsgrad, tail = recipe_of(name)
         size = FORMAT_BYTES
         elements = 16 // min(size[param], size[grad], size[moment])
         moments = (3 if amsgrad else 2) * elements * size[moment] // 16
         stores = elements * size[param] // 16 + moments
         loads = stores + elements * size[grad] // 16
+        if tail:  # gradients are written, and averages of the parameter's format or float32
+            averages = elements * (size[param] + (4 if param != "float32" else 0)) // 16
+            averages = elements * 8 // 16 if param == "float64" else averages
+            stores, loads = loads + averages, loads + averages
         label = f"{architecture}: {param}, {grad}, {moment}"
         assert len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", code)) >= loads, label
         assert len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128", code)) >= stores, label
 
 
+def test_the_norm_reads_16_bytes_at_a_time(kernels):
+    norms = {key: code for key, code in kernels.items() if "grad_norm_kernel" in key[1]}
+    assert norms
+    for key, code in norms.items():
+        assert re.search(r"\bLDG\.E(?:\.\w+)*\.128", code), key
+
+
 def test_nothing_lives_in_local_memory(kernels):
     for (architecture, name), code in kernels.items():
-        assert not re.findall(r"\b(?:LDL|STL)\b", code), f"{architecture}: {recipe_of(name)}"
+        assert not re.findall(r"\b(?:LDL|STL)\b", code), f"{architecture}: {name}"

@@ -74,7 +74,7 @@ def test_a_required_native_build_that_fails_is_an_error(tmp_path):
 
 def test_the_installed_package_is_whole():
     package = Path(warpstep.__file__).parent
-    for name in ("py.typed", "_native.pyi", "kernels/adamw_triton.py"):
+    for name in ("py.typed", "_native.pyi", "kernels/launch_triton.py"):
         assert (package / name).exists(), name
     native, reason = backends.native()
     assert native is not None, reason

@@ -22,7 +22,14 @@ PAIRS = {
     "AdamW": (warpstep.AdamW, torch.optim.AdamW),
     "Adam": (warpstep.Adam, torch.optim.Adam),
 }
-OURS_ONLY = {"state_dtype": None, "backend": "auto"}
+OURS_ONLY = {
+    "backend": "auto",
+    "state_dtype": None,
+    "decay_form": None,
+    "ema_decay": None,
+    "ema_dtype": None,
+    "stats": False,
+}
 LR = 0.01
 SHAPES = [(5, 3), (), (17,)]
 

@@ -5,7 +5,6 @@ a process of the other kind, and `test_in_the_other_mode` runs them in a process
 """
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -23,11 +22,10 @@ from torch import Tensor
 import interpreter
 
 pytest.importorskip("triton")
+from warpstep.kernels import launch_triton as kernel
+
 NESTED = "WARPSTEP_TEST_NESTED"
 KERNELS = Path(__file__).parents[1] / "kernels"
-SPEC = importlib.util.spec_from_file_location("adamw_triton", KERNELS / "adamw_triton.py")
-kernel = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(kernel)
 
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda" if torch.cuda.is_available() else None
 runs = pytest.mark.skipif(DEVICE is None, reason="Triton compiles in this process, and for no GPU")
@@ -39,6 +37,7 @@ class Recipe(NamedTuple):
     grad: torch.dtype
     moment: torch.dtype
     amsgrad: bool = False
+    ema: torch.dtype | None = None
 
     def __str__(self) -> str:
         return "-".join(str(x).removeprefix("torch.") for x in self[: 4 if self.amsgrad else 3])
@@ -65,7 +64,8 @@ class Hyper(NamedTuple):
         kinds = [{f32: 1, f64: 2}[x.dtype] if isinstance(x, Tensor) else 0 for x in self[:3]]
         words = [x.data_ptr() if isinstance(x, Tensor) else x for x in self[:5]]
         types = "".join("Q" if kind else "d" for kind in kinds)
-        return struct.pack(f"<{types}ddI3Bx", *words, self.maximize | self.decoupled << 1, *kinds)
+        flags = (*kinds, self.decoupled, self.maximize)
+        return struct.pack(f"<{types}dddd5B3x", *words, 0.0, 0.0, *flags)
 
 
 # Among them: weights on both sides of lerp's middle, no decay, coupled decay, maximize, addresses.
@@ -100,7 +100,8 @@ class Model:
         for param in self.states["param"]:
             param.copy_(self.random(param.numel()))
         self.steps = [torch.zeros((), device=DEVICE) for _ in sizes]
-        self.table = kernel.TensorTable(*map(self.states.get, NAMES), self.steps, group_of, DEVICE)
+        streams = [*map(self.states.get, NAMES), None]
+        self.table = kernel.TensorTable(*streams, self.steps, group_of, DEVICE)
 
     @staticmethod
     def view(numel: int, dtype: torch.dtype, offset: int) -> Tensor:
@@ -240,10 +241,12 @@ RULE = r"""
 using namespace warpstep;
 extern "C" void run(const Hyper* hyper, float step, float grad_scale, long numel, FORMAT* param,
                     FORMAT* m, FORMAT* v, FORMAT* peak, const FORMAT* grad) {
-  const Constants<float> c = constants_of<float>(*hyper, step, &grad_scale);
+  Tail tail{};
+  tail.grad_scale = &grad_scale;
+  const Constants<float> c = constants_of<float>(*hyper, step, tail);
   for (long i = 0; i < numel; ++i) {
     Moments<float> moments{load(m[i]), load(v[i]), load(peak[i])};
-    store(adamw_rule<true>(c, load(param[i]), load(grad[i]), moments), param[i]);
+    store(adamw_rule<true, false>(c, load(param[i]), load(grad[i]), moments), param[i]);
     store(moments.exp_avg, m[i]);
     store(moments.exp_avg_sq, v[i]);
     store(moments.max_exp_avg_sq, peak[i]);
@@ -315,7 +318,7 @@ def test_nan_and_inf_propagate(recipe: Recipe) -> None:
 def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table believes that it is on a GPU, and copies within the CPU."""
     with pytest.raises(RuntimeError, match="cpu with TRITON_INTERPRET not set"):
-        kernel.TensorTable([], [], [], None, [], [], torch.device("cpu"))
+        kernel.TensorTable([], [], [], None, None, [], [], torch.device("cpu"))
     now = SimpleNamespace(stream_id=1, capturing=False, recorded=[])
     monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: torch.zeros_like(x))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
@@ -377,6 +380,30 @@ def test_compiled_code(recipe: Recipe, target: str, tmp_path: Path) -> None:
     assert not re.search(r"\b(LDL|STL)\b", sass)
     assert sass.count("LDG.E.128") == loads
     assert sass.count("STG.E.128") == stores
+
+
+@compiles
+@pytest.mark.parametrize("target", ["cuda 80 32", "cuda 90 32", "hip gfx942 64"])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(f32, f32, f32, True, f32), Recipe(bf16, bf16, f32, False, f32), Recipe(f64, f64, f64)],
+    ids=str,
+)
+def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
+    """All of it at once compiles, computes as IEEE says, and spills nothing."""
+    backend, arch, warp_size = (int(x) if x.isdigit() else x for x in target.split())
+    gpu = kernel.GPUTarget(backend, arch, warp_size)
+    everything = kernel.Tail(True, True, True, True)
+    codes = [kernel.compile_for(gpu, recipe, everything)]
+    codes += [kernel.compile_grad_norm_for(gpu, recipe, largest) for largest in (False, True)]
+    for code in codes:
+        if backend == "hip":
+            text = code.asm["amdgcn"]
+            spilt = r"\.(?:[sv]gpr_spill_count): +(\d+)"
+            assert set(re.findall(spilt, text)) == {"0"}
+        else:
+            assert not re.search(r"\.(ftz|approx|full)\b", code.asm["ptx"])
+            assert not re.search(r"\b(ld|st)\.local\b", code.asm["ptx"])
 
 
 @pytest.mark.skipif(NESTED in os.environ, reason="this is the other process")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,11 +12,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
+from warpstep import checkpoint
 from warpstep.backends import requested_backend
 from warpstep.hypers import check_group
-from warpstep.plan import Plan, parameter_name
+from warpstep.plan import Plan
 from warpstep.recipes import FORMATS
-from warpstep.state import MOMENTS, describe
 from warpstep.tail import (
     Clipping,
     Statistics,
@@ -349,78 +347,7 @@ class OnePass(torch.optim.Adam):
         Raises:
             ValueError: the groups, or the shape of a tensor of the state, do not fit.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-
-        groups = deepcopy(state_dict["param_groups"])
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                "loaded state dict has a different number of parameter groups: "
-                f"{len(groups)}, the optimizer {len(self.param_groups)}"
-            )
-        for index, (mine, loaded) in enumerate(zip(self.param_groups, groups, strict=True)):
-            if len(mine["params"]) != len(loaded["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of "
-                    f"optimizer's group: group {index} has {len(loaded['params'])} parameters, "
-                    f"the optimizer's {len(mine['params'])}"
-                )
-        ids = chain.from_iterable(group["params"] for group in groups)
-        places = (
-            (param, loaded, parameter_name(self.param_groups, g, i))
-            for g, (mine, loaded) in enumerate(zip(self.param_groups, groups, strict=True))
-            for i, param in enumerate(mine["params"])
-        )
-        place_of = dict(zip(ids, places, strict=True))
-
-        state: dict[Any, Any] = type(self.state)(dict)
-        for key, value in state_dict["state"].items():
-            if key in place_of:
-                param, group, name = place_of[key]
-                state[param] = self._loaded_state(name, param, group, value)
-            else:
-                state[key] = value
-        for mine, loaded in zip(self.param_groups, groups, strict=True):
-            loaded["params"] = mine["params"]
-            if "param_names" in mine:
-                loaded.setdefault("param_names", mine["param_names"])
-        self.__setstate__({"state": state, "param_groups": groups})
-        if callable(self.ema_decay):
-            self._ema_steps = max((int(s.get("step", 0)) for s in self.state.values()), default=0)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _loaded_state(
-        self, name: str, param: Tensor, group: dict[str, Any], saved: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Copies of the tensors of one parameter's saved state, where and as they are needed."""
-        state = dict(saved)
-        for key, value in saved.items():
-            if not isinstance(value, Tensor):
-                state[key] = deepcopy(value)
-            elif key == "step":
-                if value.numel() != 1:
-                    raise ValueError(
-                        f"loaded state dict does not fit {name}: 'step' is {describe(value)}, "
-                        "expected one number"
-                    )
-                on_device = group.get("capturable") or group.get("fused")
-                device = param.device if on_device else value.device
-                state[key] = value.detach().to(device, torch.float32, copy=True)
-            elif key in (*MOMENTS, "ema"):
-                if value.shape != param.shape:
-                    raise ValueError(
-                        f"loaded state dict does not fit {name}: {key!r} is {describe(value)}, "
-                        f"the parameter {describe(param)}"
-                    )
-                wanted = self.ema_dtype if key == "ema" else self.state_dtype
-                recast = wanted is not None and value.is_floating_point()
-                dtype = wanted if recast else value.dtype
-                state[key] = value.detach().to(param.device, dtype, copy=True)
-            else:
-                state[key] = value.detach().to(param.device, copy=True)
-        return state
+        checkpoint.load(self, state_dict)
 
 
 def _torch_step(optimizer: OnePass) -> None:
