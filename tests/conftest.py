@@ -43,12 +43,18 @@ def runnable_backends() -> dict[str, str]:
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes ``backend`` runs once for each, with its ``device``."""
-    if "backend" in metafunc.fixturenames:
-        pairs = runnable_backends().items()
-        metafunc.parametrize(
-            ("backend", "device"), [pytest.param(b, d, id=b) for b, d in pairs], scope="session"
-        )
+    """A test that takes ``backend`` runs once for each, with its ``device`` if it takes that.
+
+    Without, it is for parameters on the CPU.
+    """
+    if "backend" not in metafunc.fixturenames:
+        return
+    pairs = runnable_backends().items()
+    if "device" in metafunc.fixturenames:
+        cases = [pytest.param(b, d, id=b) for b, d in pairs]
+        metafunc.parametrize(("backend", "device"), cases, scope="session")
+    else:
+        metafunc.parametrize("backend", [b for b, d in pairs if d == "cpu"], scope="session")
 
 
 def pytest_collection_modifyitems(items):

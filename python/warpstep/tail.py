@@ -102,10 +102,12 @@ def defer_unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> Tensor | Non
     None where they carry none (no scaling, or unscaled already). The caller owes the scaler the
     inf check: see ``report_found_inf``.
     """
-    if scaler is None or not scaler.is_enabled():
+    if scaler is None:
         return None
     if not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler is a {type(scaler).__name__}, expected a torch.amp.GradScaler")
+    if not scaler.is_enabled():
+        return None
     states = scaler._per_optimizer_states[id(optimizer)]
     stage = states["stage"].name
     if stage == "STEPPED":
