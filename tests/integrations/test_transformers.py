@@ -22,6 +22,8 @@ from training import (
 )
 
 STEPS = 6
+# The Trainer gives its groups the arguments' weight decay.
+WARPSTEP = (warpstep.AdamW, {"lr": LR, "betas": OPTIONS["betas"]})
 
 
 def new_trainer(folder, model, data, **options):
@@ -63,9 +65,10 @@ def torch_run(folder):
 
 def test_trainer_takes_warpstep(tmp_path):
     with launches(STEPS):
-        ours, optimizer = run(tmp_path / "w", optimizer_cls_and_kwargs=(warpstep.AdamW, OPTIONS))
+        ours, optimizer = run(tmp_path / "w", optimizer_cls_and_kwargs=WARPSTEP)
     assert type(optimizer) is warpstep.AdamW
-    assert len(optimizer.param_groups) == 2  # biases are not decayed
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [OPTIONS["weight_decay"], 0]  # biases are not decayed
     assert [len(bucket.entries) for bucket in optimizer.plan.buckets] == [len(ours)]
     assert_agree(ours, torch_run(tmp_path / "t"), STEPS)
 
@@ -83,8 +86,8 @@ def test_trainer_resumes_a_gpt2(tmp_path):
         config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=2, n_head=2)
         tokens = torch.randint(50, (4 * STEPS, 16), generator=torch.Generator().manual_seed(1))
         data = [{"input_ids": row, "labels": row} for row in tokens]
-        options = {"optimizer_cls_and_kwargs": (warpstep.AdamW, OPTIONS)}
-        return new_trainer(folder, GPT2LMHeadModel(config), data, **options)
+        model = GPT2LMHeadModel(config)
+        return new_trainer(folder, model, data, optimizer_cls_and_kwargs=WARPSTEP)
 
     whole = new(tmp_path)
     start = weights(whole.model)

@@ -8,6 +8,7 @@ steps differ by at most n * ulp * (2 |p| + sqrt(n) * lr * (10 + n)), ulp being f
 """
 
 import contextlib
+import faulthandler
 import math
 import time
 
@@ -129,6 +130,7 @@ def on_two_ranks(worker, folder, *, timeout=60):
 
 
 def _rank(rank, worker, folder):
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     try:
