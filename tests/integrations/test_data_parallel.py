@@ -1,0 +1,110 @@
+"""DistributedDataParallel and FSDP2 (fully_shard) in two processes on gloo."""
+
+import functools
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import warpstep
+from training import (
+    OPTIONS,
+    SideBySide,
+    assert_agree,
+    assert_same_bits,
+    batches,
+    calls_taken,
+    launches,
+    needs_enable,
+    on_two_ranks,
+    train,
+    weights,
+)
+
+STEPS = 4
+
+
+def replicated(model):
+    return DistributedDataParallel(model)
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for part in model.parts:
+        fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def run(rank, wrap, cls, **options):
+    model = SideBySide()
+    wrapped = wrap(model)
+    optimizer = cls(wrapped.parameters(), **OPTIONS, **options)
+    train(wrapped, optimizer, batches(STEPS, rank=rank, ranks=2))
+    return model, optimizer
+
+
+def torch_run(rank, wrap):
+    model, _ = run(rank, wrap, torch.optim.AdamW, fused=True)
+    return weights(model)
+
+
+def enabled_worker(wrap, rank):
+    theirs = torch_run(rank, wrap)
+    with calls_taken(STEPS):
+        ours = torch_run(rank, wrap)
+    return ours, theirs
+
+
+def ddp_worker(rank):
+    theirs = torch_run(rank, replicated)
+    with launches(STEPS):
+        model, optimizer = run(rank, replicated, warpstep.AdamW)
+    assert [len(bucket.entries) for bucket in optimizer.plan.buckets] == [len(theirs)]
+    return weights(model), theirs
+
+
+def fsdp_worker(rank):
+    theirs = torch_run(rank, sharded)
+    model, optimizer = run(rank, sharded, warpstep.AdamW)
+    assert type(optimizer) is warpstep.AdamW
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert str(optimizer.plan)
+    for p in model.parameters():
+        state = optimizer.state[p]
+        assert state["step"] == STEPS
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert isinstance(state[key], DTensor)
+            assert state[key].placements == p.placements
+    options = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    if rank == 0:  # the others get nothing
+        shapes = {name: state["exp_avg"].shape for name, state in saved["state"].items()}
+        assert shapes == {name: p.shape for name, p in theirs.items()}
+    return weights(model), theirs
+
+
+def assert_ranks_agree(worker, folder):
+    (ours, theirs), (twin, _) = on_two_ranks(worker, folder)
+    assert_same_bits(ours, twin)
+    assert_agree(ours, theirs, STEPS)
+
+
+def test_ddp(tmp_path):
+    assert_ranks_agree(ddp_worker, tmp_path)
+
+
+def test_fsdp2(tmp_path):
+    assert_ranks_agree(fsdp_worker, tmp_path)
+
+
+@needs_enable
+def test_ddp_enabled(tmp_path):
+    assert_ranks_agree(functools.partial(enabled_worker, replicated), tmp_path)
+
+
+@needs_enable
+def test_fsdp2_enabled(tmp_path):
+    assert_ranks_agree(functools.partial(enabled_worker, sharded), tmp_path)

@@ -1,0 +1,141 @@
+"""What the integration tests share: a model, its data, and how far two runs may be apart.
+
+NOTE [same gradients]
+The model's loss is linear in its weights, so its gradients depend on the data alone. Two runs on
+the same data meet the same gradients bit for bit, whatever their optimizers did, and their weights
+differ by the optimizers' roundings only. NOTE [tolerance] in test_torch_layouts.py bounds those: n
+steps differ by at most n * ulp * (2 |p| + sqrt(n) * lr * (10 + n)), ulp being float32's 2^-23.
+"""
+
+import contextlib
+import faulthandler
+import math
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import warpstep
+
+LR = 0.01
+OPTIONS = {"lr": LR, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+SIZES = (5, 1)  # outputs of the layers; two ranks share 5 rows unevenly and leave one without any
+FEATURES = 6
+
+needs_enable = pytest.mark.skipif(not hasattr(warpstep, "enable"), reason="needs warpstep.enable")
+
+
+class SideBySide(nn.Module):
+    """Linear layers on the same input, summed. See NOTE [same gradients]."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.parts = nn.ModuleList(nn.Linear(FEATURES, size) for size in SIZES)
+
+    def forward(self, x, target):
+        return {"loss": (sum(part(x) for part in self.parts) * target).mean()}
+
+
+def rows(count):
+    """A data set: ``count`` rows of input and target."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((count, FEATURES), generator=generator)
+    target = torch.randn((count, max(SIZES)), generator=generator)
+    return [{"x": a, "target": b} for a, b in zip(x, target, strict=True)]
+
+
+def batches(steps, size=4, rank=0, ranks=1):
+    """One batch a step; a rank's own rows, where there are several."""
+    loader = list(torch.utils.data.DataLoader(rows(steps * size * ranks), batch_size=size))
+    return loader[rank::ranks]
+
+
+def train(model, optimizer, data):
+    for batch in data:
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+
+
+def weights(model):
+    """A model's parameters by name, whole and detached."""
+    found = {}
+    for name, param in model.named_parameters():
+        whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+        found[name] = whole.detach().clone()
+    return found
+
+
+def assert_agree(ours, theirs, steps, lr=LR):
+    """Weights of two runs on the same gradients. See NOTE [same gradients]."""
+    start = weights(SideBySide())
+    assert ours.keys() == theirs.keys()
+    for name, p in theirs.items():
+        assert not torch.equal(p, start[name]), f"{name} was not trained"
+        bound = steps * 2**-23 * (2 * p.abs().max() + math.sqrt(steps) * lr * (10 + steps))
+        torch.testing.assert_close(ours[name], p, rtol=0, atol=bound.item(), msg=name)
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, p in one.items():
+        assert torch.equal(p, other[name]), name
+
+
+@contextlib.contextmanager
+def launches(expected):
+    """Within, warpstep's CPU kernel must be launched that many times."""
+    before = warpstep.status().launches["cpu"]
+    yield
+    assert warpstep.status().launches["cpu"] - before == expected
+
+
+@contextlib.contextmanager
+def calls_taken(steps):
+    """Within, warpstep must take ``steps`` of torch's fused steps or more, and pass none on.
+
+    More, because torch makes one call for each group.
+    """
+    before = warpstep.status()
+    taken, passed_on = before.taken, dict(before.passed_on)
+    with warpstep.enabled():
+        yield
+    after = warpstep.status()
+    assert after.taken - taken >= steps
+    assert after.passed_on == passed_on
+
+
+# ---- Two processes
+
+
+def on_two_ranks(worker, folder, *, timeout=60):
+    """Runs ``worker(rank)`` in two processes on gloo. Returns what each returned.
+
+    They meet at a file, so no port has to be free. One that hangs is killed, and fails the test.
+    """
+    context = torch.multiprocessing.start_processes(
+        _rank, args=(worker, str(folder)), nprocs=2, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"a rank did not end within {timeout} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def _rank(rank, worker, folder):
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        result = worker(rank)
+        dist.barrier()  # neither leaves while the other still talks to it
+    finally:
+        dist.destroy_process_group()
+    torch.save(result, f"{folder}/rank{rank}.pt")
