@@ -21,7 +21,7 @@ build: $(VENV)/.installed ## make the environment in .venv and install warpstep 
 demo: build ## train a small GPT with torch's AdamW and with warpstep's, side by side
 	@$(BIN)/python examples/train_gpt.py
 
-test: build ## run the test suite
+test: build $(VENV)/.integrations ## run the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
@@ -56,6 +56,13 @@ $(VENV)/.environment:
 # Installed, not linked: what is tested is what a user gets.
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 	$(BIN)/python -m pip install -q ".[test,bench]"
+	@touch $@
+
+# Libraries that the integration tests use. timm alone without its dependencies: the torchvision that
+# it asks for does not import beside a CPU build of torch.
+$(VENV)/.integrations: $(VENV)/.environment
+	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" accelerate lightning transformers
+	$(BIN)/python -m pip install -q --no-deps timm
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.environment

@@ -418,13 +418,13 @@ class Plan:
             zero_grads=tail.zero_grads,
         )
         if self._native is None:
-            stepped = [e.param for e in bucket.entries if e.param.grad is not None]
-            increment_version(stepped)
+            grads_of = [(e.param, e.param.grad) for e in bucket.entries if e.param.grad is not None]
+            increment_version([param for param, _ in grads_of])
             if tail.zero_grads:
-                increment_version([param.grad for param in stepped])
-                for param, seen in zip(stepped, copies, strict=True):
-                    if seen.data_ptr() != param.grad.data_ptr():
-                        param.grad.zero_()
+                increment_version([grad for _, grad in grads_of])
+                for (_, grad), seen in zip(grads_of, copies, strict=True):
+                    if seen.data_ptr() != grad.data_ptr():
+                        grad.zero_()
 
     def _triton_grad_norm(self, index: int, bucket: Bucket, largest: bool, out: Tensor) -> None:
         kernel, _ = backends.triton_kernel()
@@ -454,6 +454,6 @@ def publish(optimizer: OnePass, entries: list[Entry]) -> None:
 def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
     """One gradient's share of `combined_norm`."""
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    norm = torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
-    return norm if math.isinf(norm_type) else norm**2
+    return norm if math.isinf(norm_type) else norm.square()
