@@ -108,7 +108,8 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("bucket"), py::kw_only(), py::arg("largest"), py::arg("threads"), py::arg("out"))
       .def("chunk_counts", &Plan::chunk_counts)
-      .def("remember_grads", &Plan::remember_grads)
+      .def("chunk_count", &Plan::chunk_count)
+      .def("gather_grads", &Plan::gather_grads)
       .def("count_grads", &Plan::count_grads)
       .def("forget_grads", &Plan::forget_grads)
       .def("compare_grads",

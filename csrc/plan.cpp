@@ -354,31 +354,6 @@ void Plan::increment_versions(bool zero_grads) {
   }
 }
 
-std::size_t Plan::count_grads() const {
-  return std::count_if(params_.begin(), params_.end(),
-                       [this](const BoundParam& bound) { return has_grad(bound); });
-}
-
-void Plan::remember_grads() {
-  remembered_.clear();
-  for (const BoundParam& bound : params_) {
-    if (!has_grad(bound)) continue;
-    const py::object grad = py::handle(bound.param).attr("grad");
-    remembered_.push_back({bound.param, grad, grad.attr("_version").cast<long>()});
-  }
-}
-
-Plan::Unchanged Plan::compare_grads() const {
-  Unchanged found{remembered_.size(), 0, 0};
-  for (const RememberedGrad& remembered : remembered_) {
-    const py::object grad = py::handle(remembered.param).attr("grad");
-    if (!grad.is(remembered.grad)) continue;
-    ++found.kept;
-    found.unwritten += grad.attr("_version").cast<long>() == remembered.version;
-  }
-  return found;
-}
-
 py::dict Plan::host_tables(std::size_t index) const {
   const Bucket& bucket = buckets_.at(index);
   py::dict tables;

@@ -52,6 +52,19 @@ class Plan {
   // null, or why the plan is stale. Writes no tensor.
   const char* check(py::handle state, py::handle param_groups);
 
+  // Gathers gradients only, for their norm, and remembers them as they are: each object (which
+  // lives until forget_grads) and its version counter. Returns as `check` does.
+  const char* gather_grads(py::handle param_groups);
+  // Of the gradients remembered, how many are still the parameters' gradients, and how many of
+  // those were not written to.
+  struct Unchanged {
+    std::size_t remembered, kept, unwritten;
+  };
+  Unchanged compare_grads() const;
+  void forget_grads() { remembered_.clear(); }
+  // How many gradients were gathered last.
+  std::size_t count_grads() const;
+
   // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
   // (grad_scale, found_inf, total_norm, statistics) a bucket, each None or a tensor on its device,
   // float32 but for the statistics' float64; or is None.
@@ -64,18 +77,8 @@ class Plan {
   // Writes the norm of a bucket's gradients to `out`, float64[2 + chunks] on its device: the sum of
   // squares or the largest magnitude comes first, and the rest is scratch (zeros on entry).
   void grad_norm(std::size_t bucket, Norm kind, int threads, py::handle out);
+  std::size_t chunk_count(std::size_t bucket) const { return buckets_.at(bucket).chunks.size(); }
   std::vector<std::uint32_t> chunk_counts(std::size_t bucket) const;
-
-  // Remembers the gradients that the last check gathered, as they are. Of those remembered, how
-  // many are still the parameters' gradients, and how many of them were not written to.
-  void remember_grads();
-  struct Unchanged {
-    std::size_t remembered, kept, unwritten;
-  };
-  Unchanged compare_grads() const;
-  void forget_grads() { remembered_.clear(); }
-  // How many gradients the last check gathered.
-  std::size_t count_grads() const;
 
   // For the backends that keep tables in device memory: the bytes of a bucket's tables, and where
   // Python has put them.
@@ -137,8 +140,12 @@ class Plan {
   void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);
   void cut_chunks(Bucket& bucket);
   const char* check_state(PyObject* state) const;
-  const char* check_group(PyObject* group, std::uint32_t index, std::size_t& next);
-  const char* check_param(BoundParam& bound);
+  const char* check_groups(PyObject* param_groups, bool only_grads);
+  const char* check_group(PyObject* group, std::uint32_t index, bool only_grads, std::size_t& next);
+  const char* check_items(PyObject* group, std::uint32_t index);
+  const char* check_param(const BoundParam& bound) const;
+  const char* gather_grad(const BoundParam& bound, PyObject* grad);
+  bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
   Launch launch_of(Bucket& bucket, const Tail& tail);
@@ -165,6 +172,7 @@ class Plan {
     py::object grad;
     long version;
   };
+
   std::vector<RememberedGrad> remembered_;
   bool every_grad_ = true;  // did the last check find all gradients
   py::list versioned_;      // the parameters of all buckets

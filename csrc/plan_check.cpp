@@ -7,6 +7,7 @@ namespace {
 // Names looked up at every step, interned once.
 struct Names {
   PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* version = PyUnicode_InternFromString("_version");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* lr = PyUnicode_InternFromString("lr");
   PyObject* betas = PyUnicode_InternFromString("betas");
@@ -27,19 +28,39 @@ const Names& names() {
   return all;
 }
 
-// param.grad. Of torch's own types the descriptor is asked directly, which spares looking it up.
-PyObject* gradient_of(PyObject* param) {
-  const auto borrowed_for_ever = [](py::object object) { return object.release().ptr(); };
-  static PyObject* const tensor_type =
-      borrowed_for_ever(py::module_::import("torch").attr("Tensor"));
+PyObject* borrowed_for_ever(py::object object) { return object.release().ptr(); }
+
+PyObject* tensor_type() {
+  static PyObject* const type = borrowed_for_ever(py::module_::import("torch").attr("Tensor"));
+  return type;
+}
+
+// An attribute of a tensor. Of torch's own types the descriptor is asked directly, which spares
+// looking it up.
+PyObject* attribute_of(PyObject* tensor, PyObject* descriptor, PyObject* name) {
   static PyObject* const parameter_type =
       borrowed_for_ever(py::module_::import("torch.nn").attr("Parameter"));
-  static PyObject* const grad = borrowed_for_ever(py::handle(tensor_type).attr("grad"));
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(param));
-  if (type == parameter_type || type == tensor_type) {
-    return Py_TYPE(grad)->tp_descr_get(grad, param, type);
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type == parameter_type || type == tensor_type()) {
+    return Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor, type);
   }
-  return PyObject_GetAttr(param, names().grad);
+  return PyObject_GetAttr(tensor, name);
+}
+
+py::object gradient_of(PyObject* param) {
+  static PyObject* const grad = borrowed_for_ever(py::handle(tensor_type()).attr("grad"));
+  const auto found = py::reinterpret_steal<py::object>(attribute_of(param, grad, names().grad));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+// Counts the writes to a tensor's memory.
+long version_of(PyObject* tensor) {
+  static PyObject* const version = borrowed_for_ever(py::handle(tensor_type()).attr("_version"));
+  const auto found =
+      py::reinterpret_steal<py::object>(attribute_of(tensor, version, names().version));
+  if (!found) throw py::error_already_set();
+  return PyLong_AsLong(found.ptr());
 }
 
 // By the word that groups hold; warpstep/hypers.py has the same.
@@ -74,21 +95,48 @@ bool same_layout(const TensorView& view, const std::int64_t* shape, const std::i
 }  // namespace
 
 const char* Plan::check(py::handle state, py::handle param_groups) {
-  every_grad_ = true;
   tensor_scalars_.clear();
+  if (const char* why = check_state(state.ptr())) return why;
+  return check_groups(param_groups.ptr(), false);
+}
+
+const char* Plan::gather_grads(py::handle param_groups) {
+  forget_grads();
+  return check_groups(param_groups.ptr(), true);
+}
+
+Plan::Unchanged Plan::compare_grads() const {
+  Unchanged found{remembered_.size(), 0, 0};
+  for (const RememberedGrad& remembered : remembered_) {
+    if (!gradient_of(remembered.param).is(remembered.grad)) continue;
+    ++found.kept;
+    found.unwritten += version_of(remembered.grad.ptr()) == remembered.version;
+  }
+  return found;
+}
+
+std::size_t Plan::count_grads() const {
+  std::size_t count = 0;
+  for (const Bucket& bucket : buckets_) {
+    for (const void* grad : bucket.grads) count += grad != nullptr;
+  }
+  return count;
+}
+
+const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
+  every_grad_ = true;
   for (Bucket& bucket : buckets_) {
     bucket.copied_grads.clear();
     bucket.copied_from.clear();
   }
-
-  if (const char* why = check_state(state.ptr())) return why;
-  if (!PyList_Check(param_groups.ptr()) ||
-      static_cast<std::size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) {
+  if (!PyList_Check(param_groups) ||
+      static_cast<std::size_t>(PyList_GET_SIZE(param_groups)) != groups_.size()) {
     return "the number of parameter groups changed";
   }
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < groups_.size(); ++g) {
-    if (const char* why = check_group(PyList_GET_ITEM(param_groups.ptr(), g), g, next)) return why;
+    PyObject* const group = PyList_GET_ITEM(param_groups, g);
+    if (const char* why = check_group(group, g, only_grads, next)) return why;
   }
   return nullptr;
 }
@@ -119,9 +167,40 @@ const char* Plan::check_state(PyObject* state) const {
   return bound == state_.end() ? nullptr : "a parameter's state was removed";
 }
 
-const char* Plan::check_group(PyObject* group, std::uint32_t index, std::size_t& next) {
+const char* Plan::check_group(PyObject* group, std::uint32_t index, bool only_grads,
+                              std::size_t& next) {
   BoundGroup& bound = groups_[index];
   if (!PyDict_Check(group)) return "a group was replaced";
+  if (only_grads) {
+    if (PyDict_GetItem(group, names().params) != bound.params) return "a group was replaced";
+  } else if (const char* why = check_items(group, index)) {
+    return why;
+  }
+  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params)) != bound.count) {
+    return "a group's parameters changed";
+  }
+  PyObject* const* params = PySequence_Fast_ITEMS(bound.params);
+  for (std::size_t i = 0; i < bound.count; ++i, ++next) {
+    BoundParam& param = params_[next];
+    if (params[i] != param.param) return "a group's parameters changed";
+    if (param.assignment == python_only) continue;
+    py::object grad = gradient_of(param.param);
+    if (param.assignment == no_state) {
+      if (!grad.is_none()) return "a parameter got its first gradient";
+      continue;
+    }
+    const char* why = only_grads ? nullptr : check_param(param);
+    if (why == nullptr) why = gather_grad(param, grad.ptr());
+    if (why != nullptr) return why;
+    if (only_grads && !grad.is_none()) {
+      remembered_.push_back({param.param, grad, version_of(grad.ptr())});
+    }
+  }
+  return nullptr;
+}
+
+const char* Plan::check_items(PyObject* group, std::uint32_t index) {
+  const BoundGroup& bound = groups_[index];
   std::size_t seen = 0;
   PyObject *key, *value;
   for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); seen += 2) {
@@ -129,18 +208,9 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, std::size_t&
       break;
     }
   }
-  if (seen == 0 || seen != bound.items.size() || seen != 2 * std::size_t(PyDict_GET_SIZE(group))) {
-    if (const char* why = read_group(group, index)) return why;
-  }
-  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params)) != bound.count) {
-    return "a group's parameters changed";
-  }
-  PyObject* const* params = PySequence_Fast_ITEMS(bound.params);
-  for (std::size_t i = 0; i < bound.count; ++i, ++next) {
-    if (params[i] != params_[next].param) return "a group's parameters changed";
-    if (const char* why = check_param(params_[next])) return why;
-  }
-  return nullptr;
+  const bool same = seen != 0 && seen == bound.items.size() &&
+                    seen == 2 * static_cast<std::size_t>(PyDict_GET_SIZE(group));
+  return same ? nullptr : read_group(group, index);
 }
 
 // What is invalid makes the plan stale: making the next one says what is wrong with it.
@@ -236,66 +306,66 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
   return nullptr;
 }
 
-const char* Plan::check_param(BoundParam& bound) {
-  if (bound.assignment == python_only) return nullptr;
-  const py::object grad = py::reinterpret_steal<py::object>(gradient_of(bound.param));
-  if (!grad) throw py::error_already_set();
-  if (bound.assignment == no_state) {
-    return grad.is_none() ? nullptr : "a parameter got its first gradient";
-  }
+bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format format) const {
+  const dlpack::Device device = buckets_[bound.assignment].device;
+  return view.known_format && view.format == format && view.is_complex == bound.is_complex &&
+         view.device.type == device.type && view.device.index == device.index &&
+         view.ndim == bound.ndim && same_shape(view, dims_.data() + bound.dims);
+}
 
-  Bucket& bucket = buckets_[bound.assignment];
-  void*& slot = bucket.grads[bound.row];
+const char* Plan::check_param(const BoundParam& bound) const {
+  const Bucket& bucket = buckets_[bound.assignment];
+  const TensorRow& row = bucket.rows[bound.row];
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
   const TensorReader& read_tensor = tensor_reader();
   TensorView view;
-  const auto is_like_param = [&](Format format) {
-    return view.known_format && view.format == format && view.is_complex == bound.is_complex &&
-           view.device.type == bucket.device.type && view.device.index == bucket.device.index &&
-           view.ndim == bound.ndim && same_shape(view, shape);
+  const auto is_at = [&](PyObject* tensor, const void* address, Format format) {
+    return read_tensor.read(tensor, view) && view.data == address &&
+           is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
-
-  const TensorRow& row = bucket.rows[bound.row];
-  if (!read_tensor.read(bound.param, view) || view.data != row.param ||
-      !is_like_param(bound.format) || !same_layout(view, shape, strides)) {
-    return "a parameter's memory changed";
-  }
+  if (!is_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
   const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
   for (int i = 0; i < 4; ++i) {
     if (bound.streams[i] == nullptr) continue;
     const Format format = i < 3 ? bucket.spec.recipe.moment : *bucket.spec.ema;
-    if (!read_tensor.read(bound.streams[i], view) || view.data != streams[i] ||
-        !is_like_param(format) || !same_layout(view, shape, strides)) {
-      return "a state tensor's memory changed";
-    }
+    if (!is_at(bound.streams[i], streams[i], format)) return "a state tensor's memory changed";
   }
   // Empty moments have no address that could tell.
   if (row.numel == 0 && (!read_tensor.read(bound.step, view) || view.data != row.step)) {
     return "a state tensor's memory changed";
   }
+  return nullptr;
+}
 
-  if (grad.is_none()) {
+const char* Plan::gather_grad(const BoundParam& bound, PyObject* grad) {
+  Bucket& bucket = buckets_[bound.assignment];
+  const std::int64_t numel = bucket.rows[bound.row].numel;
+  const std::int64_t* shape = dims_.data() + bound.dims;
+  const std::int64_t* strides = shape + bound.ndim;
+  void*& slot = bucket.grads[bound.row];
+  if (grad == Py_None) {
     slot = nullptr;
     every_grad_ = false;
     return nullptr;
   }
-  if (!read_tensor.read(grad.ptr(), view) || !is_like_param(bucket.spec.recipe.grad)) {
+  const TensorReader& read_tensor = tensor_reader();
+  TensorView view;
+  if (!read_tensor.read(grad, view) || !is_like_param(bound, view, bucket.spec.recipe.grad)) {
     return "a gradient's kind changed";
   }
   // A lazily negated or conjugated gradient is a view of complex numbers: complex itself, or with
   // strides of its own, which a scalar does not have.
-  const bool one = row.numel == 1;
+  const bool one = numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
-    bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), grad));
-    bucket.copied_from.push_back(grad);
+    bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), py::handle(grad)));
+    bucket.copied_from.push_back(py::reinterpret_borrow<py::object>(grad));
     read_tensor.read(bucket.copied_grads.back().ptr(), view);
   }
   // An empty tensor has a gradient all the same: its step counter advances.
   static std::uint64_t nothing;
-  const bool empty = row.numel == 0;
-  if (view.data == nullptr && !empty) return "a gradient's memory was freed";
-  slot = empty ? &nothing : view.data;
+  if (view.data == nullptr && numel != 0) return "a gradient's memory was freed";
+  slot = numel == 0 ? &nothing : view.data;
   return nullptr;
 }
 

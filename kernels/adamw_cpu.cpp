@@ -60,54 +60,74 @@ void average_elements(const Constants<T> constants, const Param* __restrict para
   }
 }
 
-// Sums kept side by side, so that adding to them is SIMD code with the same bits on every machine.
+// The sum of squares of value(0), ..., value(count - 1). Kept as many sums side by side, so that it
+// is SIMD code with the same bits on every machine.
+constexpr std::int64_t kLanes = 64;
+template <class T>
 struct Lanes {
-  static constexpr std::int64_t kCount = 16;
-  double sums[kCount] = {};
+  T sums[kLanes] = {};
 
   template <class Value>
-  void add(std::int64_t count, Value&& value) {
+  WARPSTEP_FN void add_squares(std::int64_t count, Value&& value) {
     std::int64_t i = 0;
-    for (; i + kCount <= count; i += kCount) {
-      for (std::int64_t k = 0; k < kCount; ++k) sums[k] += value(i + k);
+    for (; i + kLanes <= count; i += kLanes) {
+      for (std::int64_t k = 0; k < kLanes; ++k) {
+        const T x = value(i + k);
+        sums[k] = fma_of(x, x, sums[k]);
+      }
     }
-    for (std::int64_t k = 0; i + k < count; ++k) sums[k] += value(i + k);
+    for (std::int64_t k = 0; i + k < count; ++k) {
+      const T x = value(i + k);
+      sums[k] = fma_of(x, x, sums[k]);
+    }
   }
   double total() const {
-    double result = 0;
-    for (double sum : sums) result += sum;
-    return result;
+    double halves[kLanes];
+    for (std::int64_t k = 0; k < kLanes; ++k) halves[k] = sums[k];
+    for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (std::int64_t k = 0; k < half; ++k) halves[k] += halves[k + half];
+    }
+    return halves[0];
   }
 };
 
+template <class Value>
+WARPSTEP_FN double exact_sum_of_squares(std::int64_t count, Value&& value) {
+  Lanes<double> lanes;
+  lanes.add_squares(count, [&](std::int64_t i) { return static_cast<double>(value(i)); });
+  return lanes.total();
+}
+
+// Of a tile: in T, at most 17 roundings of it off; in float64 where squares leave T's range.
+template <class Value>
+WARPSTEP_FN double sum_of_squares(std::int64_t count, Value&& value) {
+  using T = decltype(value(std::int64_t{0}));
+  Lanes<T> lanes;
+  lanes.add_squares(count, value);
+  const double total = lanes.total();
+  if (sizeof(T) == 8 || (total > 1e-25 && total < 1e38)) return total;
+  return exact_sum_of_squares(count, value);
+}
+
 // The sums of Tail::statistics over one chunk.
 struct Statistics {
-  Lanes grad, param, change;
+  double grad = 0, param = 0, change = 0;
   std::int64_t not_finite = 0;
 };
 
 template <class Grad>
 void count_gradients(Statistics& sums, const Grad* __restrict grad, std::int64_t count) {
-  sums.grad.add(count, [&](std::int64_t i) {
-    const double g = load(grad[i]);
-    return g * g;
-  });
-  std::int32_t not_finite = 0;
-  for (std::int64_t i = 0; i < count; ++i) not_finite += !is_finite(load(grad[i]));
-  sums.not_finite += not_finite;
+  const double squares = sum_of_squares(count, [&](std::int64_t i) { return load(grad[i]); });
+  sums.grad += squares;
+  if (is_finite(squares)) return;
+  for (std::int64_t i = 0; i < count; ++i) sums.not_finite += !is_finite(load(grad[i]));
 }
 
 template <class Param, class T>
 void count_parameters(Statistics& sums, const Param* __restrict param, const T* __restrict before,
                       std::int64_t count) {
-  sums.param.add(count, [&](std::int64_t i) {
-    const double p = load(param[i]);
-    return p * p;
-  });
-  sums.change.add(count, [&](std::int64_t i) {
-    const double change = static_cast<double>(load(param[i])) - before[i];
-    return change * change;
-  });
+  sums.param += sum_of_squares(count, [&](std::int64_t i) { return load(param[i]); });
+  sums.change += sum_of_squares(count, [&](std::int64_t i) { return load(param[i]) - before[i]; });
 }
 
 template <class Recipe>
@@ -191,9 +211,9 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
     }
     if (statistics != nullptr) {
       const double unscale = constants.unscale;
-      statistics[0] = sums.grad.total() * unscale * unscale;
-      statistics[1] = sums.param.total();
-      statistics[2] = sums.change.total();
+      statistics[0] = sums.grad * unscale * unscale;
+      statistics[1] = sums.param;
+      statistics[2] = sums.change;
       statistics[3] = static_cast<double>(sums.not_finite);
     }
   }
@@ -202,23 +222,19 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
 template <class Format>
 double norm_of(Norm kind, const Format* __restrict values, std::int64_t count) {
   if (kind == Norm::l2) {
-    Lanes squares;
-    squares.add(count, [&](std::int64_t i) {
-      const double x = load(values[i]);
-      return x * x;
-    });
-    return squares.total();
+    return exact_sum_of_squares(count, [&](std::int64_t i) { return load(values[i]); });
   }
-  double lanes[Lanes::kCount] = {};
+  using T = decltype(load(*values));
+  T lanes[kLanes] = {};
   std::int64_t i = 0;
-  for (; i + Lanes::kCount <= count; i += Lanes::kCount) {
-    for (std::int64_t k = 0; k < Lanes::kCount; ++k) {
-      lanes[k] = maximum<double>(lanes[k], std::fabs(load(values[i + k])));
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::int64_t k = 0; k < kLanes; ++k) {
+      lanes[k] = maximum(lanes[k], std::fabs(load(values[i + k])));
     }
   }
-  for (; i < count; ++i) lanes[0] = maximum<double>(lanes[0], std::fabs(load(values[i])));
-  double largest = 0;
-  for (double lane : lanes) largest = maximum(largest, lane);
+  for (; i < count; ++i) lanes[0] = maximum(lanes[0], std::fabs(load(values[i])));
+  T largest = 0;
+  for (T lane : lanes) largest = maximum(largest, lane);
   return largest;
 }
 

@@ -160,6 +160,16 @@ class OnePass(torch.optim.Adam):
         assert plan is not None
         return plan
 
+    def _plan_of_grads(self) -> Plan | None:
+        """The plan, with gradients gathered and remembered; nothing else is looked at."""
+        plan = self.plan
+        if plan is None or not plan.checked_by_native or plan.stale_grads(self):
+            self._update_ema_decay()
+            plan = self._valid_plan()
+            if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
+                raise RuntimeError(f"a new plan is stale at once: {reason}")
+        return plan
+
     def _update_ema_decay(self) -> None:
         if callable(self.ema_decay):
             decay = self.ema_decay(self._ema_steps)
@@ -206,10 +216,9 @@ class OnePass(torch.optim.Adam):
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
             raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
-        self._update_ema_decay()
         self._forget_clipping()
         scale = defer_unscale(scaler, self)
-        plan = self._valid_plan()
+        plan = self._plan_of_grads()
         if plan is None:
             if scaler is not None and scaler.is_enabled() and scale is not None:
                 scaler.unscale_(self)

@@ -293,7 +293,14 @@ class Plan:
             computed.append(one)
         return computed
 
+    def _chunk_count(self, index: int) -> int:
+        if self.buckets[index].backend == "triton":
+            programs: int = self.buckets[index].tables.programs
+            return programs
+        return int(self._native.chunk_count(index))
+
     def _chunk_counts(self, index: int) -> Tensor:
+        """Of each tensor of a bucket."""
         if self.buckets[index].backend == "triton":
             counts: Tensor = self.buckets[index].tables.chunk_counts
             return counts
@@ -303,8 +310,8 @@ class Plan:
         """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
         bucket = self.buckets[index]
         if bucket.statistics is None:
-            chunks = int(self._chunk_counts(index).sum())
-            bucket.statistics = torch.zeros(chunks, 4, dtype=torch.float64, device=bucket.device)
+            shape = (self._chunk_count(index), 4)
+            bucket.statistics = torch.zeros(shape, dtype=torch.float64, device=bucket.device)
         return bucket.statistics
 
     def statistics(self) -> Statistics | None:
@@ -325,7 +332,7 @@ class Plan:
         return statistics_of(params, tables) if tables else None
 
     def grad_norm(self, norm_type: float) -> Tensor:
-        """The norm of all gradients as they are, after a check that found the plan valid. float32.
+        """The norm of all gradients as they are, after they were gathered. float32.
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
         """
@@ -337,8 +344,9 @@ class Plan:
             return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
         shares = []
         for index, bucket in enumerate(self.buckets):
-            chunks = int(self._chunk_counts(index).sum())
-            out = torch.zeros(2 + chunks, dtype=torch.float64, device=bucket.device)
+            out = torch.zeros(
+                2 + self._chunk_count(index), dtype=torch.float64, device=bucket.device
+            )
             largest = math.isinf(norm_type)
             if bucket.backend == "triton":
                 self._triton_grad_norm(index, bucket, largest, out)
@@ -349,16 +357,18 @@ class Plan:
         shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else torch.tensor(0.0)
 
+    def stale_grads(self, optimizer: OnePass) -> str | None:
+        """Why this plan does not describe the gradients, or None. Gathers and remembers them."""
+        reason: str | None = self._native.gather_grads(optimizer.param_groups)
+        return reason
+
     def clipping(self, total_norm: Tensor, max_norm: float) -> Clipping:
-        """The gradients that the last check gathered, remembered as they are."""
-        natively = self._native is not None
-        if natively:
-            self._native.remember_grads()
+        """What is known of the gradients that were gathered, remembered as they are."""
         elsewhere = [param for param, _, _ in self.python_only]
-        if not natively:
+        if self._native is None:
             elsewhere += [entry.param for bucket in self.buckets for entry in bucket.entries]
         others = [(p, p.grad, p.grad._version) for p in elsewhere if p.grad is not None]
-        return Clipping(total_norm, max_norm, self if natively else None, others=others)
+        return Clipping(total_norm, max_norm, self if self._native else None, others=others)
 
     def compare_grads(self) -> tuple[int, int, int]:
         """Of the gradients remembered: their number, how many are kept, and how many unwritten."""
