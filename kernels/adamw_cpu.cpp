@@ -25,30 +25,41 @@ struct Streams {
 };
 
 template <class Recipe, bool kSelective>
+WARPSTEP_FN typename Recipe::Compute step_element(
+    const Constants<typename Recipe::Compute>& constants, typename Recipe::Param& param,
+    const typename Recipe::Grad& grad, typename Recipe::Moment& exp_avg,
+    typename Recipe::Moment& exp_avg_sq, typename Recipe::Moment* max_exp_avg_sq) {
+  using T = typename Recipe::Compute;
+  Moments<T> moments{load(exp_avg), load(exp_avg_sq), T(0)};
+  if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = load(*max_exp_avg_sq);
+  const T before = load(param);
+  const T result =
+      adamw_rule<Recipe::amsgrad, kSelective>(constants, before, T(load(grad)), moments);
+  store(result, param);
+  store(moments.exp_avg, exp_avg);
+  store(moments.exp_avg_sq, exp_avg_sq);
+  if constexpr (Recipe::amsgrad) store(moments.max_exp_avg_sq, *max_exp_avg_sq);
+  return before;
+}
+
+template <class Recipe, bool kSelective>
 void step_elements(const Constants<typename Recipe::Compute> constants,
                    typename Recipe::Param* __restrict param,
                    const typename Recipe::Grad* __restrict grad,
                    typename Recipe::Moment* __restrict exp_avg,
                    typename Recipe::Moment* __restrict exp_avg_sq,
                    typename Recipe::Moment* __restrict max_exp_avg_sq, std::int64_t count) {
-  using T = typename Recipe::Compute;
   for (std::int64_t i = 0; i < count; ++i) {
-    Moments<T> moments{load(exp_avg[i]), load(exp_avg_sq[i]), T(0)};
-    if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = load(max_exp_avg_sq[i]);
-    const T result = adamw_rule<Recipe::amsgrad, kSelective>(constants, load(param[i]),
-                                                             T(load(grad[i])), moments);
-    store(result, param[i]);
-    store(moments.exp_avg, exp_avg[i]);
-    store(moments.exp_avg_sq, exp_avg_sq[i]);
-    if constexpr (Recipe::amsgrad) store(moments.max_exp_avg_sq, max_exp_avg_sq[i]);
+    step_element<Recipe, kSelective>(constants, param[i], grad[i], exp_avg[i], exp_avg_sq[i],
+                                     max_exp_avg_sq + i);
   }
 }
 
 template <class Recipe>
 void step_elements(const Constants<typename Recipe::Compute>& constants, const Streams<Recipe>& at,
                    std::int64_t count) {
-  const auto step =
-      is_selective(constants.form) ? step_elements<Recipe, true> : step_elements<Recipe, false>;
+  const auto step = constants.l1 + constants.cautious != 0 ? step_elements<Recipe, true>
+                                                           : step_elements<Recipe, false>;
   step(constants, at.param, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count);
 }
 
@@ -60,53 +71,42 @@ void average_elements(const Constants<T> constants, const Param* __restrict para
   }
 }
 
-// The sum of squares of value(0), ..., value(count - 1). Kept as many sums side by side, so that it
-// is SIMD code with the same bits on every machine.
-constexpr std::int64_t kLanes = 64;
-template <class T>
-struct Lanes {
-  T sums[kLanes] = {};
-
-  template <class Value>
-  WARPSTEP_FN void add_squares(std::int64_t count, Value&& value) {
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (std::int64_t k = 0; k < kLanes; ++k) {
-        const T x = value(i + k);
-        sums[k] = fma_of(x, x, sums[k]);
-      }
-    }
-    for (std::int64_t k = 0; i + k < count; ++k) {
-      const T x = value(i + k);
-      sums[k] = fma_of(x, x, sums[k]);
-    }
+// Numbers to compute with: a stream's own memory where that is their format, else converted.
+template <class F>
+WARPSTEP_FN const auto* numbers_of(const F* stream, std::int64_t count,
+                                   typename F::Compute (&converted)[kTile]) {
+  using T = typename F::Compute;
+  if constexpr (sizeof(F) == sizeof(T)) {
+    return reinterpret_cast<const T*>(stream);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) converted[i] = load(stream[i]);
+    return static_cast<const T*>(converted);
   }
-  double total() const {
-    double halves[kLanes];
-    for (std::int64_t k = 0; k < kLanes; ++k) halves[k] = sums[k];
-    for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (std::int64_t k = 0; k < half; ++k) halves[k] += halves[k + half];
-    }
-    return halves[0];
-  }
-};
-
-template <class Value>
-WARPSTEP_FN double exact_sum_of_squares(std::int64_t count, Value&& value) {
-  Lanes<double> lanes;
-  lanes.add_squares(count, [&](std::int64_t i) { return static_cast<double>(value(i)); });
-  return lanes.total();
 }
 
-// Of a tile: in T, at most 17 roundings of it off; in float64 where squares leave T's range.
-template <class Value>
-WARPSTEP_FN double sum_of_squares(std::int64_t count, Value&& value) {
-  using T = decltype(value(std::int64_t{0}));
-  Lanes<T> lanes;
-  lanes.add_squares(count, value);
-  const double total = lanes.total();
-  if (sizeof(T) == 8 || (total > 1e-25 && total < 1e38)) return total;
-  return exact_sum_of_squares(count, value);
+// The sum of squares in float64. Kept as many sums side by side, spelled as vectors, so that it is
+// SIMD code with the same bits on every machine.
+template <class T>
+double sum_of_squares(const T* numbers, std::int64_t count) {
+  constexpr std::int64_t kWidth = 8;
+  constexpr std::int64_t kVectors = 4;
+  typedef double Sums __attribute__((vector_size(kWidth * sizeof(double))));
+  typedef T Numbers __attribute__((vector_size(kWidth * sizeof(T))));
+  Sums sums[kVectors] = {};
+  std::int64_t i = 0;
+  for (; i + kVectors * kWidth <= count; i += kVectors * kWidth) {
+    for (std::int64_t k = 0; k < kVectors; ++k) {
+      Numbers narrow;
+      std::memcpy(&narrow, numbers + i + k * kWidth, sizeof(narrow));
+      const Sums wide = __builtin_convertvector(narrow, Sums);
+      sums[k] += wide * wide;
+    }
+  }
+  double total = 0;
+  for (; i < count; ++i) total += static_cast<double>(numbers[i]) * numbers[i];
+  const Sums all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (std::int64_t k = 0; k < kWidth; ++k) total += all[k];
+  return total;
 }
 
 // The sums of Tail::statistics over one chunk.
@@ -115,19 +115,60 @@ struct Statistics {
   std::int64_t not_finite = 0;
 };
 
-template <class Grad>
-void count_gradients(Statistics& sums, const Grad* __restrict grad, std::int64_t count) {
-  const double squares = sum_of_squares(count, [&](std::int64_t i) { return load(grad[i]); });
-  sums.grad += squares;
-  if (is_finite(squares)) return;
-  for (std::int64_t i = 0; i < count; ++i) sums.not_finite += !is_finite(load(grad[i]));
+// Sums of a tile in T are good to some 20 roundings; where squares leave T's range they are made
+// again in float64.
+template <class T>
+bool is_in_range(T sum) {
+  return sizeof(T) == 8 ? sum > 0 : sum > T(1e-25) && sum < T(1e38);
+}
+
+template <class Grad, class T>
+void count_gradients(Statistics& sums, const Grad* grad, T in_step, std::int64_t count) {
+  if (is_in_range(in_step) && is_finite(in_step)) {
+    sums.grad += in_step;
+    return;
+  }
+  typename Grad::Compute converted[kTile] = {};
+  const auto* const numbers = numbers_of(grad, count, converted);
+  sums.grad += sum_of_squares(numbers, count);
+  for (std::int64_t i = 0; i < count; ++i) sums.not_finite += !is_finite(numbers[i]);
 }
 
 template <class Param, class T>
-void count_parameters(Statistics& sums, const Param* __restrict param, const T* __restrict before,
-                      std::int64_t count) {
-  sums.param += sum_of_squares(count, [&](std::int64_t i) { return load(param[i]); });
-  sums.change += sum_of_squares(count, [&](std::int64_t i) { return load(param[i]) - before[i]; });
+void count_parameters(Statistics& sums, const Param* param, T in_step, std::int64_t count) {
+  if (is_in_range(in_step)) {
+    sums.param += in_step;
+    return;
+  }
+  typename Param::Compute converted[kTile] = {};
+  sums.param += sum_of_squares(numbers_of(param, count, converted), count);
+}
+
+// Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
+// sums the compiler keeps side by side is the instruction set's: so are the statistics' last bits.
+template <class Recipe, bool kSelective>
+void step_and_count(const Constants<typename Recipe::Compute> constants, const Streams<Recipe>& at,
+                    std::int64_t count, Statistics& sums) {
+  using T = typename Recipe::Compute;
+  auto* __restrict param = at.param;
+  const auto* __restrict grad = at.grad;
+  auto* __restrict exp_avg = at.exp_avg;
+  auto* __restrict exp_avg_sq = at.exp_avg_sq;
+  auto* __restrict max_exp_avg_sq = at.max_exp_avg_sq;
+  T grads = 0, params = 0, changes = 0;
+#pragma omp simd reduction(+ : grads, params, changes)
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T before = step_element<Recipe, kSelective>(constants, param[i], grad[i], exp_avg[i],
+                                                      exp_avg_sq[i], max_exp_avg_sq + i);
+    const T g = T(load(grad[i]));
+    const T after = load(param[i]);
+    grads += g * g;
+    params += after * after;
+    changes += (after - before) * (after - before);
+  }
+  sums.change += changes;
+  count_gradients(sums, at.grad, grads, count);
+  count_parameters(sums, at.param, params, count);
 }
 
 template <class Recipe>
@@ -136,20 +177,23 @@ void step_tile(const Constants<typename Recipe::Compute>& constants, const Tail&
   using T = typename Recipe::Compute;
   using Param = typename Recipe::Param;
   using Grad = typename Recipe::Grad;
-  T before[kTile];
-  if (tail.statistics != nullptr) {
-    count_gradients(sums, at.grad, count);
-    for (std::int64_t i = 0; i < count; ++i) before[i] = load(at.param[i]);
+  if (tail.statistics != nullptr && taken) {
+    const auto step = constants.l1 + constants.cautious != 0 ? step_and_count<Recipe, true>
+                                                             : step_and_count<Recipe, false>;
+    step(constants, at, count, sums);
+  } else if (tail.statistics != nullptr) {
+    count_gradients(sums, at.grad, T(0), count);
+    count_parameters(sums, at.param, T(0), count);
+  } else if (taken) {
+    step_elements(constants, at, count);
   }
   if (taken) {
-    step_elements(constants, at, count);
     if (tail.has_ema && tail.ema == Param::format) {
       average_elements(constants, at.param, static_cast<Param*>(at.ema), count);
     } else if (tail.has_ema) {
       average_elements(constants, at.param, static_cast<float32*>(at.ema), count);
     }
   }
-  if (tail.statistics != nullptr) count_parameters(sums, at.param, before, count);
   if (tail.grads_after == GradsAfter::zeroed) {
     std::memset(static_cast<void*>(at.grad), 0, count * sizeof(Grad));
   } else if (tail.grads_after == GradsAfter::unscaled && taken) {
@@ -219,23 +263,37 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
   }
 }
 
-template <class Format>
-double norm_of(Norm kind, const Format* __restrict values, std::int64_t count) {
-  if (kind == Norm::l2) {
-    return exact_sum_of_squares(count, [&](std::int64_t i) { return load(values[i]); });
-  }
-  using T = decltype(load(*values));
+template <class T>
+T largest_magnitude(const T* numbers, std::int64_t count) {
+  constexpr std::int64_t kLanes = 64;
   T lanes[kLanes] = {};
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     for (std::int64_t k = 0; k < kLanes; ++k) {
-      lanes[k] = maximum(lanes[k], std::fabs(load(values[i + k])));
+      lanes[k] = maximum(lanes[k], std::fabs(numbers[i + k]));
     }
   }
-  for (; i < count; ++i) lanes[0] = maximum(lanes[0], std::fabs(load(values[i])));
+  for (; i < count; ++i) lanes[0] = maximum(lanes[0], std::fabs(numbers[i]));
   T largest = 0;
   for (T lane : lanes) largest = maximum(largest, lane);
   return largest;
+}
+
+template <class F>
+double norm_of(Norm kind, const F* stream, std::int64_t count) {
+  using T = typename F::Compute;
+  T converted[kTile] = {};
+  double norm = 0;
+  for (std::int64_t at = 0; at < count; at += kTile) {
+    const std::int64_t size = min_of(kTile, count - at);
+    const T* const numbers = numbers_of(stream + at, size, converted);
+    if (kind == Norm::l2) {
+      norm += sum_of_squares(numbers, size);
+    } else {
+      norm = maximum<double>(norm, largest_magnitude(numbers, size));
+    }
+  }
+  return norm;
 }
 
 // A chunk's share of the gradients' norm: the sum of squares, or the largest magnitude.

@@ -142,10 +142,10 @@ def maximum(a, b):
 @device_function
 def decay_of(form, param, update):
     """What the decay takes from: d in rule.h's table."""
-    opposed = ((update > 0) & (param < 0)) | ((update < 0) & (param > 0))
-    d = tl.where((form == CAUTIOUS) & opposed, 0.0, finite_or_zero(param))
-    sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0))
-    return tl.where(form == L1, sign, d).to(param.dtype)
+    sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0)).to(param.dtype)
+    opposed = (form == CAUTIOUS) & (sign * update < 0)
+    d = tl.where(opposed, 0.0, finite_or_zero(param)).to(param.dtype)
+    return tl.where(form == L1, sign, d)
 
 
 @device_function

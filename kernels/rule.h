@@ -47,10 +47,10 @@ struct Constants {
   T eps_hat;
   T weight1, weight2;  // 1 - beta1, 1 - beta2
   T beta1, beta2;
-  T unscale;     // 1 / grad_scale
-  T ema_weight;  // 1 - ema_decay; 1 at the first step, which begins the average
-  T ema_kept;    // 1 - ema_weight
-  Decay form;
+  T unscale;       // 1 / grad_scale
+  T ema_weight;    // 1 - ema_decay; 1 at the first step, which begins the average
+  T ema_kept;      // 1 - ema_weight
+  T l1, cautious;  // 1 where that is the form of decay, else 0
 };
 
 template <class T>
@@ -117,7 +117,8 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
   c.unscale = static_cast<T>(unscale);
   c.ema_weight = static_cast<T>(1 - ema_decay);
   c.ema_kept = static_cast<T>(ema_decay);
-  c.form = hyper.decay;
+  c.l1 = hyper.decay == Decay::l1 ? 1 : 0;
+  c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
   return c;
 }
 
@@ -162,12 +163,12 @@ WARPSTEP_FN T maximum(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-// What the decay takes from: d in the table above.
+// What the decay takes from: d in the table above. No branches, so that loops become SIMD code.
 template <class T>
-WARPSTEP_FN T decay_of(Decay form, T param, T update) {
-  if (form == Decay::l1) return param > 0 ? T(1) : param < 0 ? T(-1) : T(0);
-  const bool opposed = (update > 0 && param < 0) || (update < 0 && param > 0);
-  return form == Decay::cautious && opposed ? T(0) : finite_or_zero(param);
+WARPSTEP_FN T decay_of(const Constants<T>& c, T param, T update) {
+  const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
+  const T kept = c.cautious * sign * update < 0 ? T(0) : finite_or_zero(param);
+  return c.l1 != 0 ? sign : kept;
 }
 
 // Only with kSelective may the form of decay be l1 or cautious.
@@ -185,7 +186,7 @@ WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& mom
   if (kAmsgrad) peak = moments.max_exp_avg_sq = maximum(moments.max_exp_avg_sq, v);
 
   const T update = c.step_size * divide(m, square_root(peak) + c.eps_hat);
-  const T d = kSelective ? decay_of(c.form, param, update) : finite_or_zero(param);
+  const T d = kSelective ? decay_of(c, param, update) : finite_or_zero(param);
   return param - fma_of(c.decay, d, update);
 }
 

@@ -181,6 +181,9 @@ def test_averages_agree_with_the_oracle(backend, device, dtype, asked, kept, dec
 def test_statistics_agree_with_the_oracle(backend, device, recipe):
     params, generator = model(recipe, device)
     optimizer = optimizer_for(params, Options(lr=0.1), recipe, backend, stats=True)
+    # The CPU kernel adds a tile's 1,024 squares in float32, with at least four sums side by side:
+    # 256 additions, two roundings of the square, of which the root leaves half; then the result's.
+    roundings = 131 if backend == "cpu" and recipe[0] != F64 else 1.001
     for _ in range(2):
         give_gradients(params, recipe, generator)
         params[2].grad = None
@@ -208,7 +211,7 @@ def test_statistics_agree_with_the_oracle(backend, device, recipe):
                 (found.param_norm, new),
                 (found.update_norm, new - old),
             ):
-                assert_relative(norm[i], np.sqrt(np.sum(values * values)), 1.001)
+                assert_relative(norm[i], np.sqrt(np.sum(values * values)), roundings)
 
 
 def test_statistics_of_a_skipped_step(backend, device):

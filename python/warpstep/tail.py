@@ -14,6 +14,7 @@ from torch import Tensor
 from warpstep.state import describe
 
 if TYPE_CHECKING:
+    from warpstep.optimizer import OnePass
     from warpstep.plan import Plan
 
 
@@ -168,10 +169,13 @@ def statistics_of(params: list[Tensor], tables: list[Tensor]) -> Statistics:
 
 
 @contextmanager
-def swapped(averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped(optimizer: OnePass, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
+    if optimizer._averages_swapped:
+        raise RuntimeError("swap_ema() inside swap_ema()")
     with torch.no_grad():
         kept = [param.detach().clone() for param in averages]
+    optimizer._averages_swapped = True
     try:
         with torch.no_grad():
             for param, average in averages.items():
@@ -181,3 +185,4 @@ def swapped(averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for param, own in zip(averages, kept, strict=True):
                 param.copy_(own)
+        optimizer._averages_swapped = False
