@@ -14,7 +14,7 @@ void bind_lists(py::module_& m) {
              py::list exp_avg_sqs, py::list max_exp_avg_sqs, py::list state_steps, py::object lr,
              double beta1, double beta2, double weight_decay, double eps, bool amsgrad,
              bool maximize, py::object grad_scale, py::object found_inf, bool coupled, bool cuda,
-             bool advance_steps, bool unscale_grads, bool dispatched, bool sure, int threads) {
+             bool advance_steps, bool unscale_grads, bool dispatched, bool always, int threads) {
             ListOptions options{};
             options.hyper.beta1.value = beta1;
             options.hyper.beta2.value = beta2;
@@ -27,7 +27,7 @@ void bind_lists(py::module_& m) {
             options.advance_steps = advance_steps;
             options.unscale_grads = unscale_grads;
             options.dispatched = dispatched;
-            options.sure = sure;
+            options.always = always;
             options.threads = threads;
             const TensorLists lists{params,      grads,           exp_avgs,
                                     exp_avg_sqs, max_exp_avg_sqs, state_steps};
@@ -38,7 +38,7 @@ void bind_lists(py::module_& m) {
           py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("eps"),
           py::arg("amsgrad"), py::arg("maximize"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("coupled"), py::arg("cuda"), py::arg("advance_steps"), py::arg("unscale_grads"),
-          py::arg("dispatched"), py::arg("sure"), py::arg("threads"));
+          py::arg("dispatched"), py::arg("always"), py::arg("threads"));
 }
 
 }  // namespace warpstep

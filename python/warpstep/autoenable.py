@@ -1,4 +1,4 @@
-"""``import warpstep.autoenable`` calls ``warpstep.enable()``, for programs that cannot be edited."""
+"""``import warpstep.autoenable`` calls ``warpstep.enable()``: one line for an existing program."""
 
 from warpstep.override import enable
 

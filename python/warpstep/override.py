@@ -6,6 +6,7 @@ kernel on the CPU and on CUDA. What it does not take goes to the kernel that was
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from torch import Tensor
 from warpstep import backends, lists, shortcut
 
 OPERATORS = ("_fused_adamw_", "_fused_adamw_.tensor_lr", "_fused_adam_", "_fused_adam_.tensor_lr")
+ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 # Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
 _WARNING = r"(?s)Warning only once for all operators.*Overriding a previously registered kernel"
 
@@ -33,6 +35,7 @@ _kept: list[Any] = []
 
 _remove_shortcut: Callable[[], None] | None = None
 
+refusal = ""  # why the environment's wish was not granted
 taken = 0
 passed_on: Counter[str] = Counter()
 
@@ -84,7 +87,7 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
             advance_steps=False,
             unscale_grads=True,
             dispatched=True,
-            sure=False,
+            always=False,
             threads=threads(),
         )
         if reason is None:
@@ -202,6 +205,16 @@ def enable() -> None:
                 raise
 
 
+def enable_if_asked() -> None:
+    """``enable()`` if the environment asks for it; where it cannot, ``status()`` says why."""
+    global refusal
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
+        try:
+            enable()
+        except backends.BackendUnavailableError as error:  # importing never fails
+            refusal = str(error)
+
+
 def disable() -> None:
     """Undoes ``enable()``: torch's kernels are in their place again, the very ones.
 
@@ -241,11 +254,14 @@ def is_enabled() -> bool:
     return _library is not None
 
 
-def where() -> tuple[str, ...]:
-    """The dispatch keys on which they are."""
-    return _keys
-
-
-def overridden_before() -> list[str]:
-    """Operators that someone else had overridden from Python before; calls go on to theirs."""
-    return sorted(_beneath)
+def report() -> str:
+    """One line for ``warpstep.status()``."""
+    line = f"torch's fused optimizers: {'warpstep on ' + ' and '.join(_keys) if _keys else 'own'}"
+    if refusal:
+        line += f" ({ENVIRONMENT_VARIABLE}=1 could not be granted: {refusal})"
+    if taken or passed_on:
+        line += f"; {taken} calls taken"
+        line += "".join(f", {count} passed on ({why})" for why, count in passed_on.items())
+    if _library is not None and _beneath:
+        line += f"; overridden by others before: {', '.join(sorted(_beneath))}"
+    return line

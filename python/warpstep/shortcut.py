@@ -20,21 +20,11 @@ from torch.autograd.graph import increment_version
 from warpstep import backends, lists
 
 NAME = "_fused_adam"
-KNOWN = (
-    "params grads exp_avgs exp_avg_sqs max_exp_avg_sqs state_steps grad_scale found_inf amsgrad "
-    "has_complex beta1 beta2 lr weight_decay eps maximize capturable differentiable "
-    "decoupled_weight_decay"
-).split()
-
-
-def is_watched() -> bool:
-    """Whether someone looks at the operators that are called: a tracer, a compiler, a mode."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-    )
+KNOWN = [
+    *("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+    *("grad_scale", "found_inf", "amsgrad", "has_complex", "beta1", "beta2", "lr", "weight_decay"),
+    *("eps", "maximize", "capturable", "differentiable", "decoupled_weight_decay"),
+]
 
 
 def shorter(original: Any, count: Callable[[], None]) -> Any:
@@ -55,7 +45,7 @@ def shorter(original: Any, count: Callable[[], None]) -> Any:
     ) -> None:
         beta1, beta2 = options["beta1"], options["beta2"]
         numbers = isinstance(beta1, float) and isinstance(beta2, float)
-        if params and numbers and not options["differentiable"] and not is_watched():
+        if params and numbers and not options["differentiable"] and not lists.is_watched():
             device = params[0].device
             cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
             reason = step(
@@ -79,7 +69,7 @@ def shorter(original: Any, count: Callable[[], None]) -> Any:
                 advance_steps=True,
                 unscale_grads=True,
                 dispatched=False,
-                sure=False,
+                always=False,
                 threads=threads(),
             )
             if reason is None:
