@@ -66,7 +66,7 @@ def test_cuda_source_on_the_host(emulated_module):
     ).stdout.strip()
     passed = run_suite(
         "cuda",
-        [*SUITE, "test_huge.py"],
+        [*SUITE, "test_huge.py", "test_functional.py", "test_device_tables.py"],
         WARPSTEP_TEST_NATIVE=str(emulated_module),
         LD_PRELOAD=sanitizer,
         ASAN_OPTIONS="detect_leaks=0",  # of Python and torch, there are many

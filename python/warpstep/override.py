@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +31,7 @@ _scopes = 0  # of enabled() that are open
 _keys: tuple[str, ...] = ()
 _beneath: set[str] = set()  # operators that someone else has overridden from Python
 # Kernels that were registered, kept: another thread may still be in one when it is taken off.
-_kept: list[Any] = []
+_kept: deque[Any] = deque(maxlen=1024)
 
 _remove_shortcut: Callable[[], None] | None = None
 
@@ -138,6 +138,14 @@ def _usable_keys() -> tuple[str, ...]:
     return ("CPU", "CUDA") if has_cuda else ("CPU",)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's one warning of an override back; other warnings are as they were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _WARNING, UserWarning)
+        yield
+
+
 def _put_on() -> None:
     global _library, _keys, _remove_shortcut
     keys = _usable_keys()
@@ -151,8 +159,7 @@ def _put_on() -> None:
                 if f"aten/{name}/{key}" in overridden:
                     _beneath.add(f"aten::{name} on {key}")
                 kernel = _kernel(original, "adamw" not in name, key == "CUDA")
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", _WARNING, UserWarning)
+                with quiet():
                     library.impl(name, kernel, key, with_keyset=True, allow_override=True)
                 _kept.append(torch.library.get_kernel(f"aten::{name}", key))
     except BaseException:

@@ -27,8 +27,11 @@ KNOWN = [
 ]
 
 
-def shorter(original: Any, count: Callable[[], None]) -> Any:
-    """In place of torch's ``original``; ``count`` is called for each call taken."""
+def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool]) -> Any:
+    """In place of torch's ``original``; ``count`` is called for each call taken.
+
+    Someone may have wrapped it, and it cannot be taken off: then ``is_on`` says if it is wanted.
+    """
     step = lists.stepper().step
     threads = torch.get_num_threads
 
@@ -45,7 +48,8 @@ def shorter(original: Any, count: Callable[[], None]) -> Any:
     ) -> None:
         beta1, beta2 = options["beta1"], options["beta2"]
         numbers = isinstance(beta1, float) and isinstance(beta2, float)
-        if params and numbers and not options["differentiable"] and not lists.is_watched():
+        plain = bool(params) and numbers and is_on()
+        if plain and not options["differentiable"] and not lists.is_watched():
             device = params[0].device
             cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
             reason = step(
@@ -97,11 +101,14 @@ def put_on(count: Callable[[], None]) -> Callable[[], None]:
     original = getattr(module, NAME, None)
     if original is None or list(inspect.signature(original).parameters) != KNOWN:
         return lambda: None  # another torch: the operators are overridden all the same
-    ours = shorter(original, count)
+    on = True
+    ours = shorter(original, count, lambda: on)
     setattr(module, NAME, ours)
 
     def take_off() -> None:
-        if getattr(module, NAME) is ours:  # else someone has wrapped it, and it is theirs to undo
+        nonlocal on
+        on = False
+        if getattr(module, NAME) is ours:
             setattr(module, NAME, original)
 
     return take_off
