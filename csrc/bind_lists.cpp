@@ -7,7 +7,8 @@ namespace warpstep {
 
 void bind_lists(py::module_& m) {
   py::class_<ListStepper>(m, "ListStepper")
-      .def(py::init<py::object, py::object>(), py::kw_only(), py::arg("upload"), py::arg("use"))
+      .def(py::init<py::object, py::object, std::size_t>(), py::kw_only(), py::arg("upload"),
+           py::arg("use"), py::arg("resident_bytes"))
       .def(
           "step",
           [](ListStepper& stepper, py::list params, py::list grads, py::list exp_avgs,

@@ -247,7 +247,6 @@ namespace {
 // compared, so an address that is used anew for another tensor cannot be mistaken. Where parameters
 // lie elsewhere at each step (gathered anew, say), uploading would cost more than the launch saves:
 // after so many calls without one that came again, only lists that come twice are uploaded.
-constexpr std::size_t kResidentBytes = std::size_t{32} << 20;
 constexpr std::uint32_t kPatience = 64;
 
 template <class T>
@@ -310,7 +309,7 @@ std::shared_ptr<ListStepper::Resident> ListStepper::make_resident(const Bucket& 
       bytes += (*it)->bytes;
       if (oldest == residents_.end() || (*it)->used < (*oldest)->used) oldest = it;
     }
-    if (bytes <= kResidentBytes || *oldest == resident) return resident;
+    if (bytes <= resident_bytes_ || *oldest == resident) return resident;
     const std::shared_ptr<Resident> evicted = *oldest;  // freed after the list has been changed
     residents_.erase(oldest);
   }

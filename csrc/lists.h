@@ -35,9 +35,9 @@ class ListStepper {
  public:
   // `upload(device, rows, chunks, arrivals)` puts bytes into a CUDA device's memory and returns
   // what keeps them alive and the three addresses; `use(tables)` is called when they are first
-  // launched with on another stream.
-  ListStepper(py::object upload, py::object use)
-      : upload_(std::move(upload)), use_(std::move(use)) {}
+  // launched with on another stream. Tables of up to `resident_bytes` are kept on the devices.
+  ListStepper(py::object upload, py::object use, std::size_t resident_bytes)
+      : upload_(std::move(upload)), use_(std::move(use)), resident_bytes_(resident_bytes) {}
 
   // Checks everything, then launches. Returns null, or why nothing was done.
   const char* step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
@@ -76,6 +76,7 @@ class ListStepper {
                           const Tail& tail, dlpack::Device device);
 
   py::object upload_, use_;
+  std::size_t resident_bytes_;
   std::vector<std::shared_ptr<Resident>> residents_;
   std::uint64_t clock_ = 0;
   std::uint32_t misses_ = 0;  // since the last hit

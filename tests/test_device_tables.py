@@ -20,7 +20,7 @@ def uploads(backend, monkeypatch):
         made.append(sum(map(len, tables)))
         return native_lists._upload(device, *tables)
 
-    stepper = module.ListStepper(upload=upload, use=native_lists._use)
+    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
     monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
     return made
 
@@ -79,15 +79,22 @@ def test_same_addresses_in_another_shape(uploads, device):
 
 
 def test_old_tables_go(uploads, device):
-    """Only so many bytes stay on the device: what was not used for long is uploaded anew."""
-    wide = [streams([(1,)] * 60_000, device=device, seed=seed) for seed in range(9)]
-    for lists in wide:
+    """Only so many bytes stay on the device: what was not used for longest is uploaded anew."""
+    some = [streams([(1,)] * 9, device=device, seed=seed) for seed in range(4)]
+    for lists in some:
         assert step(lists) is None
-    assert len(uploads) == 9
-    assert step(wide[-1]) is None
-    assert len(uploads) == 9
-    assert step(wide[0]) is None
-    assert len(uploads) == 10
+    assert len(uploads) == 4
+    for lists, uploaded in ((some[3], 4), (some[2], 4), (some[0], 5), (some[2], 5), (some[1], 6)):
+        assert step(lists) is None
+        assert len(uploads) == uploaded
+
+
+def test_tables_too_large_to_keep(uploads, device):
+    """A table larger than all that may stay is used all the same."""
+    lists = streams([(1,)] * 40, device=device)
+    for _ in range(2):
+        assert step(lists) is None
+    assert {counter.item() for counter in lists[5]} == {6.0}
 
 
 def test_addresses_that_never_come_twice(uploads, device):
@@ -111,7 +118,7 @@ def test_failed_upload_changes_nothing(uploads, device, monkeypatch):
     def upload(*_):
         raise MemoryError("no room")
 
-    stepper = module.ListStepper(upload=upload, use=native_lists._use)
+    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
     monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
     lists = streams(device=device)
     before = clones(lists)

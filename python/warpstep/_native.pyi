@@ -43,7 +43,11 @@ class Plan:
 
 class ListStepper:
     def __init__(
-        self, *, upload: Callable[..., tuple[Any, ...]], use: Callable[[Any], None]
+        self,
+        *,
+        upload: Callable[..., tuple[Any, ...]],
+        use: Callable[[Any], None],
+        resident_bytes: int,
     ) -> None: ...
     def step(
         self,

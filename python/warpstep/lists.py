@@ -11,6 +11,7 @@ from torch import Tensor
 from warpstep import backends
 
 Tables = tuple[Tensor, ...]
+RESIDENT_BYTES = 32 << 20  # of tables kept on GPUs: those of some 300,000 tensors
 
 
 def _upload(device: int, *tables: bytes) -> tuple[Any, ...]:
@@ -36,7 +37,7 @@ def stepper() -> Any:
     module, reason = backends.native()
     if module is None:
         raise backends.BackendUnavailableError(reason)
-    return module.ListStepper(upload=_upload, use=_use)
+    return module.ListStepper(upload=_upload, use=_use, resident_bytes=RESIDENT_BYTES)
 
 
 def is_watched() -> bool:
