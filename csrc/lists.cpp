@@ -336,7 +336,7 @@ const char* ListStepper::launch_cuda(std::vector<Bucket>& buckets, const ListOpt
     const Bucket& bucket = buckets[i];
     Resident& resident = *residents[i];
     resident.captured |= capturing;
-    if (resident.stream != stream) {
+    if (resident.stream != stream && !resident.captured) {
       use_(resident.tables);
       resident.stream = stream;
     }
