@@ -253,6 +253,17 @@ def test_subclass_goes_by_the_reference(lists_backend, device):
     assert_within_bounds(plain, before, 5)
 
 
+def test_gaps_in_every_stream(lists_backend, device):
+    """Gaps that all streams share are no table's either: what lies in them stays."""
+    wide = [torch.ones(4, 6, device=device) for _ in range(4)]
+    lists = [[w[:, ::2]] for w in wide] + [[], [torch.zeros((), device=device)]]
+    before = clones(lists)
+    before[4] = before[3]
+    adamw_(*lists, **HYPERS, backend=lists_backend)
+    assert_within_bounds(lists, before, 1)
+    assert all((w[:, 1::2] == 1).all() for w in wide)
+
+
 def test_sequences_and_nothing(lists_backend, device):
     """Tuples do as well as lists; empty lists are a step of nothing."""
     lists = streams([(3,)], device=device)
@@ -270,6 +281,12 @@ def test_versions(lists_backend, device):
     adamw_(*lists, **HYPERS, backend=lists_backend)
     newer = [t._version > v for t, v in zip(flat(lists), before, strict=True)]
     assert newer == [True, False, True, True, False, True]
+    before = [t._version for t in flat(lists)]
+    options = {"amsgrad": True, "unscale_grads": True, "advance_steps": False}
+    scale = torch.ones((), device=device)
+    adamw_(*lists, **HYPERS, **options, grad_scale=scale, backend=lists_backend)
+    newer = [t._version > v for t, v in zip(flat(lists), before, strict=True)]
+    assert newer == [True, True, True, True, True, False]
 
 
 def change(lists, stream, index, tensor):
