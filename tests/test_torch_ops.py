@@ -36,12 +36,23 @@ def test_opcheck_scaled(name):
     torch.library.opcheck(operator(name), (*streams(SMALL)[:4], [], streams(SMALL)[5]), options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"maximize": True, "amsgrad": True},
+        {"advance_steps": False},
+        {"grad_scale": torch.tensor(4.0), "unscale_grads": True},
+        {"found_inf": torch.tensor(1.0)},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
 @pytest.mark.parametrize(("name", "function"), [("adamw_", adamw_), ("adam_", adam_)])
-def test_is_the_functional(name, function):
+def test_is_the_functional(name, function, options):
     """Operator and function give the same bits."""
     lists, others = streams(), streams()
-    operator(name)(*lists, **HYPERS)
-    function(*others, **HYPERS)
+    operator(name)(*lists, **HYPERS, **options)
+    function(*others, **HYPERS, **options)
     assert_same(lists, others)
 
 
