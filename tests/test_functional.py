@@ -234,6 +234,37 @@ def test_complex_and_lazy(lists_backend, device):
     assert_within_bounds(lists, before, 1)
 
 
+@pytest.mark.parametrize("kind", ["negated", "conjugated"])
+def test_lazy_alone(lists_backend, device, kind):
+    """One lazy gradient, with nothing else in the lists that a kernel could refuse."""
+    z = torch.randn(1, dtype=torch.complex64, device=device).conj()
+    grad = z.imag if kind == "negated" else z
+    lists = [[torch.ones_like(grad.resolve_neg().resolve_conj())], [grad]]
+    lists += [[torch.zeros_like(lists[0][0])] for _ in range(2)]
+    lists += [[], [torch.zeros((), device=device)]]
+    before = clones(lists)
+    before[1] = [grad.resolve_neg().resolve_conj()]
+    before[4] = before[3]
+    adamw_(*lists, **HYPERS, backend=lists_backend)
+    assert_within_bounds(lists, before, 1)
+
+
+@pytest.mark.parametrize("stream", [2, 3, 4])
+def test_moments_of_different_dtypes(lists_backend, device, stream):
+    """A moment in another format than the others is read as what it is."""
+    lists = streams(device=device)
+    lists[stream] = [moment.bfloat16() for moment in lists[stream]]
+    before, wide = clones(lists), clones(lists)
+    wide[stream] = [moment.float() for moment in wide[stream]]
+    adamw_(*lists, **HYPERS, amsgrad=True, backend=lists_backend)
+    adamw_(*wide, **HYPERS, amsgrad=True, backend="reference")
+    for s in range(6):
+        for mine, other, was in zip(lists[s], wide[s], before[s], strict=True):
+            assert mine.dtype == was.dtype
+            close = {"rtol": 1e-2, "atol": 1e-3} if s == stream else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(mine.float(), other.float(), **close)
+
+
 def test_subclass_goes_by_the_reference(lists_backend, device):
     """What intercepts operations is stepped through them, the others by the kernel."""
 
@@ -307,6 +338,11 @@ BAD = {
         lambda ls: change(ls, "grads", 1, torch.ones(4)),
         RuntimeError,
         r"params\[1\].*its gradient is float32 of shape \(4,\)",
+    ),
+    "gradient's dimensions": (
+        lambda ls: change(ls, "grads", 1, torch.ones(3, 1)),
+        RuntimeError,
+        r"params\[1\].*its gradient is float32 of shape \(3, 1\)",
     ),
     "moment's shape": (
         lambda ls: change(ls, "exp_avg_sqs", 2, torch.ones(1)),
