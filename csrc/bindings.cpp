@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "adamw_cpu.h"
+#include "bind_lists.h"
 #include "plan.h"
 #ifdef WARPSTEP_CUDA
 #include "adamw_cuda.h"
@@ -128,4 +129,6 @@ PYBIND11_MODULE(_native, m) {
           py::arg("hypers"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
+
+  bind_lists(m);
 }

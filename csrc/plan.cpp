@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "adamw_cpu.h"
+#include "chunks.h"
 #ifdef WARPSTEP_CUDA
 #include "adamw_cuda.h"
 #endif
@@ -15,29 +16,6 @@ namespace warpstep {
 namespace {
 
 std::optional<TensorReader> reader;
-
-// Elements before the first 16-byte boundary that most of the addresses share; gradients, whose
-// addresses change from step to step, have no vote.
-std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
-  const struct {
-    const void* address;
-    std::uint32_t element;
-  } streams[] = {{row.param, bytes_of(recipe.param)},
-                 {row.exp_avg, bytes_of(recipe.moment)},
-                 {row.exp_avg_sq, bytes_of(recipe.moment)}};
-  std::uint32_t best = 0, best_votes = 0;
-  for (std::uint32_t head = 0; head < 8; ++head) {
-    std::uint32_t votes = 0;
-    for (const auto& stream : streams) {
-      votes += (reinterpret_cast<std::uintptr_t>(stream.address) + head * stream.element) % 16 == 0;
-    }
-    if (votes > best_votes) {
-      best = head;
-      best_votes = votes;
-    }
-  }
-  return best;
-}
 
 void* address_of(py::handle tensor) {
   TensorView view;
@@ -173,23 +151,7 @@ void Plan::cut_chunks(Bucket& bucket) {
   if (bucket.spec.backend == Backend::cuda) chunk_size = kCudaChunk;
 #endif
   if (bucket.spec.backend == Backend::external) return;  // Triton cuts its own
-  std::int64_t total = 0;
-  for (const TensorRow& row : bucket.rows) total += row.numel;
-  const std::int64_t batch = std::clamp(total / kCpuBatches, kCpuBatchMin, kCpuBatchMax);
-  std::int64_t in_batch = batch;
-  for (std::uint32_t tensor = 0; tensor < bucket.rows.size(); ++tensor) {
-    TensorRow& row = bucket.rows[tensor];
-    row.chunks = count_chunks(row.numel, row.head, chunk_size);
-    for (std::uint32_t index = 0; index < row.chunks; ++index) {
-      if (in_batch >= batch) {
-        bucket.batches.push_back(static_cast<std::uint32_t>(bucket.chunks.size()));
-        in_batch = 0;
-      }
-      in_batch += std::min(row.numel, chunk_size);
-      bucket.chunks.push_back({tensor, index});
-    }
-  }
-  bucket.batches.push_back(static_cast<std::uint32_t>(bucket.chunks.size()));
+  warpstep::cut_chunks(bucket.rows, chunk_size, bucket.chunks, bucket.batches);
 }
 
 std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {

@@ -67,14 +67,18 @@ def emulated_module(tmp_path_factory):
 
 
 def test_cuda_source_on_the_host(emulated_module):
-    sanitizer = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # libstdc++ too, so that the sanitizer finds what throws: torch does, at tensors without memory.
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     passed = run_suite(
         "cuda",
-        [*SUITE, "test_huge.py"],
+        [*SUITE, "test_huge.py", "test_functional.py", "test_device_tables.py"],
         WARPSTEP_TEST_NATIVE=str(emulated_module),
-        LD_PRELOAD=sanitizer,
+        LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",  # of Python and torch, there are many
     )
     assert passed > 250

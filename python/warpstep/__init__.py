@@ -1,7 +1,23 @@
 """warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
 
+from warpstep import functional, torch_ops
 from warpstep.backends import status
 from warpstep.optimizer import Adam, AdamW
+from warpstep.override import disable, enable, enable_if_asked, enabled
+from warpstep.replacement import replace
 from warpstep.version import __version__
 
-__all__ = ["Adam", "AdamW", "__version__", "status"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "__version__",
+    "disable",
+    "enable",
+    "enabled",
+    "functional",
+    "replace",
+    "status",
+    "torch_ops",
+]
+
+enable_if_asked()

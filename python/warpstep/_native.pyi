@@ -61,3 +61,38 @@ class Plan:
     ) -> None: ...
     def grad_table(self, bucket: int) -> bytes: ...
     def hyper_table(self, bucket: int) -> bytes: ...
+
+class ListStepper:
+    def __init__(
+        self,
+        *,
+        upload: Callable[..., tuple[Any, ...]],
+        use: Callable[[Any], None],
+        resident_bytes: int,
+    ) -> None: ...
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float,
+        amsgrad: bool,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coupled: bool,
+        cuda: bool,
+        advance_steps: bool,
+        unscale_grads: bool,
+        dispatched: bool,
+        always: bool,
+        threads: int,
+    ) -> str | None: ...

@@ -152,7 +152,9 @@ class Status:
     """What ``warpstep.status()`` found. Printing it gives a report.
 
     ``chosen`` maps each device of this machine to the backend that ``auto`` (or the environment
-    variable) takes there; ``unavailable`` maps (device, backend) to the reason.
+    variable) takes there; ``unavailable`` maps (device, backend) to the reason. ``enabled`` tells
+    whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``), ``taken``
+    how many calls they have taken, ``passed_on`` how many went to torch's kernel, by reason.
     """
 
     versions: dict[str, str]
@@ -160,6 +162,10 @@ class Status:
     unavailable: dict[tuple[str, str], str]
     launches: dict[str, int]
     native: dict[str, Any] = field(default_factory=dict)
+    enabled: bool = False
+    taken: int = 0
+    passed_on: dict[str, int] = field(default_factory=dict)
+    override: str = ""  # the report's line about them
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
@@ -172,6 +178,7 @@ class Status:
                 if where == device
             ]
         lines.append("launches so far: " + ", ".join(f"{n} {c}" for n, c in self.launches.items()))
+        lines.append(self.override)
         return "\n".join(lines)
 
 
@@ -205,7 +212,19 @@ def status() -> Status:
         launches = module.launch_counts()
     kernel, _ = triton_kernel()
     launches["triton"] = 0 if kernel is None else kernel.launches
-    return Status(versions, chosen, unavailable, launches, about)
+    from warpstep import override  # which imports this module
+
+    return Status(
+        versions,
+        chosen,
+        unavailable,
+        launches,
+        about,
+        override.is_enabled(),
+        override.taken,
+        dict(override.passed_on),
+        override.report(),
+    )
 
 
 __all__ = [

@@ -1,0 +1,390 @@
+"""One step of AdamW or Adam on lists of tensors: no optimizer object, no state but the lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from warpstep import backends, lists, reference
+from warpstep.hypers import check_group
+from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
+from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
+from warpstep.state import same_layout as has_layout_of
+from warpstep.tail import Tail
+
+NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step takes beside its lists."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    advance_steps: bool
+    unscale_grads: bool
+    coupled: bool
+
+    def group(self) -> dict[str, Any]:
+        """As a parameter group of an optimizer has them."""
+        return {
+            "lr": self.lr,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "amsgrad": self.amsgrad,
+            "maximize": self.maximize,
+            "decoupled_weight_decay": not self.coupled,
+            "capturable": False,
+        }
+
+
+Streams = list[list[Tensor]]  # the six lists
+
+
+def run(
+    streams: Streams, options: Options, backend: str = "auto", dispatched: bool = False
+) -> None:
+    """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
+    check_group(options.group(), "")
+    if backend == "triton":
+        raise ValueError("Invalid backend: 'triton' does not take lists of tensors")
+    if not streams[0] and not any(streams):
+        return
+    requested = backends.requested_backend(backend) if backend != "auto" else "auto"
+    if streams[0] and isinstance(streams[0][0], Tensor):
+        chosen = backends.choose(requested, streams[0][0].device)
+        if chosen in ("cpu", "cuda") and _launch(streams, options, chosen, dispatched) is None:
+            _bump(streams, options)
+            return
+    _check(streams, options)
+    _step_sorted(streams, options, requested)
+
+
+def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) -> str | None:
+    """Runs the native kernels on everything; or says why not, and then nothing is changed."""
+    reason: str | None = lists.stepper().step(
+        *streams,
+        lr=options.lr,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        weight_decay=options.weight_decay,
+        eps=options.eps,
+        amsgrad=options.amsgrad,
+        maximize=options.maximize,
+        grad_scale=options.grad_scale,
+        found_inf=options.found_inf,
+        coupled=options.coupled,
+        cuda=backend == "cuda",
+        advance_steps=options.advance_steps,
+        unscale_grads=options.unscale_grads,
+        dispatched=dispatched,
+        always=True,
+        threads=torch.get_num_threads(),
+    )
+    return reason
+
+
+def _bump(streams: Streams, options: Options) -> None:
+    """Tells autograd what has been written."""
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = streams
+    written = [*params, *exp_avgs, *exp_avg_sqs]
+    if options.amsgrad:
+        written += max_exp_avg_sqs
+    if options.advance_steps:
+        written += state_steps
+    if options.unscale_grads and options.grad_scale is not None:
+        written += grads
+    increment_version(written)
+
+
+def _check(streams: Streams, options: Options) -> None:
+    """Raises what `adamw_` documents; nothing has been written yet."""
+    params = streams[0]
+    needed = [s for s in range(6) if s != 4 or options.amsgrad]
+    for s in needed:
+        if len(streams[s]) != len(params):
+            raise ValueError(
+                f"{NAMES[s]} has {len(streams[s])} tensors and params {len(params)}: the lists "
+                "must be of one length"
+            )
+    for i, param in enumerate(params):
+        name = f"params[{i}]"
+        for s in needed:
+            tensor = streams[s][i]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{NAMES[s]}[{i}] is a {type(tensor).__name__}, and no tensor")
+            if tensor.layout != torch.strided:
+                raise RuntimeError(f"{NAMES[s]}[{i}] is of layout {tensor.layout}: not supported")
+            if s < 5 and real_dtype(tensor.dtype) not in FORMATS:
+                raise TypeError(
+                    f"{NAMES[s]}[{i}] is {describe(tensor)}: {dtype_name(tensor.dtype)} cannot be "
+                    "stepped"
+                )
+        check_gradient(name, param, streams[1][i])
+        for s in needed[2:-1]:
+            moment = streams[s][i]
+            if moment.shape != param.shape or moment.device != param.device:
+                raise RuntimeError(
+                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}: shape "
+                    "and device must be the same"
+                )
+            if moment.is_complex() != param.is_complex():
+                raise TypeError(
+                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}"
+                )
+            if is_freed(moment):
+                raise RuntimeError(f"{NAMES[s]}[{i}] has elements and no memory: it was freed")
+        step = streams[5][i]
+        if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
+            raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
+        if options.advance_steps and i > 0 and step is streams[5][i - 1]:
+            raise RuntimeError(
+                f"state_steps[{i}] is state_steps[{i - 1}]: several tensors would advance one step "
+                "counter. Give each its own, or advance it once and pass advance_steps=False."
+            )
+        for label, scalar in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
+            if scalar is None:
+                continue
+            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+                found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
+                raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
+            if scalar.device != param.device:
+                raise RuntimeError(f"{label} is on {scalar.device}, {name} on {param.device}")
+
+
+def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
+    """Steps lists that were checked: by kernels what they take, the others by the reference."""
+    by_kernel: dict[tuple[str, torch.device], Streams] = {}
+    by_reference: list[int] = []
+    scalars = {
+        name: value.to(torch.float32)
+        for name, value in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf))
+        if value is not None
+    }
+    options = Options(**{**vars(options), **scalars})
+    for i, param in enumerate(streams[0]):
+        chosen = backends.choose(requested, param.device)
+        one = [[s[i]] if s else [] for s in streams]
+        if not _has_kernel(chosen, one, options):
+            by_reference.append(i)
+            continue
+        one[1] = [match_layout(param, one[1][0])]
+        all_of = by_kernel.setdefault((chosen, param.device), [[], [], [], [], [], []])
+        for mine, added in zip(all_of, one, strict=True):
+            mine += added
+
+    # What can fail comes first.
+    computed = [_compute(streams, i, options) for i in by_reference]
+    for (backend, _), some in by_kernel.items():
+        reason = _launch(some, options, backend, dispatched=True)
+        if reason is not None:
+            raise RuntimeError(f"the {backend!r} backend did not take checked tensors: {reason}")
+        _bump(some, options)
+    for one_computed in computed:
+        reference.store(one_computed.stores)
+
+
+def _has_kernel(backend: str, one: Streams, options: Options) -> bool:
+    (param,), (grad,), (exp_avg,), (exp_avg_sq,), maximum, (step,) = one
+    moments = [exp_avg, exp_avg_sq, *(maximum if options.amsgrad else ())]
+    formats = {real_dtype(moment.dtype) for moment in moments}
+    if backend not in ("cpu", "cuda") or len(formats) != 1:
+        return False
+    recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), formats.pop(), options.amsgrad)
+    copied = not has_layout_of(grad, param)
+    return (
+        backends.has_kernel(backend, recipe)
+        and all(is_plain(tensor) for tensor in (param, *moments, step))
+        and is_plain(grad.resolve_conj().resolve_neg())
+        and is_dense(param)
+        and all(has_layout_of(moment, param) for moment in moments)
+        and not (copied and options.unscale_grads)
+        and step.dtype == torch.float32
+        and step.device == param.device
+    )
+
+
+def _compute(streams: Streams, i: int, options: Options) -> reference.Computed:
+    """One tensor's step by the reference, not yet stored."""
+    param, grad, exp_avg, exp_avg_sq = (s[i] for s in streams[:4])
+    counter = streams[5][i]
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    state["step"] = counter if options.advance_steps else counter - 1
+    if options.amsgrad:
+        state["max_exp_avg_sq"] = streams[4][i]
+    tail = Tail(options.grad_scale, options.found_inf)
+    taken = options.found_inf is None or options.found_inf.item() == 0
+    one = reference.computed(param, grad, state, options.group(), tail, taken)
+    if options.unscale_grads and options.grad_scale is not None and taken:
+        with torch.no_grad():
+            one.stores.append((grad, _real(grad) * (1 / options.grad_scale)))
+    return one
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _enter(
+    operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
+) -> None:
+    streams = [g if isinstance(g, list) else list(g) for g in given]
+    if lists.is_watched():  # tracers and modes are to see an operator
+        getattr(torch.ops.warpstep, operator)(*streams, **options)
+    else:
+        run(streams, Options(coupled=operator == "adam_", **options), backend)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    advance_steps: bool = True,
+    unscale_grads: bool = False,
+    backend: str = "auto",
+) -> None:
+    """One step of AdamW on lists of tensors, in place, in one launch for all of a recipe.
+
+    For each tensor, with t its step counted from 1::
+
+        g <- grad / grad_scale;  -g to maximize
+        m <- beta1 * m + (1 - beta1) * g
+        v <- beta2 * v + (1 - beta2) * g^2
+        p <- p - lr * weight_decay * p
+               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Under amsgrad the running maximum of v takes v's place in the last line. Arithmetic is in
+    float32 (float64 for float64 tensors), and each stored value is rounded once. A complex tensor
+    is a pair of real ones.
+
+    Everything is checked before anything is written. The host's cost is a C++ loop over the
+    tensors; a GPU is not waited for. On CUDA the tables of lists that come again are kept on the
+    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile`` this
+    is the operator ``torch.ops.warpstep.adamw_``.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
+    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: p, g, m and v, one entry a tensor; entries of one
+            tensor have the same shape, device and kind (real or complex). Kernels take float64,
+            float32, bfloat16, float16 and the mixtures that the README lists; other mixtures,
+            tensors with gaps in memory and tensor subclasses go through plain PyTorch.
+        max_exp_avg_sqs: the running maxima of v under amsgrad, else ignored (``[]``).
+        state_steps: how many steps were taken: for each tensor a float32 of one element on its
+            device. No two may be the same tensor if they are to be advanced.
+        lr: a number, or a tensor of one element. One on the parameters' GPU is read there.
+        beta1, beta2, weight_decay, eps: numbers; betas in [0, 1), the others at least 0.
+        amsgrad, maximize: as in torch.
+        grad_scale: a tensor of one element on the parameters' device, by which gradients are
+            divided; or None.
+        found_inf: a tensor of one element there: if it is not 0, nothing is changed; or None.
+        advance_steps: count the step in ``state_steps``. False where the caller has counted it
+            already, as torch has before it calls ``torch._fused_adamw_``.
+        unscale_grads: with ``grad_scale``, leave the gradients unscaled, as torch's operator does.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
+
+    Raises:
+        ValueError: lists differ in length, or a hyper-parameter is invalid.
+        TypeError: an entry is no tensor, or of a dtype that cannot be stepped.
+        RuntimeError: shapes or devices of one tensor's entries differ; an entry is sparse, expanded
+            or has no memory; ``grad_scale`` or ``found_inf`` does not fit.
+        BackendUnavailableError: the backend named cannot run on the parameters' device.
+
+        Messages name the list and the index. Entries that share memory are not looked for.
+    """
+    _enter(
+        "adamw_",
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
+        backend,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        advance_steps=advance_steps,
+        unscale_grads=unscale_grads,
+    )
+
+
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    advance_steps: bool = True,
+    unscale_grads: bool = False,
+    backend: str = "auto",
+) -> None:
+    """One step of Adam on lists of tensors: as `adamw_`, but weight decay joins the gradient.
+
+    ::
+
+        g <- grad / grad_scale;  -g to maximize;  g + weight_decay * p
+
+    and nothing else is taken from p. Arguments, dtypes and errors are those of `adamw_`.
+
+    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
+    """
+    _enter(
+        "adam_",
+        (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
+        backend,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        advance_steps=advance_steps,
+        unscale_grads=unscale_grads,
+    )
+
+
+__all__ = ["adam_", "adamw_"]

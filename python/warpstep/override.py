@@ -1,0 +1,274 @@
+"""``warpstep.enable()``: warpstep's kernels under torch's own fused optimizers.
+
+``aten::_fused_adamw_`` and ``aten::_fused_adam_`` (and their ``tensor_lr`` overloads) get another
+kernel on the CPU and on CUDA. What it does not take goes to the kernel that was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpstep import backends, lists, shortcut
+
+OPERATORS = ("_fused_adamw_", "_fused_adamw_.tensor_lr", "_fused_adam_", "_fused_adam_.tensor_lr")
+ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
+# Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
+_WARNING = r"(?s)Warning only once for all operators.*Overriding a previously registered kernel"
+
+_lock = threading.RLock()
+_library: torch.library.Library | None = None
+_switched_on = False  # by enable()
+_scopes = 0  # of enabled() that are open
+_keys: tuple[str, ...] = ()
+_beneath: set[str] = set()  # operators that someone else has overridden from Python
+# Kernels that were registered, kept: another thread may still be in one when it is taken off.
+_kept: deque[Any] = deque(maxlen=1024)
+
+_remove_shortcut: Callable[[], None] | None = None
+
+refusal = ""  # why the environment's wish was not granted
+taken = 0
+passed_on: Counter[str] = Counter()
+
+
+def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
+    """The kernel for one operator and key; ``original`` takes what it does not."""
+    step = lists.stepper().step
+    threads = torch.get_num_threads
+
+    def fused(
+        keys: Any,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float,
+        amsgrad: bool,
+        maximize: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        reason = _gpu_reason(params) if cuda else ""
+        # torch has advanced the steps, and has its kernel leave the gradients unscaled.
+        reason = reason or step(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            coupled=coupled,
+            cuda=cuda,
+            advance_steps=False,
+            unscale_grads=True,
+            dispatched=True,
+            always=False,
+            threads=threads(),
+        )
+        if reason is None:
+            _count()
+            return
+        passed_on[reason] += 1
+        original.call_boxed(
+            keys,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    return fused
+
+
+def _count() -> None:
+    global taken
+    taken += 1
+
+
+def _gpu_reason(params: list[Tensor]) -> str:
+    return backends.unavailable_reason("cuda", params[0].device) if params else ""
+
+
+def _usable_keys() -> tuple[str, ...]:
+    """Dispatch keys for which there is a kernel. Touches no GPU: a process may yet fork."""
+    module, reason = backends.native()
+    if module is None or not hasattr(torch.library, "get_kernel"):
+        reason = reason or f"torch {torch.__version__} has no torch.library.get_kernel"
+        raise backends.BackendUnavailableError(
+            f"enable() has no kernel to put under torch's: {reason}. Nothing has been changed."
+        )
+    has_cuda = module.cuda_architectures not in (None, "host emulation")
+    has_cuda = has_cuda and torch.version.cuda is not None
+    return ("CPU", "CUDA") if has_cuda else ("CPU",)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's one warning of an override back; other warnings are as they were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _WARNING, UserWarning)
+        yield
+
+
+def _put_on() -> None:
+    global _library, _keys, _remove_shortcut
+    keys = _usable_keys()
+    library = torch.library.Library("aten", "IMPL")
+    overridden = set(getattr(torch.library, "_impls", ()))
+    _beneath.clear()
+    try:
+        for name in OPERATORS:
+            for key in keys:
+                original = torch.library.get_kernel(f"aten::{name}", key)
+                if f"aten/{name}/{key}" in overridden:
+                    _beneath.add(f"aten::{name} on {key}")
+                kernel = _kernel(original, "adamw" not in name, key == "CUDA")
+                with quiet():
+                    library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+                _kept.append(torch.library.get_kernel(f"aten::{name}", key))
+    except BaseException:
+        library._destroy()
+        raise
+    _library, _keys = library, keys
+    _remove_shortcut = shortcut.put_on(_count)
+
+
+def _take_off() -> None:
+    global _library, _keys, _remove_shortcut
+    if _remove_shortcut is not None:
+        _remove_shortcut()
+        _remove_shortcut = None
+    if _library is not None:
+        _library._destroy()
+        _library, _keys = None, ()
+
+
+def _update() -> None:
+    if (_switched_on or _scopes) and _library is None:
+        _put_on()
+    elif not (_switched_on or _scopes):
+        _take_off()
+
+
+def enable() -> None:
+    """Puts warpstep's kernels under torch's fused Adam and AdamW, for this process.
+
+    Every ``torch.optim.AdamW(..., fused=True)`` and ``Adam(..., fused=True)``, whenever it was
+    constructed, then steps on them, as does any other caller of ``torch._fused_adamw_`` and
+    ``torch._fused_adam_``. The semantics are torch's (steps, grad_scale, found_inf, gradients left
+    unscaled); results differ by a few roundings a step. Calls that warpstep has no kernel for, or
+    whose tensors have layouts that differ, go to torch's kernel: ``warpstep.status()`` counts them
+    by reason. Calling it again changes nothing.
+
+    Raises:
+        BackendUnavailableError: there is no native module, or torch cannot hand over its own
+            kernels; nothing has been changed then.
+    """
+    global _switched_on
+    with _lock:
+        if not _switched_on:
+            _usable_keys()
+            _switched_on = True
+            try:
+                _update()
+            except BaseException:
+                _switched_on = False
+                raise
+
+
+def enable_if_asked() -> None:
+    """``enable()`` if the environment asks for it; where it cannot, ``status()`` says why."""
+    global refusal
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
+        try:
+            enable()
+        except backends.BackendUnavailableError as error:  # importing never fails
+            refusal = str(error)
+
+
+def disable() -> None:
+    """Undoes ``enable()``: torch's kernels are in their place again, the very ones.
+
+    Inside ``with enabled():`` this takes effect when the last such scope ends.
+    """
+    global _switched_on
+    with _lock:
+        _switched_on = False
+        _update()
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """``enable()`` for the inside of a ``with``; scopes may be nested. For the whole process.
+
+    Raises:
+        BackendUnavailableError: as ``enable``.
+    """
+    global _scopes
+    with _lock:
+        _scopes += 1
+        try:
+            _update()
+        except BaseException:
+            _scopes -= 1
+            raise
+    try:
+        yield
+    finally:
+        with _lock:
+            _scopes -= 1
+            _update()
+
+
+def is_enabled() -> bool:
+    """Whether warpstep's kernels are under torch's fused optimizers now."""
+    return _library is not None
+
+
+def report() -> str:
+    """One line for ``warpstep.status()``."""
+    line = f"torch's fused optimizers: {'warpstep on ' + ' and '.join(_keys) if _keys else 'own'}"
+    if refusal:
+        line += f" ({ENVIRONMENT_VARIABLE}=1 could not be granted: {refusal})"
+    if taken or passed_on:
+        line += f"; {taken} calls taken"
+        line += "".join(f", {count} passed on ({why})" for why, count in passed_on.items())
+    if _library is not None and _beneath:
+        line += f"; overridden by others before: {', '.join(sorted(_beneath))}"
+    return line

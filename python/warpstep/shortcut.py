@@ -1,0 +1,114 @@
+"""From ``torch.optim``'s fused step straight to the kernels, while warpstep is enabled.
+
+torch groups the tensors by device and dtype and advances 2,000 step counters one by one before it
+calls its fused operator: more than the step itself then costs. The private function that does this
+is replaced while it has the parameters that it is known to have; what it does not take goes to
+torch's own function, and from there to the operator, as if this module were not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from warpstep import backends, lists
+
+NAME = "_fused_adam"
+KNOWN = [
+    *("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+    *("grad_scale", "found_inf", "amsgrad", "has_complex", "beta1", "beta2", "lr", "weight_decay"),
+    *("eps", "maximize", "capturable", "differentiable", "decoupled_weight_decay"),
+]
+
+
+def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool]) -> Any:
+    """In place of torch's ``original``; ``count`` is called for each call taken.
+
+    Someone may have wrapped it, and it cannot be taken off: then ``is_on`` says if it is wanted.
+    """
+    step = lists.stepper().step
+    threads = torch.get_num_threads
+
+    def fused_adam(
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        **options: Any,
+    ) -> None:
+        beta1, beta2 = options["beta1"], options["beta2"]
+        numbers = isinstance(beta1, float) and isinstance(beta2, float)
+        plain = bool(params) and numbers and is_on()
+        if plain and not options["differentiable"] and not lists.is_watched():
+            device = params[0].device
+            cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
+            reason = step(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                state_steps,
+                lr=options["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=options["weight_decay"],
+                eps=options["eps"],
+                amsgrad=options["amsgrad"],
+                maximize=options["maximize"],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                coupled=not options["decoupled_weight_decay"],
+                cuda=cuda,
+                advance_steps=True,
+                unscale_grads=True,
+                dispatched=False,
+                always=False,
+                threads=threads(),
+            )
+            if reason is None:
+                increment_version(state_steps)  # as torch's addition to them does
+                count()
+                return
+        original(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            grad_scale,
+            found_inf,
+            **options,
+        )
+
+    return fused_adam
+
+
+def put_on(count: Callable[[], None]) -> Callable[[], None]:
+    """Puts the shortcut in its place. Returns what takes it off again."""
+    module: Any = importlib.import_module("torch.optim.adam")  # no attribute of torch.optim
+    original = getattr(module, NAME, None)
+    if original is None or list(inspect.signature(original).parameters) != KNOWN:
+        return lambda: None  # another torch: the operators are overridden all the same
+    on = True
+    ours = shorter(original, count, lambda: on)
+    setattr(module, NAME, ours)
+
+    def take_off() -> None:
+        nonlocal on
+        on = False
+        if getattr(module, NAME) is ours:
+            setattr(module, NAME, original)
+
+    return take_off

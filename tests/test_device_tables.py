@@ -1,0 +1,127 @@
+"""Lists on CUDA: their tables are uploaded once, found again, and never mistaken for another's."""
+
+import pytest
+import torch
+
+from test_functional import HYPERS, assert_same, clones, streams
+from warpstep import lists as native_lists
+from warpstep.functional import adamw_
+
+
+@pytest.fixture
+def uploads(backend, monkeypatch):
+    """A stepper of its own, and the uploads that it makes."""
+    if backend != "cuda":
+        pytest.skip("of the CUDA backend")
+    module, _ = native_lists.backends.native()
+    made = []
+
+    def upload(device, *tables):
+        made.append(sum(map(len, tables)))
+        return native_lists._upload(device, *tables)
+
+    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
+    monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
+    return made
+
+
+def step(lists, always=True):
+    return native_lists.stepper().step(
+        *lists,
+        **HYPERS,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+        coupled=False,
+        cuda=True,
+        advance_steps=True,
+        unscale_grads=False,
+        dispatched=False,
+        always=always,
+        threads=1,
+    )
+
+
+def test_uploaded_once(uploads, device):
+    """The same tensors come again: one upload, also with new gradients."""
+    lists = streams(device=device)
+    for seed in range(3):
+        lists[1] = streams(device=device, seed=seed)[1]
+        adamw_(*lists, **HYPERS, backend="cuda")
+    assert len(uploads) == 1
+
+
+@pytest.mark.parametrize("stream", [0, 2, 3, 5])
+def test_every_address_counts(uploads, device, stream):
+    """Another tensor in any list but the gradients' is another table, and the right one."""
+    lists, plain = streams(device=device), streams(device=device)
+    for _ in range(2):
+        adamw_(*lists, **HYPERS, backend="cuda")
+        adamw_(*plain, **HYPERS, backend="reference")
+        lists[stream] = [tensor.clone() for tensor in lists[stream]]
+    assert len(uploads) == 2
+    for mine, other in zip(lists[0], plain[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_same_addresses_in_another_shape(uploads, device):
+    """Memory that is used anew for other sizes is not the old table's."""
+    memory = [torch.ones(64, device=device) for _ in range(4)]
+    counter = torch.zeros((), device=device)
+    for size in (64, 32, 64):
+        lists = [[m[:size]] for m in memory]
+        before = clones(lists)
+        adamw_(*lists, [], [counter], **HYPERS, backend="cuda")
+        assert (lists[0][0] != before[0][0]).all()
+        assert (memory[0][size:] == memory[0][size:].clone()).all()
+    assert len(uploads) == 2
+
+
+def test_old_tables_go(uploads, device):
+    """Only so many bytes stay on the device: what was not used for longest is uploaded anew."""
+    some = [streams([(1,)] * 9, device=device, seed=seed) for seed in range(4)]
+    for lists in some:
+        assert step(lists) is None
+    assert len(uploads) == 4
+    for lists, uploaded in ((some[3], 4), (some[2], 4), (some[0], 5), (some[2], 5), (some[1], 6)):
+        assert step(lists) is None
+        assert len(uploads) == uploaded
+
+
+def test_tables_too_large_to_keep(uploads, device):
+    """A table larger than all that may stay is used all the same."""
+    lists = streams([(1,)] * 40, device=device)
+    for _ in range(2):
+        assert step(lists) is None
+    assert {counter.item() for counter in lists[5]} == {6.0}
+
+
+def test_addresses_that_never_come_twice(uploads, device):
+    """After so many uploads in vain, only what comes a second time is uploaded."""
+    held = [streams([(3,)], device=device, seed=seed) for seed in range(66)]
+    for lists in held[:64]:
+        assert step(lists, always=False) is None
+    assert step(held[64], always=False) == "tensors that never come twice"
+    before = clones(held[65])
+    assert step(held[65], always=False) == "tensors that never come twice"
+    assert_same(held[65], before)
+    assert step(held[65], always=False) is None  # a second time
+    assert step(held[65], always=False) is None
+    assert step(held[64], always=False) is None  # something has come again: patient anew
+
+
+def test_failed_upload_changes_nothing(uploads, device, monkeypatch):
+    """Out of memory is an error before anything is written."""
+    module, _ = native_lists.backends.native()
+
+    def upload(*_):
+        raise MemoryError("no room")
+
+    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
+    monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
+    lists = streams(device=device)
+    before = clones(lists)
+    with pytest.raises(MemoryError, match="no room"):
+        adamw_(*lists, **HYPERS, backend="cuda")
+    assert_same(lists, before)

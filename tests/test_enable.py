@@ -1,0 +1,533 @@
+"""warpstep.enable(): torch's fused optimizers on warpstep's kernels, in torch's semantics."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import warpstep
+from conftest import EMULATED
+from test_functional import HYPERS, assert_same, clones, flat, streams
+from warpstep import lists as native_lists
+from warpstep import override, shortcut
+from warpstep.backends import BackendUnavailableError
+
+SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2  # many enough never to be left to torch
+CLASSES = [torch.optim.AdamW, torch.optim.Adam]
+
+pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
+
+
+@pytest.fixture(autouse=True)
+def left_disabled():
+    yield
+    warpstep.disable()
+    assert not warpstep.status().enabled
+
+
+def model(dtype=torch.float32, sizes=SIZES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in sizes]
+
+
+def set_grads(params, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator)
+        param.grad = (scale * grad).to(param.dtype)
+
+
+def train(optimizer, params, steps=4):
+    for seed in range(steps):
+        set_grads(params, seed)
+        optimizer.step()
+    return params
+
+
+def state_of(optimizer):
+    return [t for state in optimizer.state.values() for t in state.values()]
+
+
+def counts():
+    status = warpstep.status()
+    return status.taken, dict(status.passed_on)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"lr": "tensor"}])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_steps_as_torch(kind, options, dtype):
+    """Parameters and state are a few roundings from torch's; all calls are taken."""
+    options = {"weight_decay": 0.1, "fused": True, **options}
+    if options.get("lr"):
+        options["lr"] = torch.tensor(0.01)
+    theirs, mine = model(dtype), model(dtype)
+    their_optimizer, my_optimizer = kind(theirs, **options), kind(mine, **options)
+    train(their_optimizer, theirs)
+    before = counts()
+    with warpstep.enabled():
+        train(my_optimizer, mine)
+    after = counts()
+    assert (after[0] - before[0], after[1]) == (4, before[1])
+    near = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 0.02}[dtype]
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=near, atol=near)
+    for a, b in zip(state_of(my_optimizer), state_of(their_optimizer), strict=True):
+        assert a.dtype == b.dtype
+        assert a._version == b._version
+        torch.testing.assert_close(a, b, rtol=near, atol=near)
+    assert [p._version for p in mine] == [p._version for p in theirs]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_bits_of_warpsteps_own(kind):
+    """The bits are those of warpstep's optimizer, by the shortcut and by the operator."""
+    ours = model()
+    train(getattr(warpstep, kind.__name__)(ours, weight_decay=0.1), ours)
+    for patched in (True, False):
+        mine = model()
+        with warpstep.enabled():
+            if not patched:
+                override._remove_shortcut()
+            train(kind(mine, weight_decay=0.1, fused=True), mine)
+        assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
+
+
+@pytest.mark.parametrize("name", override.OPERATORS)
+def test_operators(name):
+    """Each of the four operators is taken, coupled or not, with lr in either form."""
+    operator, _, overload = name.partition(".")
+    call = getattr(getattr(torch.ops.aten, operator), overload or "default")
+    hypers = {**HYPERS, "amsgrad": False, "maximize": False}
+    if overload:
+        hypers["lr"] = torch.tensor(HYPERS["lr"])
+    theirs, mine, ours = streams(), streams(), streams()
+    call(*theirs[:4], [], theirs[5], **hypers)
+    taken = counts()[0]
+    with warpstep.enabled():
+        call(*mine[:4], [], mine[5], **hypers)
+    assert counts()[0] == taken + 1
+    function = warpstep.functional.adamw_ if "adamw" in name else warpstep.functional.adam_
+    lr = float(hypers["lr"])
+    function(*ours, **{**HYPERS, "lr": lr}, advance_steps=False)
+    assert_same(mine, ours)
+    for a, b in zip(flat(mine), flat(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
+
+
+def test_a_launch_a_step():
+    """One launch for all tensors, whatever their number."""
+    params = model(sizes=[(2,)] * 500)
+    optimizer = torch.optim.AdamW(params, fused=True)
+    with warpstep.enabled():
+        before = warpstep.status().launches["cpu"]
+        train(optimizer, params, steps=3)
+        assert warpstep.status().launches["cpu"] - before == 3
+
+
+def test_disable_restores_torchs_kernels():
+    """Before, after and without: the same bits of torch; the same function in torch.optim."""
+    untouched, restored = model(), model()
+    module = sys.modules["torch.optim.adam"]
+    function = module._fused_adam
+    kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
+    train(torch.optim.AdamW(untouched, fused=True), untouched)
+    warpstep.enable()
+    assert torch._C._dispatch_dump("aten::_fused_adamw_") != kernel
+    assert module._fused_adam is not function
+    other = model()
+    train(torch.optim.AdamW(other, fused=True), other)
+    warpstep.disable()
+    assert torch._C._dispatch_dump("aten::_fused_adamw_") == kernel
+    assert module._fused_adam is function
+    taken = counts()
+    train(torch.optim.AdamW(restored, fused=True), restored)
+    assert counts() == taken
+    assert all(torch.equal(a, b) for a, b in zip(restored, untouched, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(restored, other, strict=True))
+
+
+def test_nesting():
+    """enable() is idempotent, scopes count, and one does not undo the other."""
+
+    def on():
+        return warpstep.status().enabled
+
+    warpstep.enable()
+    warpstep.enable()
+    assert on()
+    with warpstep.enabled():
+        assert on()
+    assert on()
+    warpstep.disable()
+    assert not on()
+    with warpstep.enabled(), warpstep.enabled():
+        pass
+    with warpstep.enabled():
+        with warpstep.enabled():
+            pass
+        assert on()
+        warpstep.enable()
+        warpstep.disable()
+        assert on()
+    assert not on()
+    with pytest.raises(KeyError), warpstep.enabled():
+        raise KeyError
+    assert not on()
+    warpstep.disable()
+
+
+def passed_on(call):
+    """Why calls were passed on."""
+    before = warpstep.status()
+    with warpstep.enabled():
+        call()
+    after = warpstep.status()
+    assert after.taken == before.taken
+    return [k for k, n in after.passed_on.items() if n > before.passed_on.get(k, 0)]
+
+
+def fused(lists, **options):
+    hypers = {**HYPERS, "amsgrad": False, "maximize": False, **options}
+    torch._fused_adamw_(*lists[:4], [], lists[5], **hypers)
+
+
+def gaps(tensor):
+    wide = torch.zeros(*tensor.shape, 2)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize("streams_with_gaps", [(0, 1, 2, 3), (1,)])
+def test_layouts_go_to_torch(streams_with_gaps):
+    """Gaps in memory, or strides that differ, are torch's: its bits, whatever they are."""
+    mine, theirs = streams([(5,), (4,)]), streams([(5,), (4,)])
+    for ls in (mine, theirs):
+        for s in streams_with_gaps:
+            ls[s][1] = gaps(ls[s][1])
+    reasons = passed_on(lambda: fused(mine))
+    assert reasons == ["gaps in memory" if 0 in streams_with_gaps else "strides that differ"]
+    fused(theirs)
+    assert_same(mine, theirs)
+
+
+def test_steps_of_another_kind_go_to_torch():
+    """What the counters must be is told by the reason; torch's own error or result comes."""
+    lists = streams([(5,)])
+    lists[5] = [torch.tensor([1, 2])]
+    before = clones(lists)
+    with pytest.raises(RuntimeError):
+        passed_on(lambda: fused(lists))
+    assert_same(lists, before)
+    assert warpstep.status().passed_on["a step that is not one float32 on the device"] >= 1
+
+
+def test_few_large_tensors_go_to_torch():
+    """Where torch is as fast, it steps: its bits."""
+    mine, theirs = model(sizes=[(2**19,)]), model(sizes=[(2**19,)])
+    train(torch.optim.AdamW(theirs, fused=True), theirs, steps=1)
+    optimizer = torch.optim.AdamW(mine, fused=True)
+    reasons = passed_on(lambda: train(optimizer, mine, steps=1))
+    assert reasons == ["few large float32 tensors, which torch steps as fast"]
+    assert torch.equal(mine[0], theirs[0])
+
+
+def test_integers_are_torchs_error():
+    """torch's message, and nothing changed."""
+    lists = [[torch.ones(3, dtype=torch.int64)] for _ in range(4)] + [[], [torch.ones(())]]
+    with pytest.raises(RuntimeError):
+        passed_on(lambda: fused(lists))
+    assert all(stream[0].sum() == 3 for stream in lists[:4])
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_scale_and_inf(kind, found_inf):
+    """Gradients are left unscaled as torch leaves them; an inf changes nothing."""
+    results = []
+    for on in (False, True):
+        params = model()
+        optimizer = kind(params, fused=True)
+        train(optimizer, params, steps=1)
+        set_grads(params, 7, scale=16.0)
+        optimizer.grad_scale = torch.tensor(16.0)
+        optimizer.found_inf = torch.tensor(found_inf)
+        if on:
+            with warpstep.enabled():
+                optimizer.step()
+        else:
+            optimizer.step()
+        results.append((params, [p.grad for p in params], state_of(optimizer)))
+    for theirs, mine in zip(*results, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_operator_with_scale_and_inf(found_inf):
+    """The operator itself: counters are the caller's, gradients are left unscaled."""
+    mine, theirs = streams(), streams()
+    scalars = {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(found_inf)}
+    before = clones(mine)
+    fused(theirs, **scalars)
+    taken = counts()[0]
+    with warpstep.enabled():
+        fused(mine, **scalars)
+    assert counts()[0] == taken + 1
+    for a, b in zip(flat(mine), flat(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
+    assert_same(mine, before, [5] if found_inf == 0 else range(6))
+
+
+def test_grad_scaler():
+    """torch.amp.GradScaler skips the step with the inf, and goes on."""
+    results = []
+    for on in (False, True):
+        params = model()
+        optimizer = torch.optim.AdamW(params, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+        (warpstep.enable if on else warpstep.disable)()
+        for seed in range(4):
+            set_grads(params, seed, scale=4.0)
+            if seed == 2:
+                params[1].grad[3] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((params, state_of(optimizer), [torch.tensor(scaler.get_scale())]))
+    assert {s["step"].item() for s in optimizer.state.values()} == {3.0}
+    for theirs, mine in zip(*results, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-6)
+
+
+def test_modes_see_torchs_operators():
+    """Who watches operators sees torch's own, also while enabled."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    params = model()
+    optimizer = torch.optim.AdamW(params, fused=True)
+    set_grads(params, 0)
+    with warpstep.enabled(), Watching():
+        optimizer.step()
+    assert "_fused_adamw_" in seen
+
+
+def test_compiled_step():
+    """A compiled torch step runs while enabled, and is taken."""
+    mine, theirs = model(), model()
+    train(torch.optim.AdamW(theirs, fused=True), theirs, steps=2)
+    optimizer = torch.optim.AdamW(mine, fused=True)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    taken = counts()[0]
+    with warpstep.enabled():
+        for seed in range(2):
+            set_grads(mine, seed)
+            step()
+    assert counts()[0] > taken
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-6)
+
+
+def test_tensor_betas():
+    """Tensor betas are numbers by the time they reach the operator; all is taken all the same."""
+    mine, theirs = model(), model()
+    betas = (torch.tensor(0.9), torch.tensor(0.99))
+    train(torch.optim.AdamW(theirs, betas=(0.9, 0.99), fused=True), theirs)
+    taken = counts()[0]
+    with warpstep.enabled():
+        optimizer = torch.optim.AdamW(mine, lr=torch.tensor(1e-3), betas=betas, fused=True)
+        train(optimizer, mine)
+    assert counts()[0] == taken + 4
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_another_torch(monkeypatch):
+    """Where the private function differs from what is known, the operators alone are taken."""
+    module = sys.modules["torch.optim.adam"]
+    original = module._fused_adam
+    monkeypatch.setattr(module, "_fused_adam", lambda *args, new=None, **kw: original(*args, **kw))
+    theirs = module._fused_adam
+    params = model()
+    taken = counts()[0]
+    with warpstep.enabled():
+        assert module._fused_adam is theirs
+        train(torch.optim.AdamW(params, fused=True), params)
+    assert counts()[0] == taken + 4
+
+
+def test_others_wrapping_is_kept(monkeypatch):
+    """A function put over the shortcut meanwhile stays in its place, and works."""
+    module = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(module, "_fused_adam", module._fused_adam)
+    warpstep.enable()
+    ours = module._fused_adam
+    theirs = lambda *args, **kw: ours(*args, **kw)  # noqa: E731
+    module._fused_adam = theirs
+    warpstep.disable()
+    assert module._fused_adam is theirs
+    taken = counts()
+    mine, plain = model(), model()
+    train(torch.optim.AdamW(mine, fused=True), mine)
+    assert counts() == taken
+    monkeypatch.undo()
+    train(torch.optim.AdamW(plain, fused=True), plain)
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+
+
+def test_over_anothers_override():
+    """Calls go on to a kernel that someone else had registered; status names it."""
+    called = []
+    library = torch.library.Library("aten", "IMPL")
+    with override.quiet():
+        library.impl("_fused_adamw_", lambda *args, **kw: called.append(len(args[0])), "CPU")
+    try:
+        warpstep.enable()
+        assert "aten::_fused_adamw_ on CPU" in str(warpstep.status())
+        lists = streams([(5,)])
+        fused(lists)
+        assert called == []
+        lists[1][0] = gaps(lists[1][0])
+        fused(lists)
+        assert called == [1]
+        warpstep.disable()
+        fused(lists)
+        assert called == [1, 1]
+    finally:
+        library._destroy()
+    fused(lists)
+    assert called == [1, 1]
+
+
+def test_threads():
+    """Steps in several threads while another one enables and disables."""
+    models = [model(seed=i) for i in range(3)]
+    optimizers = [torch.optim.AdamW(m, fused=True) for m in models]
+    workers = [
+        threading.Thread(target=train, args=(o, m), kwargs={"steps": 30})
+        for o, m in zip(optimizers, models, strict=True)
+    ]
+    for worker in workers:
+        worker.start()
+    while any(w.is_alive() for w in workers):
+        with warpstep.enabled():
+            pass
+    for worker in workers:
+        worker.join()
+    for optimizer, params in zip(optimizers, models, strict=True):
+        assert {s["step"].item() for s in optimizer.state.values()} == {30.0}
+        assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("missing", ["module", "get_kernel"])
+def test_without_kernels(monkeypatch, missing):
+    """A clear error, and nothing changed."""
+    if missing == "module":
+        monkeypatch.setattr(override.backends, "native", lambda: (None, "taken away"))
+    else:
+        monkeypatch.delattr(torch.library, "get_kernel")
+    kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
+    with pytest.raises(BackendUnavailableError, match="Nothing has been changed"):
+        warpstep.enable()
+    with pytest.raises(BackendUnavailableError), warpstep.enabled():
+        pass
+    assert torch._C._dispatch_dump("aten::_fused_adamw_") == kernel
+    monkeypatch.setenv("WARPSTEP_ENABLE", "1")
+    monkeypatch.setattr(override, "refusal", "")
+    override.enable_if_asked()
+    assert "could not be granted" in override.report()
+
+
+def test_failure_while_enabling(monkeypatch):
+    """What fails halfway is undone."""
+    kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
+    real = torch.library.get_kernel
+
+    def failing(name, key):
+        if "adam_" in name:
+            raise RuntimeError("out of kernels")
+        return real(name, key)
+
+    monkeypatch.setattr(torch.library, "get_kernel", failing)
+    with pytest.raises(RuntimeError, match="out of kernels"):
+        warpstep.enable()
+    assert torch._C._dispatch_dump("aten::_fused_adamw_") == kernel
+    monkeypatch.undo()
+    warpstep.enable()
+    assert warpstep.status().enabled
+
+
+def test_status():
+    """The numbers, and one line that says so."""
+    status = warpstep.status()
+    assert isinstance(status.taken, int)
+    assert isinstance(status.passed_on, dict)
+    assert "torch's fused optimizers: own" in str(status)
+    with warpstep.enabled():
+        assert "torch's fused optimizers: warpstep on CPU" in str(warpstep.status())
+
+
+PROGRAM = """
+import torch
+{first}
+import warpstep
+kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
+params = [torch.nn.Parameter(torch.ones(3)) for _ in range(9)]
+for p in params:
+    p.grad = torch.ones(3)
+{then}
+torch.optim.AdamW(params, fused=True).step()
+warpstep.status()
+print(warpstep.status().enabled, warpstep.status().taken)
+"""
+
+
+def run(first="", then="", **environment):
+    program = PROGRAM.format(first=first, then=then)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ["False", "0"]),
+        ({"first": "import warpstep.autoenable"}, ["True", "1"]),
+        ({"WARPSTEP_ENABLE": "1"}, ["True", "1"]),
+        ({"WARPSTEP_ENABLE": "0"}, ["False", "0"]),
+        ({"then": "warpstep.enable()"}, ["True", "1"]),
+        ({"then": "warpstep.enable(); warpstep.disable(); warpstep.enable()"}, ["True", "1"]),
+        ({"then": "filters = list(__import__('warnings').filters); warpstep.enable(); "
+          "assert filters == __import__('warnings').filters"}, ["True", "1"]),
+    ],
+    ids=["import", "autoenable", "environment", "environment 0", "enable", "again", "filters"],
+)  # fmt: skip
+def test_processes(arguments, expected):
+    """Importing enables nothing unless asked to; nothing warns, nothing is printed."""
+    assert run(**arguments) == (expected, "")
+
+
+def test_the_shortcut_knows_this_torch():
+    """The private function is as it is known; else steps are slower than they could be."""
+    if torch.__version__.startswith("2.13"):
+        with warpstep.enabled():
+            assert sys.modules["torch.optim.adam"]._fused_adam.__module__ == shortcut.__name__
+    assert not native_lists.is_watched()

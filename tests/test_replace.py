@@ -1,0 +1,246 @@
+"""warpstep.replace(): a live torch optimizer goes on, with nothing lost and nothing copied."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import warpstep
+
+SIZES = [(3,), (4, 5), (), (600,)]
+CLASSES = [torch.optim.AdamW, torch.optim.Adam]
+
+
+def model(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SIZES]
+
+
+def groups_of(params):
+    """Two groups with hyper-parameters, names and a key that torch does not know."""
+    named = [(f"layer.{i}", p) for i, p in enumerate(params)]
+    return [
+        {"params": named[:2], "lr": 0.02, "weight_decay": 0.3, "mine": "kept"},
+        {"params": named[2:], "betas": (0.8, 0.98), "eps": 1e-6, "mine": None},
+    ]
+
+
+def train(optimizer, params, steps=3, seed=0):
+    for i in range(steps):
+        generator = torch.Generator().manual_seed(seed + i)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+
+
+def pair(kind, **options):
+    """torch's optimizer after some steps, its parameters; and those of an equal one."""
+    lists = [model(), model()]
+    optimizers = [kind(groups_of(params), **options) for params in lists]
+    for optimizer, params in zip(optimizers, lists, strict=True):
+        train(optimizer, params)
+    return optimizers, lists
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fused": True}, {"foreach": False}, {"amsgrad": True}, {"maximize": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_goes_on(kind, options):
+    """The steps after it are those that the old optimizer would have taken."""
+    (old, kept), (mine, theirs) = pair(kind, **options)
+    new = warpstep.replace(old)
+    assert type(new) is getattr(warpstep, kind.__name__)
+    train(new, mine, seed=10)
+    train(kept, theirs, seed=10)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        assert new.state[a]["step"].item() == kept.state[b]["step"].item() == 6
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_same_tensors_and_groups(kind):
+    """State tensors are the same objects; groups hold the same, in dicts of their own."""
+    (old, _), (params, _) = pair(kind, amsgrad=True)
+    before = copy.deepcopy(old.state_dict())
+    new = warpstep.replace(old)
+    for param in params:
+        assert list(new.state[param]) == list(old.state[param])
+        for key, tensor in old.state[param].items():
+            assert new.state[param][key] is tensor
+        assert new.state[param] is not old.state[param]
+    for mine, theirs in zip(new.param_groups, old.param_groups, strict=True):
+        assert mine is not theirs
+        assert {k: v for k, v in mine.items() if k != "params"} == {
+            k: v for k, v in theirs.items() if k != "params"
+        }
+        assert all(a is b for a, b in zip(mine["params"], theirs["params"], strict=True))
+        assert mine["mine"] in ("kept", None)
+        assert mine["param_names"] == theirs["param_names"]
+    after = old.state_dict()
+    assert before["param_groups"] == after["param_groups"] == new.state_dict()["param_groups"]
+    assert new.defaults == old.defaults
+
+
+def test_moments_keep_their_dtypes():
+    """float32 moments of bfloat16 parameters, as a framework may have put them there."""
+    params = model(torch.bfloat16)
+    old = torch.optim.AdamW(params)
+    train(old, params, steps=1)
+    for state in old.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].float()
+    new = warpstep.replace(old)
+    train(new, params)
+    for param in params:
+        assert new.state[param]["exp_avg"].dtype == torch.float32
+        assert new.state[param]["exp_avg"] is old.state[param]["exp_avg"]
+
+
+def test_steps_of_other_forms():
+    """Counters that are numbers, or float64, go on counting; the old optimizer's are left."""
+    (old, _), (params, _) = pair(torch.optim.AdamW)
+    old.state[params[0]]["step"] = 3
+    old.state[params[1]]["step"] = torch.tensor(3.0, dtype=torch.float64)
+    new = warpstep.replace(old)
+    train(new, params, steps=1)
+    assert {s["step"].item() for s in new.state.values()} == {4.0}
+    assert {s["step"].dtype for s in new.state.values()} == {torch.float32}
+    assert old.state[params[0]]["step"] == 3
+    assert old.state[params[1]]["step"] == 3
+
+
+def test_before_the_first_step():
+    """An optimizer without state is taken over as well, tensor hyper-parameters and all."""
+    mine, theirs = model(), model()
+    lr = torch.tensor(0.02)
+    new = warpstep.replace(torch.optim.AdamW(mine, lr=lr))
+    assert new.param_groups[0]["lr"] is lr
+    train(new, mine)
+    train(torch.optim.AdamW(theirs, lr=0.02), theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_old_one_keeps_working():
+    """While nobody steps with the new one, the old one steps as ever."""
+    (old, other), (params, others) = pair(torch.optim.AdamW)
+    warpstep.replace(old)
+    train(old, params, seed=10)
+    train(other, others, seed=10)
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_hooks():
+    """All hooks are called by the new one; a handle removes its hook from both."""
+    (old, _), (params, _) = pair(torch.optim.AdamW)
+    called = []
+    handles = [
+        old.register_step_pre_hook(lambda o, *_: called.append(("pre", o))),
+        old.register_step_post_hook(lambda o, *_: called.append(("post", o))),
+        old.register_state_dict_post_hook(lambda o, *_: called.append(("saved", o))),
+        old.register_load_state_dict_post_hook(lambda o: called.append(("loaded", o))),
+    ]
+    new = warpstep.replace(old)
+    train(new, params, steps=1)
+    new.load_state_dict(new.state_dict())
+    assert [name for name, _ in called] == ["pre", "post", "saved", "loaded"]
+    assert all(optimizer is new for _, optimizer in called)
+    for handle in handles:
+        handle.remove()
+    train(new, params, steps=1)
+    train(old, params, steps=1)
+    assert len(called) == 4
+
+
+def test_schedulers():
+    """A scheduler's wrapped step is no obstacle, and a new scheduler goes on from the old one."""
+    (old, _), (params, _) = pair(torch.optim.AdamW)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(old, 0.5)
+    train(old, params, steps=1)
+    scheduler.step()
+    new = warpstep.replace(old)
+    assert [g["initial_lr"] for g in new.param_groups] == [0.02, 1e-3]
+    again = torch.optim.lr_scheduler.ExponentialLR(new, 0.5, last_epoch=0)
+    again.load_state_dict(scheduler.state_dict())
+    train(new, params, steps=1)
+    again.step()
+    assert new.param_groups[0]["lr"] == pytest.approx(0.02 * 0.25)
+
+
+def test_differentiable():
+    """differentiable=True is carried over, to torch's own step."""
+    params = model()
+    old = torch.optim.AdamW(params, differentiable=True)
+    assert warpstep.replace(old).param_groups[0]["differentiable"] is True
+
+
+def test_checkpoint_goes_back():
+    """The new one's checkpoint loads into torch's class."""
+    (old, _), (params, _) = pair(torch.optim.AdamW)
+    new = warpstep.replace(old)
+    train(new, params, steps=1)
+    fresh = torch.optim.AdamW(groups_of(model()))
+    fresh.load_state_dict(copy.deepcopy(new.state_dict()))
+    assert {s["step"].item() for s in fresh.state.values()} == {4.0}
+
+
+class Derived(torch.optim.AdamW):
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
+def with_step_replaced():
+    optimizer = torch.optim.AdamW(model())
+    optimizer.step = lambda: None
+    return optimizer
+
+
+def with_state(**state):
+    params = model()
+    optimizer = torch.optim.AdamW(params)
+    train(optimizer, params, steps=1)
+    optimizer.state[params[1]].update(state)
+    return optimizer
+
+
+def with_group(**values):
+    optimizer = torch.optim.AdamW(model())
+    optimizer.param_groups[0].update(values)
+    return optimizer
+
+
+CANNOT = {
+    "SGD": (lambda: torch.optim.SGD(model()), "torch.optim.sgd.SGD"),
+    "NAdam": (lambda: torch.optim.NAdam(model()), "NAdam"),
+    "derived": (lambda: Derived(model()), "Derived"),
+    "ours": (lambda: warpstep.AdamW(model()), "warpstep's already"),
+    "no optimizer": (lambda: 3, "builtins.int"),
+    "step replaced": (with_step_replaced, "step was replaced"),
+    "sparse": (
+        lambda: torch.optim.AdamW([Parameter(torch.ones(2, 2).to_sparse())]),
+        "parameter 0 of group 0.*layout torch.sparse",
+    ),
+    "shape": (lambda: with_state(exp_avg=torch.ones(2)), "parameter 1 of group 0.*'exp_avg'"),
+    "no tensor": (lambda: with_state(exp_avg_sq="big"), "'exp_avg_sq' is 'big'"),
+    "step": (lambda: with_state(step="third"), "'step' is 'third'"),
+    "hyper": (lambda: with_group(lr=-1.0), "learning rate"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_cannot_be_replaced(name):
+    """A TypeError that says what is wrong; the optimizer is as it was."""
+    make, message = CANNOT[name]
+    optimizer = make()
+    before = {}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        before = {id(p): dict(s) for p, s in optimizer.state.items()}
+    with pytest.raises(TypeError, match=message):
+        warpstep.replace(optimizer)
+    for param, state in optimizer.state.items() if before else ():
+        assert all(state[key] is value for key, value in before[id(param)].items())
