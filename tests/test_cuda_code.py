@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EMULATED
+from environment import EMULATED
 from warpstep import backends
 
 FORMAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

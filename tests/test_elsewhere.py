@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EMULATED, INTERPRETED
+from environment import EMULATED, INTERPRETED
 
 ROOT = Path(__file__).parent.parent
 SUITE = [

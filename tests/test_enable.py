@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from conftest import EMULATED
+from environment import EMULATED
 from test_functional import HYPERS, assert_same, clones, flat, streams
 from warpstep import lists as native_lists
 from warpstep import override, shortcut

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 import oracle
 import warpstep
-from conftest import EMULATED
+from environment import EMULATED
 from oracle import Options
 
 WINDOW = 1 << 26  # bytes

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from conftest import INTERPRETED
+from environment import INTERPRETED
 
 
 def launches(backend):

@@ -15,7 +15,6 @@ from training import (
     assert_same_bits,
     calls_taken,
     launches,
-    needs_enable,
     rows,
     weights,
 )
@@ -75,7 +74,6 @@ def test_accelerate_resumes(tmp_path):
     assert_agree(ours, torch_run(), STEPS)
 
 
-@needs_enable
 def test_accelerate_enabled():
     theirs = torch_run()
     with calls_taken(STEPS):

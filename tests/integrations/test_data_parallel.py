@@ -18,7 +18,6 @@ from training import (
     batches,
     calls_taken,
     launches,
-    needs_enable,
     on_two_ranks,
     train,
     weights,
@@ -100,11 +99,9 @@ def test_fsdp2(tmp_path):
     assert_ranks_agree(fsdp_worker, tmp_path)
 
 
-@needs_enable
 def test_ddp_enabled(tmp_path):
     assert_ranks_agree(functools.partial(enabled_worker, replicated), tmp_path)
 
 
-@needs_enable
 def test_fsdp2_enabled(tmp_path):
     assert_ranks_agree(functools.partial(enabled_worker, sharded), tmp_path)

@@ -17,7 +17,6 @@ from training import (
     assert_same_bits,
     calls_taken,
     launches,
-    needs_enable,
     rows,
     weights,
 )
@@ -90,7 +89,6 @@ def test_lightning_resumes(tmp_path):
     assert_agree(weights(resumed.model), theirs, 2 * STEPS)
 
 
-@needs_enable
 def test_lightning_enabled(tmp_path):
     _, theirs = run(tmp_path, torch.optim.AdamW, fused=True)
     with calls_taken(2 * STEPS):

@@ -10,7 +10,6 @@ from training import (
     batches,
     calls_taken,
     launches,
-    needs_enable,
     weights,
 )
 
@@ -42,7 +41,6 @@ def test_optimizer_in_backward():
         assert [len(bucket.entries) for bucket in optimizer.plan.buckets] == [1]
 
 
-@needs_enable
 def test_optimizer_in_backward_enabled():
     theirs, _ = run(torch.optim.AdamW, fused=True)
     with calls_taken(STEPS * len(theirs)):

@@ -16,7 +16,6 @@ from training import (
     assert_same_bits,
     calls_taken,
     launches,
-    needs_enable,
     rows,
     weights,
 )
@@ -73,7 +72,6 @@ def test_trainer_takes_warpstep(tmp_path):
     assert_agree(ours, torch_run(tmp_path / "t"), STEPS)
 
 
-@needs_enable
 def test_trainer_enabled(tmp_path):
     with calls_taken(STEPS):
         ours = torch_run(tmp_path / "w")

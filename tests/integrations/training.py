@@ -12,7 +12,6 @@ import faulthandler
 import math
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,8 +22,6 @@ LR = 0.01
 OPTIONS = {"lr": LR, "weight_decay": 0.1, "betas": (0.9, 0.99)}
 SIZES = (5, 1)  # outputs of the layers; two ranks share 5 rows unevenly and leave one without any
 FEATURES = 6
-
-needs_enable = pytest.mark.skipif(not hasattr(warpstep, "enable"), reason="needs warpstep.enable")
 
 
 class SideBySide(nn.Module):
