@@ -148,8 +148,12 @@ struct Streams {
   }
 };
 
+// Blocks that share a multiprocessor: with two, float64's tail does not fit the registers.
 template <class Recipe, bool kTail>
-__global__ void __launch_bounds__(kCudaThreads, 2)
+constexpr int kResidentBlocks = kTail && sizeof(typename Recipe::Compute) == 8 ? 1 : 2;
+
+template <class Recipe, bool kTail>
+__global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
     adamw_kernel(const __grid_constant__ Arguments args) {
   using T = typename Recipe::Compute;
   const Tail& tail = args.tail;
