@@ -27,7 +27,7 @@ class Case:
     after a backward pass, when other data fill the caches and torch's threads still spin, and not
     as one of several steps in a row. `compiled_on` says on which devices torch.compile joins in:
     it takes from seconds to minutes a case. `sequence` names what a competitor runs inside the
-    clock.
+    clock (bench/sequences.py).
     """
 
     id: str
@@ -143,6 +143,12 @@ def _in_a_row_and_after_backward(case: Case) -> tuple[Case, Case]:
     )
 
 
+def _sequences(id: str, shapes: Shapes) -> tuple[Case, ...]:
+    """What training loops do around the step, as one case each."""
+    sequences = ("clip", "tail", "stats", "enabled")
+    return tuple(Case(f"{id}/{s}", "tail", shapes, quick=True, sequence=s) for s in sequences)
+
+
 CPU, CUDA = ("cpu",), ("cuda",)
 BOTH = (*CPU, *CUDA)
 
@@ -163,6 +169,9 @@ CASES: tuple[Case, ...] = (
     *_in_a_row_and_after_backward(
         Case("465-groups", "small", equal(465, 64), groups=465, quick=True)
     ),
+    # The tail in one pass, and torch's optimizers on warpstep's kernels.
+    *_sequences("gpt2-124m", gpt2(12, 768)),
+    *_sequences("2000x256", equal(2000, 256)),
     # One large tensor: nothing but memory traffic.
     *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, compiled_on=CPU, quick=True)),
     *_in_both(

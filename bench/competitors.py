@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from bench import sequences
 from bench.cases import Case
+from bench.sequences import Step
 
-Step = Callable[[], object]
 Groups = list[dict[str, Any]]
 
 BASELINE = "torch-fused"
@@ -31,7 +32,7 @@ class Competitor:
     `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
     `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
     parameter's format, as torch's do. `same_formats` is False where they never do: then its time
-    is comparable and its bandwidth is not.
+    is comparable and its bandwidth is not. `sequences` are those it knows beside the step.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Competitor:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     compiled: bool = False
     same_formats: bool = True
+    sequences: tuple[str, ...] = ("step",)
 
     def absent(self) -> str | None:
         """Why it cannot be imported here, in one line; None if it can."""
@@ -57,14 +59,17 @@ class Competitor:
             return f"has no {device} implementation"
         if case.dtype not in self.dtypes:
             return f"keeps other formats than {case.dtype}"
-        if case.sequence != "step":
-            return f"does not know the sequence {case.sequence}"
+        if case.sequence not in self.sequences:
+            return f"is not measured on {case.sequence}"
         if self.compiled and device not in case.compiled_on:
             return f"not among those compiled on {device}"
         return None
 
-    def build(self, groups: Groups) -> Step:
-        """The step over these groups, ready to be called."""
+    def build(self, groups: Groups, sequence: str) -> Step:
+        """The sequence over these groups, ready to be called."""
+        if sequence == "enabled":
+            return torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
+        more = sequences.options(sequence) if self.id == OURS else {}
         optimizer = getattr(importlib.import_module(self.module), self.name)(
             groups,
             lr=LR,
@@ -72,13 +77,14 @@ class Competitor:
             eps=EPS,
             weight_decay=WEIGHT_DECAY,
             **dict(self.options),
+            **more,
         )
         if self.compiled:
             torch._logging.set_logs(dynamo=logging.ERROR)
             compiled: Step = torch.compile(optimizer.step)
             return compiled
-        step: Step = optimizer.step
-        return step
+        of = sequences.ours if self.id == OURS else sequences.torchs
+        return of(sequence, optimizer)
 
 
 def one_line(error: BaseException) -> str:
@@ -92,8 +98,15 @@ CUDA = ("cuda",)
 
 # In the order in which they are kept when memory is too short for all.
 COMPETITORS: tuple[Competitor, ...] = (
-    Competitor(OURS, "warpstep", "AdamW"),
-    Competitor(BASELINE, "torch.optim", "AdamW", (("fused", True),)),
+    Competitor(OURS, "warpstep", "AdamW", sequences=tuple(sequences.IN_WORDS)),
+    Competitor(
+        BASELINE,
+        "torch.optim",
+        "AdamW",
+        (("fused", True),),
+        sequences=("step", "clip", "tail", "enabled"),
+    ),
+    Competitor("warpstep-plain", "warpstep", "AdamW", sequences=("stats",)),
     Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),)),
     Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),)),
     Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),

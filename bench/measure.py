@@ -7,15 +7,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from zlib import crc32
 
 import torch
 
 from bench.cases import ITEMSIZE, STREAMS_READ, STREAMS_WRITTEN, Case
-from bench.competitors import LR, Competitor, Groups, Step, one_line
+from bench.competitors import LR, OURS, Competitor, Groups, one_line
 from bench.machine import Others
+from bench.sequences import Step, surroundings
 from warpstep import backends
 
 Tensors = list[torch.Tensor]
@@ -106,7 +107,12 @@ class Entry:
             {"params": self.parameters[i :: case.groups], "lr": LR * (1 + i / case.groups)}
             for i in range(case.groups)
         ]
-        self.step: Step = competitor.build(groups)
+        self.step: Step = competitor.build(groups, case.sequence)
+        self.sequence = case.sequence
+
+    def surroundings(self) -> AbstractContextManager[None]:
+        """In which its turns take place."""
+        return surroundings(self.sequence, self.id == OURS)
 
     def backward(self) -> None:
         """Gradients as training makes them: by autograd, where its allocator puts them."""
@@ -268,10 +274,11 @@ def measure(
         say(f"warming up {competitor.id}")
         try:
             entry = Entry(competitor, case, initial, gradients)
-            for _ in range(WARM_UP_STEPS):
-                entry.backward()
-                step, _ = entry.timed()
-                quickest = min(quickest, step)
+            with entry.surroundings():
+                for _ in range(WARM_UP_STEPS):
+                    entry.backward()
+                    step, _ = entry.timed()
+                    quickest = min(quickest, step)
         except Exception as error:  # A peer can fail in any way; the others are still measured.
             times[competitor.id].left_out = one_line(error)
             continue
@@ -296,7 +303,8 @@ def measure(
                     time.sleep(SETTLE_SECONDS)
                     result.copy.append(turn.nanoseconds())
                 else:
-                    take_turn(turn, times[turn.id], case, long=quickest > LONG_STEP_NS)
+                    with turn.surroundings():
+                        take_turn(turn, times[turn.id], case, long=quickest > LONG_STEP_NS)
     result.others_cores = others.cores()
     return result
 

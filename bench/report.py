@@ -15,6 +15,7 @@ import pandas as pd
 from bench.competitors import BASELINE, COMPETITORS, OURS
 from bench.machine import REPOSITORY
 from bench.run import BUSY_CORES, RESULTS
+from bench.sequences import IN_WORDS
 
 mpl.use("Agg")  # Before pyplot, which would look for a screen.
 from matplotlib import pyplot as plt
@@ -168,7 +169,23 @@ def host(results: Results) -> str:
     return table(["Tensors of one element", *(short(i) for i in ids)], lines)
 
 
-TABLES = {"summary": summary, "host": host}
+def tail(results: Results) -> str:
+    """What training loops do around the step: one line a sequence."""
+    rows = results.rows[(results.rows["family"] == "tail") & results.rows["step_us"].notna()]
+    lines = []
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        rivals = [i for i in by_id.index if i != OURS]
+        if OURS not in by_id.index or not rivals:
+            continue
+        mine, rival = by_id.loc[OURS], by_id.loc[rivals[0]]
+        what = IN_WORDS[mine["sequence"]]
+        medians = (duration(mine["step_us"]), duration(rival["step_us"]))
+        lines.append([str(case).rsplit("/", 1)[0], what, *medians, times(rival)])
+    return table(["Tensors of", "Inside the clock", "warpstep", "against", "ratio"], lines)
+
+
+TABLES = {"summary": summary, "host": host, "tail": tail}
 
 
 def blocks(results: list[Results]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
     line.copy_gb_s = case.floor_bytes / spread(result.copy).median
     line.copy_kind = result.copy_kind
-    if competitor.same_formats:
+    if competitor.same_formats and case.sequence == "step":
         moving = times.device or times.step
         line.gb_s = case.floor_bytes / spread(moving).median
         line.copy_share = ratio(result.copy, moving).median

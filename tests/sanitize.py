@@ -10,8 +10,10 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from test_bits import assert_same_bits, train
+from test_bits import assert_same_bits, train, train_tail
 from test_conformance import OPTIONS, RECIPES
+
+BOTH = (("cuda", "cuda"), ("cpu", "cpu"))
 
 
 def main() -> None:
@@ -21,10 +23,14 @@ def main() -> None:
             sizes = (0, 1, 3, 64, 1000, 16_385)
             optimizers = [
                 train(recipe, options, backend, device, steps=2, sizes=sizes)
-                for backend, device in (("cuda", "cuda"), ("cpu", "cpu"))
+                for backend, device in BOTH
             ]
             assert_same_bits(*optimizers)
             cases += 1
+    # The tail, and the norm's own kernel.
+    for recipe in RECIPES.values():
+        assert_same_bits(*(train_tail(recipe, backend, device) for backend, device in BOTH))
+        cases += 1
     # More groups than fit the arguments, misaligned views, a missing gradient.
     base = torch.randn(4096, device="cuda")
     params = [Parameter(base[i * 5 + i % 3 : i * 5 + 4]) for i in range(800)]

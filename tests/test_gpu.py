@@ -38,10 +38,20 @@ def set_grads(*lists, seed):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled):
+@pytest.mark.parametrize("tail", [False, True])
+def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, tail):
+    """With the tail: clipped, averaged, counted and zeroed inside the graph as well."""
     sizes = (1, 1000, 40_001)
     lr = torch.tensor(1e-2, device="cuda")
     arguments = {"lr": lr, "capturable": True, "backend": gpu_backend}
+    if tail:
+        arguments |= {"ema_decay": 0.9, "stats": True}
+
+    def step(optimizer):
+        if tail:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step(zero_grads=tail)
+
     (eager, eager_params), (graphed, graphed_params) = pair(sizes, **arguments)
     if scaled:
         for optimizer in (eager, graphed):
@@ -53,23 +63,39 @@ def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled):
     set_grads(eager_params, graphed_params, seed=1)
     with torch.cuda.stream(side):
         for optimizer in (eager, graphed):
-            optimizer.step()
+            step(optimizer)
     torch.cuda.current_stream().wait_stream(side)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        graphed.step()
+        step(graphed)
     for seed in range(2, 6):
         lr.fill_(1e-2 / seed)  # a changed learning rate takes effect at the next replay
         if scaled:
             for optimizer in (eager, graphed):
                 optimizer.found_inf.fill_(float(seed == 4))
         set_grads(eager_params, graphed_params, seed=seed)
-        eager.step()
+        step(eager)
         graph.replay()
+        if tail:
+            assert all(p.grad.eq(0).all() for p in graphed_params)
+            found = [o.statistics() for o in (eager, graphed)]
+            for name in ("grad_norm", "param_norm", "update_norm", "nonfinite"):
+                assert torch.equal(getattr(found[0], name), getattr(found[1], name))
     assert_same_bits(eager, graphed)
     expected = 4.0 if scaled else 5.0
     assert {s["step"].item() for s in graphed.state.values()} == {expected}
+
+
+def test_a_callable_ema_decay_cannot_be_captured(gpu_backend):
+    ((optimizer, params), _) = pair(
+        (10,), capturable=True, backend=gpu_backend, ema_decay=lambda step: 0.9
+    )
+    set_grads(params, seed=1)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="callable ema_decay"), torch.cuda.graph(graph):
+        optimizer.step()
 
 
 def test_capture_without_a_plan_says_what_to_do(gpu_backend):
@@ -100,12 +126,17 @@ def test_the_step_runs_on_the_current_stream(gpu_backend):
 
 
 def test_a_step_does_not_synchronise(gpu_backend):
-    ((optimizer, params), _) = pair((10, 1000), backend=gpu_backend)
+    ((optimizer, params), _) = pair((10, 1000), backend=gpu_backend, ema_decay=0.9, stats=True)
     set_grads(params, seed=1)
+    optimizer.clip_grad_norm_(1.0)
     optimizer.step()
+    scaler = torch.amp.GradScaler("cuda")
+    scaler.scale(torch.ones((), device="cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizer.step()
+        optimizer.clip_grad_norm_(1.0, scaler=scaler)
+        scaler.step(optimizer, zero_grads=True)
+        optimizer.statistics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -111,8 +111,10 @@ class OnePass(torch.optim.Adam):
     def _step(self, zero_grads: bool = False) -> None:
         if self._averages_swapped:
             raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
-        self._update_ema_decay()
         capturing = self._check_capture()
+        if capturing and callable(self.ema_decay):
+            raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
+        self._update_ema_decay()
         plan = self._valid_plan(capturing)
         if plan is None:
             if zero_grads or self._clipping is not None:

@@ -1,0 +1,96 @@
+"""What runs inside the clock: the step alone, or what training loops do around it as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import warpstep
+
+Step = Callable[[], object]
+
+# Far above any norm here: what is clipped costs the same, and the parameters stay comparable.
+MAX_NORM = 1e9
+EMA_DECAY = 0.999
+
+# Sequence -> what it is, in words. For the step alone there is nothing to say.
+IN_WORDS = {
+    "step": "",
+    "clip": "clip the gradients' norm, step",
+    "tail": "unscale (GradScaler), clip, step, average the weights",
+    "stats": "step with statistics, against without",
+    "enabled": "torch's fused optimizer under enable(), against without",
+}
+
+
+def torchs(sequence: str, optimizer: Any) -> Step:
+    """The sequence as one writes it with torch."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if sequence == "clip":
+
+        def clip_and_step() -> None:
+            clip_grad_norm_(params, MAX_NORM)
+            optimizer.step()
+
+        return clip_and_step
+    if sequence == "tail":
+        model = torch.nn.ParameterList(params)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+        scaler = scaler_on(params[0].device)
+
+        def tail() -> None:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(params, MAX_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            average.update_parameters(model)
+
+        return tail
+    step: Step = optimizer.step
+    return step
+
+
+def ours(sequence: str, optimizer: Any) -> Step:
+    """The sequence as one writes it with warpstep."""
+    if sequence == "clip":
+
+        def clip_and_step() -> None:
+            optimizer.clip_grad_norm_(MAX_NORM)
+            optimizer.step()
+
+        return clip_and_step
+    if sequence == "tail":
+        scaler = scaler_on(optimizer.param_groups[0]["params"][0].device)
+
+        def tail() -> None:
+            optimizer.clip_grad_norm_(MAX_NORM, scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+
+        return tail
+    step: Step = optimizer.step
+    return step
+
+
+def options(sequence: str) -> dict[str, object]:
+    """What warpstep's optimizer is constructed with, for a sequence."""
+    if sequence == "tail":
+        return {"ema_decay": EMA_DECAY}
+    return {"stats": True} if sequence == "stats" else {}
+
+
+def surroundings(sequence: str, is_ours: bool) -> AbstractContextManager[None]:
+    """In which a competitor's turn takes place."""
+    return warpstep.enabled() if sequence == "enabled" and is_ours else nullcontext()
+
+
+def scaler_on(device: torch.device) -> torch.amp.GradScaler:
+    """A GradScaler whose scale is one and stays one."""
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
+    scaler.scale(torch.ones((), device=device))
+    return scaler
