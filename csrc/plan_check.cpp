@@ -283,10 +283,12 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
     if (!decay) return kInvalid;
     hyper.decay = *decay;
   }
-  PyObject* base_lr = PyDict_GetItem(group, names().base_lr);
-  if (hyper.decay == Decay::independent &&
-      (!read_number(base_lr, hyper.base_lr) || !(hyper.base_lr > 0))) {
-    return kInvalid;
+  if (hyper.decay == Decay::independent) {
+    double base_lr = 0;
+    if (!read_number(PyDict_GetItem(group, names().base_lr), base_lr) || !(base_lr > 0)) {
+      return kInvalid;
+    }
+    hyper.weight_decay /= base_lr;
   }
   PyObject* ema_decay = PyDict_GetItem(group, names().ema_decay);
   const bool has_ema = ema_decay != nullptr && ema_decay != Py_None;

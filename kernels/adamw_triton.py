@@ -16,7 +16,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 GRANULE = tl.constexpr(16)  # elements: whole 16-byte vectors in every format
 ROW_WORDS = tl.constexpr(9)  # a row of TensorTable.rows
-HYPER_WORDS = tl.constexpr(8)  # sizeof(Hyper) / 8
+HYPER_WORDS = tl.constexpr(7)  # sizeof(Hyper) / 8
 STATISTICS = tl.constexpr(4)  # kStatistics of tables.h
 
 # What the rule needs of a tensor at this step; from float64, each rounded once.
@@ -36,7 +36,7 @@ Formats = namedtuple("Formats", "param grad moment compute amsgrad ema")
 Tail = namedtuple("Tail", "statistics zero_grads selective skippable")
 NO_TAIL = Tail(False, False, False, False)
 # Decay in tables.h
-COUPLED, INDEPENDENT, L1, CAUTIOUS = (tl.constexpr(form) for form in (0, 2, 3, 4))
+COUPLED, L1, CAUTIOUS = (tl.constexpr(form) for form in (0, 3, 4))
 
 
 def device_function(fn: Any) -> Any:
@@ -73,15 +73,14 @@ def read(word, kind):
 @device_function
 def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr):
     """The constants of a tensor; `step` counts the steps taken before this one."""
-    word = tl.load(hyper + 7)  # a byte each: kinds of lr, beta1, beta2; form of decay; maximize
+    word = tl.load(hyper + 6)  # a byte each: kinds of lr, beta1, beta2; form of decay; maximize
     lr = read(tl.load(hyper), word & 255)
     beta1 = read(tl.load(hyper + 1), word >> 8 & 255)
     beta2 = read(tl.load(hyper + 2), word >> 16 & 255)
     form = word >> 24 & 255
     eps = tl.load(hyper + 3).to(tl.float64, bitcast=True)
     weight_decay = tl.load(hyper + 4).to(tl.float64, bitcast=True)
-    base_lr = tl.load(hyper + 5).to(tl.float64, bitcast=True)
-    ema_decay = tl.load(hyper + 6).to(tl.float64, bitcast=True)
+    ema_decay = tl.load(hyper + 5).to(tl.float64, bitcast=True)
     t = step.to(tl.uint32) + 1
     bias_correction1 = 1 - power(beta1, t)
     bias_correction2_sqrt = tl.sqrt(1 - power(beta2, t))
@@ -94,9 +93,8 @@ def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr)
         ratio = ratio / (tl.load(total_norm).to(tl.float64) + 1e-6)
         grad_factor = tl.where(ratio > 1, 1.0, ratio) * unscale  # NaN stays, as in torch
     grad_factor = tl.where((word >> 32 & 255) != 0, -grad_factor, grad_factor)
-    multiple = tl.where(form == INDEPENDENT, lr / base_lr, lr)
     coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
-    decay = tl.where(form == COUPLED, 0, multiple * weight_decay).to(T)
+    decay = tl.where(form == COUPLED, 0, lr * weight_decay).to(T)
     step_size = (lr / bias_correction1 * bias_correction2_sqrt).to(T)
     eps_hat = (eps * bias_correction2_sqrt).to(T)
     betas = ((1 - beta1).to(T), (1 - beta2).to(T), beta1.to(T), beta2.to(T))

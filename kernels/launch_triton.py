@@ -134,7 +134,7 @@ def formats_of(recipe: Any) -> Formats:
 
 def is_selective(hypers: bytes) -> bool:
     """Whether the form of some group's decay is l1 or cautious."""
-    return any(form in (L1.value, CAUTIOUS.value) for form in hypers[59 :: 8 * HYPER_WORDS.value])
+    return any(form in (L1.value, CAUTIOUS.value) for form in hypers[51 :: 8 * HYPER_WORDS.value])
 
 
 def launch(

@@ -101,13 +101,12 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
     const double ratio = tail.max_norm / (*tail.total_norm + 1e-6);
     clip = ratio > 1 ? 1 : ratio;  // NaN stays, as in torch
   }
-  const double multiple = hyper.decay == Decay::independent ? lr / hyper.base_lr : lr;
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<T> c;
   c.grad_factor = static_cast<T>((hyper.maximize ? -clip : clip) * unscale);
   c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
-  c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : multiple * hyper.weight_decay);
+  c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : lr * hyper.weight_decay);
   c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);
   c.eps_hat = static_cast<T>(hyper.eps * bias_correction2_sqrt);
   c.weight1 = static_cast<T>(1 - beta1);

@@ -54,9 +54,8 @@ struct Hyper {
   Scalar beta1;
   Scalar beta2;
   double eps;
-  double weight_decay;
-  double base_lr;    // of which lr is the schedule's multiple; for Decay::independent
-  double ema_decay;  // of the average of the weights
+  double weight_decay;  // for Decay::independent, divided by the base learning rate
+  double ema_decay;     // of the average of the weights
   std::uint8_t lr_kind, beta1_kind, beta2_kind;  // of Scalar::Kind
   Decay decay;
   std::uint8_t maximize;  // 0 or 1

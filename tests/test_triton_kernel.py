@@ -65,7 +65,7 @@ class Hyper(NamedTuple):
         words = [x.data_ptr() if isinstance(x, Tensor) else x for x in self[:5]]
         types = "".join("Q" if kind else "d" for kind in kinds)
         flags = (*kinds, self.decoupled, self.maximize)
-        return struct.pack(f"<{types}dddd5B3x", *words, 0.0, 0.0, *flags)
+        return struct.pack(f"<{types}ddd5B3x", *words, 0.0, *flags)
 
 
 # Among them: weights on both sides of lerp's middle, no decay, coupled decay, maximize, addresses.

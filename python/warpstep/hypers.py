@@ -74,11 +74,16 @@ def pack_groups(groups: list[dict[str, Any]]) -> bytes:
     table = b""
     for group in groups:
         beta1, beta2 = group["betas"]
-        numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        more = (group.get("base_lr") or 0.0, group.get("ema_decay") or 0.0)
-        form = DECAY_FORMS.index(decay_form(group))
+        form = decay_form(group)
+        weight_decay = group["weight_decay"] / (group["base_lr"] if form == "independent" else 1)
+        numbers = (group["lr"], beta1, beta2, group["eps"], weight_decay)
+        ema_decay = group.get("ema_decay") or 0.0
         kinds = (0, 0, 0)  # numbers, all of them
         table += struct.pack(
-            "<7d5B3x", *map(float, (*numbers, *more)), *kinds, form, bool(group["maximize"])
+            "<6d5B3x",
+            *map(float, (*numbers, ema_decay)),
+            *kinds,
+            DECAY_FORMS.index(form),
+            bool(group["maximize"]),
         )
     return table
