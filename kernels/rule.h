@@ -11,12 +11,12 @@
 // which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
 // the running maximum of v takes its place. clip = min(1, max_norm / (total_norm + 1e-6)).
 //
-//   Decay          decay                            d
-//   coupled        0                                (Adam with L2)
-//   decoupled      lr * weight_decay                p          (AdamW as torch has it)
-//   independent    lr / base_lr * weight_decay      p          (Loshchilov and Hutter's Algorithm
-//   2) l1             lr * weight_decay                sign(p) cautious       lr * weight_decay p
-//   where u and p do not differ in sign, else 0
+//   Decay          decay                          d
+//   coupled        0                              (Adam with L2)
+//   decoupled      lr * weight_decay              p        (AdamW as torch has it)
+//   independent    lr / base_lr * weight_decay    p        (the schedule's multiple alone)
+//   l1             lr * weight_decay              sign(p)
+//   cautious       lr * weight_decay              p, or 0 where u and p differ in sign
 //
 // NOTE [the same bits everywhere]
 // CPU and CUDA give the same bits because nothing here is left to a compiler or a libm: fused
