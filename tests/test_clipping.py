@@ -232,6 +232,25 @@ def test_differentiable_steps_clip_as_torch_does():
         mine.step(zero_grads=True)
 
 
+def test_inside_a_compiled_function():
+    mine, _, ours, theirs = pair(ema_decay=0.9)
+    eager, _, expected, _ = pair(ema_decay=0.9)
+
+    @torch.compile(backend="eager")
+    def clip_and_step():
+        norm = mine.clip_grad_norm_(0.5)
+        mine.step(zero_grads=True)
+        return norm * 2
+
+    for seed in range(3):
+        give(ours, theirs, seed)
+        give(expected, theirs, seed)
+        doubled = clip_and_step()
+        assert torch.equal(doubled, eager.clip_grad_norm_(0.5) * 2)
+        eager.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_a_parameter_in_two_groups_counts_once():
     param = Parameter(torch.ones(4))
     param.grad = torch.full((4,), 3.0)

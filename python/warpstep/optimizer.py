@@ -277,8 +277,8 @@ class OnePass(torch.optim.Adam):
         Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
         raises. The parameters' values are kept in a copy meanwhile.
         """
-        averages = {p: e for p, e in self.ema_parameters().items() if e.data_ptr() != p.data_ptr()}
-        return swapped(self, averages)
+        stepped = (p for p in self.ema_parameters() if "ema" in (self.state.get(p) or {}))
+        return swapped(self, {p: self.state[p]["ema"] for p in stepped})
 
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.

@@ -328,7 +328,7 @@ class Plan:
                 )
         for (param, _, _), sums in zip(self.python_only, self._reference_sums, strict=False):
             params.append(param)
-            tables.append(sums[None])
+            tables.append(whole(sums)[None])
         return statistics_of(params, tables) if tables else None
 
     def grad_norm(self, norm_type: float) -> Tensor:
@@ -341,7 +341,7 @@ class Plan:
         if self._native is None or norm_type not in (2.0, math.inf):
             grads = [entry.param.grad for entry in entries if entry.param.grad is not None]
             norm = torch.nn.utils.get_total_norm([*grads, *others], norm_type)
-            return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+            return whole(norm).float()
         shares = []
         for index, bucket in enumerate(self.buckets):
             out = torch.zeros(
@@ -461,9 +461,14 @@ def publish(optimizer: OnePass, entries: list[Entry]) -> None:
         entry.state = optimizer.state[entry.param]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Itself; of a DTensor, the value that all ranks' shares make together."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
 def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
     """One gradient's share of `combined_norm`."""
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    norm: Tensor = torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a DTensor
+    norm = whole(torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64))
     return norm if math.isinf(norm_type) else norm.square()

@@ -85,6 +85,35 @@ def fsdp_worker(rank):
     return weights(model), theirs
 
 
+def tail_worker(rank):
+    """Clipped to torch's norm, averaged as the whole weights would be, and counted."""
+    torchs, ours = SideBySide(), SideBySide()
+    theirs = torch.optim.AdamW(sharded(torchs).parameters(), **OPTIONS, fused=True)
+    wrapped = sharded(ours)
+    optimizer = warpstep.AdamW(wrapped.parameters(), **OPTIONS, ema_decay=0.5, stats=True)
+    averages = {}
+    for batch in batches(STEPS, rank=rank, ranks=2):
+        for model, one in ((torchs, theirs), (wrapped, optimizer)):
+            one.zero_grad()
+            model(**batch)["loss"].backward()
+        expected = torch.nn.utils.clip_grad_norm_(torchs.parameters(), 0.05).full_tensor()
+        norm = optimizer.clip_grad_norm_(0.05)
+        assert norm > 0.05
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+        theirs.step()
+        optimizer.step()
+        for name, p in weights(ours).items():
+            averages[name] = (averages.get(name, p) + p) / 2
+    found = optimizer.statistics()
+    assert found.nonfinite.eq(0).all()
+    norms = torch.stack([p.full_tensor().detach().norm() for p in ours.parameters()])
+    torch.testing.assert_close(found.param_norm, norms, rtol=1e-6, atol=0)
+    with optimizer.swap_ema():
+        for name, p in weights(ours).items():
+            torch.testing.assert_close(p, averages[name], rtol=1e-6, atol=1e-8)
+    return weights(ours), weights(torchs)
+
+
 def assert_ranks_agree(worker, folder):
     (ours, theirs), (twin, _) = on_two_ranks(worker, folder)
     assert_same_bits(ours, twin)
@@ -97,6 +126,10 @@ def test_ddp(tmp_path):
 
 def test_fsdp2(tmp_path):
     assert_ranks_agree(fsdp_worker, tmp_path)
+
+
+def test_fsdp2_with_the_tail(tmp_path):
+    assert_ranks_agree(tail_worker, tmp_path)
 
 
 def test_ddp_enabled(tmp_path):
