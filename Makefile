@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN  := $(VENV)/bin
-SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi') \
+SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.py' -o -name '*.pyi') \
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -38,11 +38,11 @@ gpu: ## build, test, sanitize and benchmark on an NVIDIA GPU, with the Python th
 
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, as pre-commit runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror kernels/*.h kernels/*.cpp kernels/*.cu csrc/* tests/emulation/*
+	$(BIN)/clang-format --dry-run -Werror kernels/*.h kernels/*.cpp kernels/*.cu* csrc/* tests/emulation/*
 
 format: $(VENV)/.dev ## format all sources
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i kernels/*.h kernels/*.cpp kernels/*.cu csrc/* tests/emulation/*
+	$(BIN)/clang-format -i kernels/*.h kernels/*.cpp kernels/*.cu* csrc/* tests/emulation/*
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info

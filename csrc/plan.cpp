@@ -76,18 +76,14 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   }
 
   for (auto [param, value] : state) {
-    BoundState bound{param.ptr(), {}};
     kept_.append(param);
+    state_.push_back(param.ptr());
     if (PyDict_Check(value.ptr())) {
       for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(value)) {
-        // Numbers and the like cannot be referred to weakly; they are kept.
-        PyObject* weak = PyWeakref_NewRef(tensor.ptr(), nullptr);
-        if (weak == nullptr) PyErr_Clear();
-        bound.tensors.push_back(weak != nullptr ? py::reinterpret_steal<py::object>(weak)
-                                                : py::reinterpret_borrow<py::object>(tensor));
+        state_.push_back(tensor.ptr());
       }
     }
-    state_.push_back(std::move(bound));
+    state_.push_back(nullptr);
   }
 }
 
@@ -134,7 +130,8 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   }
   const py::object step = state["step"];
   bound.step = step.ptr();
-  kept_.append(step.attr("detach")());  // its memory; see NOTE [what of the state is compared]
+  kept_.append(step);                   // see NOTE [what of the state is compared]
+  kept_.append(step.attr("detach")());  // its memory
   row.numel = numel;
   row.group = group;
   row.head = head_of(row, recipe);

@@ -160,13 +160,9 @@ class Plan {
   std::vector<std::int64_t> dims_;
   std::vector<Hyper> hypers_;                 // of this step, one a group
   std::vector<TensorScalar> tensor_scalars_;  // of this step
-  // The state dict in its own order: each parameter, and weak references to its state's tensors.
-  // Weak, so that state which is moved away is freed at once.
-  struct BoundState {
-    PyObject* param;
-    std::vector<py::object> tensors;
-  };
-  std::vector<BoundState> state_;
+  // The state dict in its own order: each parameter, its state's tensors, and a null. Not kept
+  // alive: state that is moved away is freed at once.
+  std::vector<PyObject*> state_;
   struct RememberedGrad {
     PyObject* param;
     py::object grad;

@@ -142,27 +142,24 @@ const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
 }
 
 // NOTE [what of the state is compared]
-// Here: that each parameter's state holds the very tensors that were bound. With the parameter:
-// where its moments lie, because moving state under its name (`t.data = t.data.to(...)`) is a
-// widespread idiom. Looking at a tensor's address costs some 50 ns, a sixth of all that the host
-// does for a parameter, and is not spent on the step counter, which that idiom moves with the
-// moments. The plan keeps the counter's memory alive: other memory under `step` alone is not
-// noticed, but harmless.
+// Here: that each parameter's state holds the very objects that were bound. An object that died may
+// have left its address to another. For a moment that does not matter: with the parameter it is
+// compared where the object now at that address has its memory, of which shape and format. (Moving
+// state under its name, `t.data = t.data.to(...)`, is a widespread idiom besides.) Looking at that
+// costs some 50 ns, a sixth of all that the host does for a parameter, and is not spent on the step
+// counter, which that idiom moves with the moments: its object and its memory are kept alive. Other
+// memory under `step` alone is not noticed, but harmless.
 const char* Plan::check_state(PyObject* state) const {
-  const auto is = [](const py::object& bound, PyObject* object) {
-    return bound.ptr() == object ||
-           (PyWeakref_Check(bound.ptr()) && PyWeakref_GET_OBJECT(bound.ptr()) == object);
-  };
   PyObject *param, *value, *name, *tensor;
   auto bound = state_.begin();
-  for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &value); ++bound) {
-    if (bound == state_.end() || bound->param != param) return "a parameter's state came or went";
-    if (!PyDict_Check(value)) continue;
-    auto item = bound->tensors.begin();
-    for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &tensor); ++item) {
-      if (item == bound->tensors.end() || !is(*item, tensor)) return "a state tensor was replaced";
+  for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &value);) {
+    if (bound == state_.end() || *bound++ != param) return "a parameter's state came or went";
+    if (PyDict_Check(value)) {
+      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &tensor);) {
+        if (*bound++ != tensor) return "a state tensor was replaced";
+      }
     }
-    if (item != bound->tensors.end()) return "a state tensor was removed";
+    if (*bound++ != nullptr) return "a state tensor was removed";
   }
   return bound == state_.end() ? nullptr : "a parameter's state was removed";
 }

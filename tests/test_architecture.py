@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NATIVE = [p for p in (ROOT / "kernels").iterdir() if p.suffix in (".h", ".cpp", ".cu")]
+NATIVE = [p for p in (ROOT / "kernels").iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
 CSRC = list((ROOT / "csrc").iterdir())
 PYTHON = [*(ROOT / "python").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 
