@@ -112,6 +112,7 @@ PYBIND11_MODULE(_native, m) {
       .def("chunk_count", &Plan::chunk_count)
       .def("gather_grads", &Plan::gather_grads)
       .def("count_grads", &Plan::count_grads)
+      .def("has_shared_grads", &Plan::has_shared_grads)
       .def("forget_grads", &Plan::forget_grads)
       .def("compare_grads",
            [](const Plan& plan) {

@@ -112,6 +112,11 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   TensorRow row{};
   row.param = bind(bound.param, recipe.param, numel);
   row.step = static_cast<float*>(bind(state["step"], Format::float32, 1));
+  // Kernels take an average that is not of the parameter's format for float32.
+  if (bucket.spec.ema && *bucket.spec.ema != recipe.param &&
+      (*bucket.spec.ema != Format::float32 || recipe.param == Format::float64)) {
+    throw py::type_error("an average has a format that no kernel takes");
+  }
   const struct {
     const char* name;
     bool present;
@@ -172,8 +177,7 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
   return bucket.hypers;
 }
 
-Launch Plan::launch_of(Bucket& bucket, const Tail& tail) {
-  const std::vector<Hyper>& hypers = hypers_for(bucket);
+Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper>& hypers) {
   return {bucket.spec.recipe,
           tail,
           bucket.rows.data(),
@@ -199,10 +203,10 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
       const py::tuple of_bucket = tensors[py::int_(i)];
       tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
       tail.found_inf = static_cast<const float*>(address_of(of_bucket[1]));
-      tail.total_norm = static_cast<const float*>(address_of(of_bucket[2]));
+      tail.total_norm = static_cast<const double*>(address_of(of_bucket[2]));
       tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
     }
-    const Launch launch = launch_of(bucket, tail);
+    const Launch launch = launch_of(bucket, tail, hypers_for(bucket));
     if (bucket.spec.backend == Backend::cpu) {
       launch_cpu(bucket, launch, threads);
     } else {
@@ -221,7 +225,7 @@ void Plan::launch_cpu(Bucket& bucket, const Launch& launch, int threads) {
 void Plan::grad_norm(std::size_t index, Norm kind, int threads, py::handle out) {
   Bucket& bucket = buckets_.at(index);
   double* const norm = static_cast<double*>(address_of(out));
-  const Launch launch = launch_of(bucket, {});
+  const Launch launch = launch_of(bucket, {}, {});  // the rule takes no part in it
   if (bucket.spec.backend == Backend::cpu) {
     py::gil_scoped_release release;
     norm[0] = grad_norm_cpu(kind, launch, norm + 2, threads);
@@ -308,8 +312,8 @@ void Plan::increment_versions(bool zero_grads) {
   }
   increment(written);
   if (!zero_grads) return;
-  for (const Bucket& bucket : buckets_) {
-    for (const py::object& grad : bucket.copied_from) grad.attr("zero_")();
+  for (Bucket& bucket : buckets_) {
+    for (const py::object& grad : bucket.copied_from) grad.attr("detach")().attr("zero_")();
   }
 }
 

@@ -64,10 +64,12 @@ class Plan {
   void forget_grads() { remembered_.clear(); }
   // How many gradients were gathered last.
   std::size_t count_grads() const;
+  // Whether two parameters have one gradient, so that one must not zero it for the other.
+  bool has_shared_grads() const;
 
   // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
   // (grad_scale, found_inf, total_norm, statistics) a bucket, each None or a tensor on its device,
-  // float32 but for the statistics' float64; or is None.
+  // the first two float32, the others float64; or is None.
   void launch(int threads, py::object tensors, const StepTail& tail);
 
   // Bumps the version counters of the parameters that the last check found gradients for, and with
@@ -148,7 +150,7 @@ class Plan {
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
-  Launch launch_of(Bucket& bucket, const Tail& tail);
+  Launch launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper>& hypers);
   void launch_cpu(Bucket& bucket, const Launch& launch, int threads);
   void launch_cuda(Bucket& bucket, const Launch& launch);
   void grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out);

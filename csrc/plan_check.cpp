@@ -1,4 +1,6 @@
 // Comparing a plan with what is there now: the host's share of every step. See plan.h.
+#include <algorithm>
+
 #include "plan.h"
 
 namespace warpstep {
@@ -121,6 +123,17 @@ std::size_t Plan::count_grads() const {
     for (const void* grad : bucket.grads) count += grad != nullptr;
   }
   return count;
+}
+
+bool Plan::has_shared_grads() const {
+  std::vector<const void*> all;
+  for (const Bucket& bucket : buckets_) {
+    for (std::size_t i = 0; i < bucket.rows.size(); ++i) {
+      if (bucket.grads[i] != nullptr && bucket.rows[i].numel > 0) all.push_back(bucket.grads[i]);
+    }
+  }
+  std::sort(all.begin(), all.end());
+  return std::adjacent_find(all.begin(), all.end()) != all.end();
 }
 
 const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
@@ -359,7 +372,11 @@ const char* Plan::gather_grad(const BoundParam& bound, PyObject* grad) {
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
     bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), py::handle(grad)));
     bucket.copied_from.push_back(py::reinterpret_borrow<py::object>(grad));
-    read_tensor.read(bucket.copied_grads.back().ptr(), view);
+    const PyObject* copy = bucket.copied_grads.back().ptr();
+    if (!read_tensor.read(const_cast<PyObject*>(copy), view) ||
+        !same_layout(view, shape, strides)) {
+      return "a parameter's memory changed";  // the copy has the strides that it has now
+    }
   }
   // An empty tensor has a gradient all the same: its step counter advances.
   static std::uint64_t nothing;

@@ -53,13 +53,14 @@ struct Streams {
     }
   };
 
-  __device__ __forceinline__ Aligned alignment_at(std::int64_t i, Format ema_format) const {
-    return {is_aligned(param + i),
-            is_aligned(grad + i),
-            is_aligned(exp_avg + i),
-            is_aligned(exp_avg_sq + i),
-            !Recipe::amsgrad || is_aligned(max_exp_avg_sq + i),
-            !kTail || is_aligned(static_cast<char*>(ema) + i * bytes_of(ema_format))};
+  __device__ __forceinline__ Aligned alignment_at(std::int64_t i, const Tail& tail) const {
+    return {
+        is_aligned(param + i),
+        is_aligned(grad + i),
+        is_aligned(exp_avg + i),
+        is_aligned(exp_avg_sq + i),
+        !Recipe::amsgrad || is_aligned(max_exp_avg_sq + i),
+        !kTail || !tail.has_ema || is_aligned(static_cast<char*>(ema) + i * bytes_of(tail.ema))};
   }
 
   template <std::uint32_t kElements>
@@ -199,18 +200,18 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
   const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
   const std::uint32_t vectors = (size - head) / kElements;
-  const std::uint32_t tail_size = size - head - vectors * kElements;
+  const std::uint32_t rest = size - head - vectors * kElements;
   Sums sums{};
 
   // Head and tail, a thread an element.
   constexpr typename S::Aligned kScalar{};
-  if (threadIdx.x < head + tail_size) {
+  if (threadIdx.x < head + rest) {
     const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
     streams.template step<1>(constants, tail, taken, range.begin + i, kScalar, sums);
   }
 
   const std::int64_t body = range.begin + head;
-  const typename S::Aligned aligned = streams.alignment_at(body, tail.ema);
+  const typename S::Aligned aligned = streams.alignment_at(body, tail);
   if (aligned.all()) {
     constexpr typename S::Aligned kAll{true, true, true, true, true, true};
     for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
@@ -274,7 +275,8 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
     kernel = needs_tail(launch) ? adamw_kernel<Recipe, true> : adamw_kernel<Recipe, false>;
   });
   if (kernel == nullptr) return {cudaErrorInvalidDeviceFunction, 0};
-  return launch_all(kernel, args, launch, true, static_cast<cudaStream_t>(stream));
+  const bool needs_grads = launch.tail.statistics == nullptr;  // else there is none to be noted
+  return launch_all(kernel, args, launch, needs_grads, static_cast<cudaStream_t>(stream));
 }
 
 int cuda_device_count() {

@@ -297,7 +297,7 @@ def adamw_kernel(
     grads,  # int64[tensors]: addresses, 0 for a tensor to leave alone
     grad_scale,  # float32[1] or None
     found_inf,  # float32[1] or None
-    total_norm,  # float32[1] or None
+    total_norm,  # float64[1] or None
     max_norm,  # int64[1], the bits of a float64; None without total_norm
     statistics,  # float64[programs, STATISTICS] or None
     FORMATS: tl.constexpr,

@@ -160,13 +160,13 @@ def launch(
         recipe: dtypes `param`, `grad`, `moment` and `ema`, and whether `amsgrad`.
         grad_scale: float32[1] on the device; gradients are divided by it.
         found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
-        total_norm, max_norm: float32[1] on the device, and a number: the norm of the unscaled
+        total_norm, max_norm: float64[1] on the device, and a number: the norm of the unscaled
             gradients, which are clipped by it.
         statistics: float64[table.programs, 4] on the device: Tail::statistics of tables.h.
         zero_grads: the gradients are left zero.
     """
     global launches
-    if not grads.any():
+    if not grads.any() and statistics is None:
         return
     skippable = found_inf is not None and (statistics is not None or zero_grads)
     tail = Tail(statistics is not None, zero_grads, is_selective(hypers), skippable)
@@ -206,7 +206,7 @@ def grad_norm(
 def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> CompiledKernel:
     """The step's kernel compiled ahead of time, for a target that need not be present."""
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
-    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp32", "*i64", "*fp64"]
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*i64", "*fp64"]
     types += ["constexpr"] * 4
     signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
     constants = {

@@ -128,7 +128,7 @@ def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype
     beta2 = options.betas[1]
     coupled = options.weight_decay if options.form == "coupled" else 0
     before, after = step.before, step.after
-    # A factor of the gradient is rounded once, and once more where it is one of two.
+    # A factor of the gradient is rounded, and so is its product with one.
     factor = 0 if options.grad_factor == 1 else 2
     raw_grad = np.abs(step.grad) + 2 * coupled * np.abs(before.param)
 

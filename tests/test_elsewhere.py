@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 SUITE = [
     "test_conformance.py",
     "test_tail.py",
+    "test_tail_edges.py",
     "test_bits.py",
     "test_formats.py",
     "test_launches.py",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from warpstep.plan import parameter_name
+from warpstep.recipes import ema_dtype
 from warpstep.state import MOMENTS, describe
 
 if TYPE_CHECKING:
@@ -54,10 +55,13 @@ def load(optimizer: OnePass, state_dict: dict[str, Any]) -> None:
         loaded["params"] = mine["params"]
         if "param_names" in mine:
             loaded.setdefault("param_names", mine["param_names"])
+        if "base_lr" in mine and loaded.get("decay_form", mine["decay_form"]) == "independent":
+            loaded.setdefault("base_lr", mine["base_lr"])
     optimizer.__setstate__({"state": state, "param_groups": groups})
     if callable(optimizer.ema_decay):
         optimizer._ema_steps = max(
-            (int(s.get("step", 0)) for s in optimizer.state.values()), default=0
+            (int(s.get("step", 0)) for s in optimizer.state.values() if isinstance(s, dict)),
+            default=0,
         )
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -86,9 +90,12 @@ def _loaded_state(
                     f"loaded state dict does not fit {name}: {key!r} is {describe(value)}, "
                     f"the parameter {describe(param)}"
                 )
-            wanted = optimizer.ema_dtype if key == "ema" else optimizer.state_dtype
-            recast = wanted is not None and value.is_floating_point()
-            dtype = wanted if recast else value.dtype
+            wanted = optimizer.state_dtype if value.is_floating_point() else None
+            if key == "ema" and optimizer.ema_dtype is not None:
+                wanted = ema_dtype(param, optimizer.ema_dtype)
+            elif key == "ema":
+                wanted = None
+            dtype = wanted or value.dtype
             state[key] = value.detach().to(param.device, dtype, copy=True)
         else:
             state[key] = value.detach().to(param.device, copy=True)

@@ -69,12 +69,9 @@ class OnePass(torch.optim.Adam):
         for name, dtype in (("state_dtype", state_dtype), ("ema_dtype", ema_dtype)):
             if dtype is not None and dtype not in FORMATS:
                 raise ValueError(f"Invalid {name}: {dtype} is none of {FORMATS}")
-        ours = {
-            "state_dtype": state_dtype,
-            "decay_form": decay_form,
-            "ema_decay": ema_decay,
-            "stats": stats or None,
-        }
+        ours = {"state_dtype": state_dtype, "stats": stats or None}
+        for group in ({"decay_form": decay_form, "ema_decay": ema_decay}, *self.param_groups):
+            ours |= {key: group[key] for key in ("decay_form", "ema_decay") if group.get(key)}
         for name, value in ours.items():
             if differentiable and value is not None:
                 raise ValueError(f"`{name}` is not supported with `differentiable`")
@@ -166,7 +163,6 @@ class OnePass(torch.optim.Adam):
         """The plan, with gradients gathered and remembered; nothing else is looked at."""
         plan = self.plan
         if plan is None or not plan.checked_by_native or plan.stale_grads(self):
-            self._update_ema_decay()
             plan = self._valid_plan()
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
@@ -174,9 +170,11 @@ class OnePass(torch.optim.Adam):
 
     def _update_ema_decay(self) -> None:
         if callable(self.ema_decay):
-            decay = self.ema_decay(self._ema_steps)
+            decay, before = self.ema_decay(self._ema_steps), self.defaults["ema_decay"]
             for group in self.param_groups:
-                group["ema_decay"] = decay
+                if group["ema_decay"] == before:  # else it has its own, or none
+                    group["ema_decay"] = decay
+            self.defaults["ema_decay"] = decay
 
     @_disable_dynamo
     def clip_grad_norm_(
@@ -218,8 +216,10 @@ class OnePass(torch.optim.Adam):
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
             raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
-        self._forget_clipping()
         scale = defer_unscale(scaler, self)
+        if scale is None and self._clipping is not None and self._clipping.compare()[1] > 0:
+            scale = self._clipping.grad_scale  # clipped before: the scaler was told, not they
+        self._forget_clipping()
         plan = self._plan_of_grads()
         if plan is None:
             if scaler is not None and scaler.is_enabled() and scale is not None:
@@ -230,20 +230,23 @@ class OnePass(torch.optim.Adam):
         if scale is not None:
             total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
         if error_if_nonfinite and not total_norm.isfinite():
+            self._forget_clipping()
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients is non-finite ({total_norm}), "
                 "so it cannot be clipped. Nothing has been changed. To disable this error and "
                 "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
-        if scale is not None:
+        if scale is not None and scaler is not None:
             report_found_inf(scaler, self, (~total_norm.isfinite()).float())
         self._clipping = plan.clipping(total_norm, max_norm)
         self._clipping.grad_scale = scale
-        return total_norm
+        return total_norm.float()
 
     def _forget_clipping(self) -> None:
-        if self._clipping is not None and self._clipping.plan is not None:
-            self._clipping.plan.forget_grads()
+        """Drops a clipping, and lets go of the gradients that it or its attempt held."""
+        for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
+            if plan is not None:
+                plan.forget_grads()
         self._clipping = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -260,16 +263,16 @@ class OnePass(torch.optim.Adam):
         Raises:
             RuntimeError: the optimizer keeps no averages.
         """
-        averages: dict[Tensor, Tensor] = {}
-        kept = False
-        for group in self.param_groups:
-            kept = kept or group.get("ema_decay") is not None
-            for param in group["params"]:
-                state = self.state.get(param) or {}
-                averages[param] = state.get("ema", param.detach())
-        if not kept:
+        kept = self._kept_averages()
+        params = (param for group in self.param_groups for param in group["params"])
+        return {param: kept.get(param, param.detach()) for param in params}
+
+    def _kept_averages(self) -> dict[Tensor, Tensor]:
+        averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]
+        if not averaged:
             raise RuntimeError("no averages are kept: construct the optimizer with ema_decay=")
-        return averages
+        states = {p: self.state.get(p) or {} for group in averaged for p in group["params"]}
+        return {param: state["ema"] for param, state in states.items() if "ema" in state}
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
@@ -277,8 +280,7 @@ class OnePass(torch.optim.Adam):
         Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
         raises. The parameters' values are kept in a copy meanwhile.
         """
-        stepped = (p for p in self.ema_parameters() if "ema" in (self.state.get(p) or {}))
-        return swapped(self, {p: self.state[p]["ema"] for p in stepped})
+        return swapped(self, self._kept_averages())
 
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.
@@ -331,7 +333,6 @@ class OnePass(torch.optim.Adam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.plan = None
-        self._clipping = None
         self.__dict__.setdefault("_captured_plans", [])
         self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)
         for group in self.param_groups:
@@ -380,6 +381,12 @@ class AdamW(OnePass, torch.optim.AdamW):
             torch's. ``fused=False`` selects the reference backend.
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
             ``float64``); None (default) for each parameter's own, as torch.
+        decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``
+            or ``"cautious"``: how weight decay acts. The README has the formulas.
+        ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
+            in [0, 1], or a function of how often ``step`` was called.
+        ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).
+        stats: gather what ``statistics()`` returns, in each step.
         backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
             otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
             a backend has no kernel for are stepped by the reference.

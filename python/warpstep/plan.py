@@ -7,7 +7,7 @@ The native module compares a plan with the optimizer at each step and says when 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +58,15 @@ class Bucket:
     entries: list[Entry] = field(default_factory=list)
     tables: Any = None  # device memory, kept alive
     statistics: Tensor | None = None  # float64[chunks, 4], once asked for
+    chunk_counts: Tensor | None = None  # int64[tensors], beside them
     stream: Any = None  # the one that the tables are known to be used on
 
     def use_tables_on(self, stream: torch.cuda.Stream) -> None:
         """Keeps the tables' memory from reuse until what ``stream`` does by now is done."""
         if stream != self.stream:
             self.stream = stream
-            for table in self.tables.values():
+            statistics = () if self.statistics is None else (self.statistics,)
+            for table in (*self.tables.values(), *statistics):
                 table.record_stream(stream)
 
     def __str__(self) -> str:
@@ -125,7 +127,8 @@ class Plan:
         # A parameter that is met twice shares its first entry's state.
         publish(optimizer, entries)
 
-        self._reference_sums: list[Tensor] = []
+        self._reference_sums: dict[Tensor, Tensor] = {}
+        self._has_statistics = False
         self._native: Any = None
         module, _ = backends.native()
         if module is not None:
@@ -241,6 +244,15 @@ class Plan:
 
     def run(self, optimizer: OnePass, tail: Tail) -> None:
         """Takes the step, after a check that found the plan valid."""
+        # Gradients that several read are not zeroed before all have.
+        shared = self.repeated or (self._native is not None and self._native.has_shared_grads())
+        if tail.zero_grads and shared:
+            self.run(optimizer, replace(tail, zero_grads=False))
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        param.grad.detach().zero_()
+            return
         # All that can fail, before the first write.
         computed: list[reference.Computed] = []
         if self.python_only:
@@ -252,7 +264,10 @@ class Plan:
                 for i, b in enumerate(self.buckets)
             ]
         for bucket in self.cuda_buckets:
-            bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
+            stream = torch.cuda.current_stream(bucket.device)
+            bucket.use_tables_on(stream)
+            if tail.total_norm is not None and tail.total_norm.is_cuda:
+                tail.total_norm.record_stream(stream)  # it is let go of after the launch
         if self._native is not None:
             self._native.launch(
                 torch.get_num_threads(),
@@ -270,7 +285,8 @@ class Plan:
         for mention in self.repeated:
             for one in self._computed_by_reference(optimizer, [mention], tail):
                 reference.store(one.stores)
-        self._reference_sums = [one.sums for one in computed if one.sums is not None]
+        self._reference_sums = {one.param: one.sums for one in computed if one.sums is not None}
+        self._has_statistics = tail.statistics
 
     def _computed_by_reference(
         self, optimizer: OnePass, mentions: list[tuple[Tensor, int, str]], tail: Tail
@@ -312,27 +328,34 @@ class Plan:
         if bucket.statistics is None:
             shape = (self._chunk_count(index), 4)
             bucket.statistics = torch.zeros(shape, dtype=torch.float64, device=bucket.device)
+            bucket.chunk_counts = self._chunk_counts(index).to(bucket.device)
+            bucket.stream = None  # it does not know of them
         return bucket.statistics
 
     def statistics(self) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
+        if not self._has_statistics:
+            return None
         params: list[Tensor] = []
         tables: list[Tensor] = []
-        for index, bucket in enumerate(self.buckets):
+        for bucket in self.buckets:
             if bucket.statistics is not None:
                 params += [entry.param for entry in bucket.entries]
-                counts = self._chunk_counts(index).to(bucket.device)
-                # In the order of the chunks: the same bits each time.
-                tables.append(
-                    torch.segment_reduce(bucket.statistics, "sum", lengths=counts, axis=0)
+                # In the order of the chunks: the same bits each time. Unsafe: lengths are not read.
+                sums = torch.segment_reduce(
+                    bucket.statistics, "sum", lengths=bucket.chunk_counts, axis=0, unsafe=True
                 )
-        for (param, _, _), sums in zip(self.python_only, self._reference_sums, strict=False):
+                tables.append(sums)
+        for param, _, _ in self.python_only:
             params.append(param)
-            tables.append(whole(sums)[None])
+            of_param = self._reference_sums.get(param)
+            if of_param is None:
+                of_param = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
+            tables.append(whole(of_param)[None])
         return statistics_of(params, tables) if tables else None
 
     def grad_norm(self, norm_type: float) -> Tensor:
-        """The norm of all gradients as they are, after they were gathered. float32.
+        """The norm of all gradients as they are, after they were gathered. float64.
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
         """
@@ -340,8 +363,10 @@ class Plan:
         others = [param.grad for param, _, _ in self.python_only if param.grad is not None]
         if self._native is None or norm_type not in (2.0, math.inf):
             grads = [entry.param.grad for entry in entries if entry.param.grad is not None]
-            norm = torch.nn.utils.get_total_norm([*grads, *others], norm_type)
-            return whole(norm).float()
+            norm = torch.nn.utils.get_total_norm([whole(g) for g in (*grads, *others)], norm_type)
+            return norm.double()
+        for bucket in self.cuda_buckets:
+            bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         shares = []
         for index, bucket in enumerate(self.buckets):
             out = torch.zeros(
@@ -355,7 +380,7 @@ class Plan:
                 self._native.grad_norm(index, largest=largest, threads=threads, out=out)
             shares.append(out[0])
         shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
-        return combined_norm(shares, norm_type) if shares else torch.tensor(0.0)
+        return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers and remembers them."""
@@ -469,6 +494,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
     """One gradient's share of `combined_norm`."""
+    grad = grad.detach().resolve_conj().resolve_neg()
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    norm = whole(torch.linalg.vector_norm(grad.detach(), norm_type, dtype=torch.float64))
+    norm = whole(torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64))
     return norm if math.isinf(norm_type) else norm.square()

@@ -55,11 +55,17 @@ def moment_dtype(param: torch.Tensor, state_dtype: torch.dtype | None) -> torch.
     return state_dtype
 
 
-def ema_dtype(param: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of a new average of ``param``: ``wanted``, by default float32.
+def ema_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes that kernels can keep an average of ``param`` in."""
+    if param.dtype in (torch.bfloat16, torch.float16):
+        return (param.dtype, torch.float32)
+    return (param.dtype,)
 
-    float64 and complex parameters have averages of their own dtype.
+
+def ema_dtype(param: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new average of ``param``: ``wanted``, by default the widest there is.
+
+    An average has at least the parameter's precision, so what is wanted counts for 16-bit ones.
     """
-    if param.dtype == torch.float64 or param.is_complex():
-        return param.dtype
-    return torch.float32 if wanted is None else wanted
+    allowed = ema_dtypes(param)
+    return wanted if wanted in allowed else allowed[-1]

@@ -32,6 +32,7 @@ def _finite_or_zero(x: Tensor) -> Tensor:
 class Computed:
     """A step of one parameter, worked out and not yet stored."""
 
+    param: Tensor
     stores: list[tuple[Tensor, Tensor]]  # a tensor, and its new value
     sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/tables.h
 
@@ -128,7 +129,7 @@ def computed(
     if tail.zero_grads:
         stores.append((grad, torch.zeros_like(_real(grad))))
     if not tail.statistics:
-        return Computed(stores)
+        return Computed(param, stores)
 
     def sum_of_squares(x: Tensor) -> Tensor:
         return x.double().square().sum()
@@ -139,7 +140,7 @@ def computed(
         sum_of_squares(after.double() - p),
         (~raw.isfinite()).sum(),
     ]
-    return Computed(stores, torch.stack([s.double() for s in sums]))
+    return Computed(param, stores, torch.stack([s.double() for s in sums]))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import dtype_name, ema_dtype, moment_dtype, real_dtype
+from warpstep.recipes import dtype_name, ema_dtype, ema_dtypes, moment_dtype, real_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -117,8 +117,8 @@ def completed(
     """The tensors that ``state`` lacks or has in another form than a step needs; None if none.
 
     Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. With ``ema`` there
-    is an average of the parameter, which begins as the parameter. Raises RuntimeError where a
-    tensor of the state does not fit ``param``, or the average cannot have the dtype wanted.
+    is an average of the parameter, which begins as the parameter; one of a dtype that no kernel
+    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``.
     """
     new: dict[str, Any] = {}
     step = state.get("step")
@@ -136,7 +136,11 @@ def completed(
     for key in (*keys, "ema") if ema else keys:
         moment = state.get(key)
         if moment is None and key == "ema":
-            new[key] = _new_average(name, param, wanted_ema_dtype)
+            with torch.no_grad():
+                average = torch.empty_like(
+                    param, dtype=ema_dtype(param, wanted_ema_dtype), requires_grad=False
+                )
+                new[key] = average.copy_(param)
             continue
         if moment is None:
             given = state.get("exp_avg")
@@ -159,20 +163,11 @@ def completed(
             )
         if is_freed(moment):
             raise RuntimeError(f"{name}: the storage of its state {key!r} was freed")
+        if key == "ema" and moment.dtype not in ema_dtypes(param):
+            moment = new[key] = moment.to(ema_dtype(param, wanted_ema_dtype))
         if is_plain(moment) and is_dense(param) and not same_layout(moment, param):
             new[key] = match_layout(param, moment)
     return new or None
-
-
-def _new_average(name: str, param: Tensor, wanted: torch.dtype | None) -> Tensor:
-    dtype = ema_dtype(param, wanted)
-    if dtype not in (param.dtype, torch.float32):
-        raise RuntimeError(
-            f"{name} is {describe(param)}: its average can be {dtype_name(param.dtype)} or "
-            f"float32, and not ema_dtype {dtype_name(dtype)}"
-        )
-    with torch.no_grad():
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(param)
 
 
 def moments_dtype(state: dict[str, Any], amsgrad: bool) -> torch.dtype | None:

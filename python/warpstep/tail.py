@@ -40,21 +40,25 @@ class Tail:
         return self.statistics or any(number is not None for number in numbers)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three tensors as kernels read them: float32, on ``device``.
+        """The three tensors as kernels read them: float32, float32 and float64, on ``device``.
 
         Raises ValueError for one that is not a single number.
         """
-        numbers = (self.grad_scale, self.found_inf, self.total_norm)
-        grad_scale, found_inf, total_norm = (_number_on(t, device) for t in numbers)
-        return grad_scale, found_inf, total_norm
+        return (
+            _number_on("grad_scale", self.grad_scale, device, torch.float32),
+            _number_on("found_inf", self.found_inf, device, torch.float32),
+            _number_on("total_norm", self.total_norm, device, torch.float64),
+        )
 
 
-def _number_on(number: Tensor | None, device: torch.device) -> Tensor | None:
+def _number_on(
+    name: str, number: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
     if number is None:
         return None
     if number.numel() != 1:
-        raise ValueError(f"grad_scale and found_inf must have one element, not {describe(number)}")
-    return number.to(device=device, dtype=torch.float32, non_blocking=True)
+        raise ValueError(f"{name} must have one element, not {describe(number)}")
+    return number.to(device=device, dtype=dtype, non_blocking=True)
 
 
 @dataclass
@@ -71,12 +75,8 @@ class Clipping:
     # Gradients that no native plan looks at: each with its parameter and version counter.
     others: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
 
-    def still_holds(self, grads_now: int) -> bool:
-        """Whether the gradients are those that were measured; False if they were all replaced.
-
-        Raises RuntimeError where some are and some are not, or where one was written to: what was
-        measured is then no longer there, and what is there was not measured.
-        """
+    def compare(self) -> tuple[int, int, int]:
+        """Gradients remembered; of those, the ones still there; of those, the unwritten."""
         remembered, kept, unwritten = 0, 0, 0
         if self.plan is not None:
             remembered, kept, unwritten = self.plan.compare_grads()
@@ -84,7 +84,16 @@ class Clipping:
             remembered += 1
             kept += param.grad is grad
             unwritten += param.grad is grad and grad._version == version
-        if kept == 0 and remembered > 0:
+        return remembered, kept, unwritten
+
+    def still_holds(self, grads_now: int) -> bool:
+        """Whether the gradients are those that were measured; False if they were all replaced.
+
+        Raises RuntimeError where some are and some are not, or where one was written to: what was
+        measured is then no longer there, and what is there was not measured.
+        """
+        remembered, kept, unwritten = self.compare()
+        if kept == 0:
             return False
         if unwritten == remembered == grads_now:
             return True
@@ -128,15 +137,15 @@ def report_found_inf(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: T
 
 
 def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
-    """One float32 norm from shares of it, one-element tensors on any devices.
+    """One float64 norm from shares of it, one-element tensors on any devices.
 
     A share is the sum of squares for the 2-norm, the norm itself for the inf-norm.
     """
     device = shares[0].device
     together = torch.stack([s.to(device, torch.float64, non_blocking=True) for s in shares])
     if math.isinf(norm_type):
-        return together.amax().float()  # NaN if any is
-    return together.sum().sqrt().float()
+        return together.amax()  # NaN if any is
+    return together.sum().sqrt()
 
 
 @dataclass(frozen=True)
