@@ -189,7 +189,7 @@ def numbers(x, T: tl.constexpr):
 def elements(x, FORMAT: tl.constexpr):
     """Numbers as elements of a format, rounded to nearest, ties to even."""
     if tl.uint16 == FORMAT:
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         x = tl.where(x != x, 0x7FFF, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
     return x.to(FORMAT)
 
