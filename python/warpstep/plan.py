@@ -244,9 +244,7 @@ class Plan:
 
     def run(self, optimizer: OnePass, tail: Tail) -> None:
         """Takes the step, after a check that found the plan valid."""
-        # Gradients that several read are not zeroed before all have.
-        shared = self.repeated or (self._native is not None and self._native.has_shared_grads())
-        if tail.zero_grads and shared:
+        if tail.zero_grads and self._has_shared_grads():  # not zeroed before all have been read
             self.run(optimizer, replace(tail, zero_grads=False))
             for group in optimizer.param_groups:
                 for param in group["params"]:
@@ -287,6 +285,9 @@ class Plan:
                 reference.store(one.stores)
         self._reference_sums = {one.param: one.sums for one in computed if one.sums is not None}
         self._has_statistics = tail.statistics
+
+    def _has_shared_grads(self) -> bool:
+        return bool(self.repeated or (self._native and self._native.has_shared_grads()))
 
     def _computed_by_reference(
         self, optimizer: OnePass, mentions: list[tuple[Tensor, int, str]], tail: Tail
@@ -348,10 +349,8 @@ class Plan:
                 tables.append(sums)
         for param, _, _ in self.python_only:
             params.append(param)
-            of_param = self._reference_sums.get(param)
-            if of_param is None:
-                of_param = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
-            tables.append(whole(of_param)[None])
+            none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
+            tables.append(whole(self._reference_sums.get(param, none))[None])
         return statistics_of(params, tables) if tables else None
 
     def grad_norm(self, norm_type: float) -> Tensor:
