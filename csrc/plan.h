@@ -41,6 +41,10 @@ struct DeviceTables {
   std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
 };
 
+// NOTE [how long gradients live]
+// `grads` are addresses, good until the next check. `copied_grads` (laid out as their parameters)
+// and `copied_from` (what they are copies of) live until then. `remembered_` is what a clipping has
+// measured: the gradients themselves, until a step has used it or forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
