@@ -372,9 +372,8 @@ const char* Plan::gather_grad(const BoundParam& bound, PyObject* grad) {
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
     bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), py::handle(grad)));
     bucket.copied_from.push_back(py::reinterpret_borrow<py::object>(grad));
-    const PyObject* copy = bucket.copied_grads.back().ptr();
-    if (!read_tensor.read(const_cast<PyObject*>(copy), view) ||
-        !same_layout(view, shape, strides)) {
+    PyObject* const copy = bucket.copied_grads.back().ptr();
+    if (!read_tensor.read(copy, view) || !same_layout(view, shape, strides)) {
       return "a parameter's memory changed";  // the copy has the strides that it has now
     }
   }

@@ -58,8 +58,8 @@ void step_elements(const Constants<typename Recipe::Compute> constants,
 template <class Recipe>
 void step_elements(const Constants<typename Recipe::Compute>& constants, const Streams<Recipe>& at,
                    std::int64_t count) {
-  const auto step = constants.l1 + constants.cautious != 0 ? step_elements<Recipe, true>
-                                                           : step_elements<Recipe, false>;
+  const auto step =
+      constants.selective() ? step_elements<Recipe, true> : step_elements<Recipe, false>;
   step(constants, at.param, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count);
 }
 
@@ -178,8 +178,8 @@ void step_tile(const Constants<typename Recipe::Compute>& constants, const Tail&
   using Param = typename Recipe::Param;
   using Grad = typename Recipe::Grad;
   if (tail.statistics != nullptr && taken) {
-    const auto step = constants.l1 + constants.cautious != 0 ? step_and_count<Recipe, true>
-                                                             : step_and_count<Recipe, false>;
+    const auto step =
+        constants.selective() ? step_and_count<Recipe, true> : step_and_count<Recipe, false>;
     step(constants, at, count, sums);
   } else if (tail.statistics != nullptr) {
     count_gradients(sums, at.grad, T(0), count);

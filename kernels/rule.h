@@ -51,6 +51,8 @@ struct Constants {
   T ema_weight;    // 1 - ema_decay; 1 at the first step, which begins the average
   T ema_kept;      // 1 - ema_weight
   T l1, cautious;  // 1 where that is the form of decay, else 0
+
+  WARPSTEP_FN bool selective() const { return l1 + cautious != 0; }
 };
 
 template <class T>

@@ -230,13 +230,8 @@ def _compute(streams: Streams, i: int, options: Options) -> reference.Computed:
     one = reference.computed(param, grad, state, options.group(), tail, taken)
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
-            one.stores.append((grad, _real(grad) * (1 / options.grad_scale)))
+            one.stores.append((grad, reference.real_view(grad) * (1 / options.grad_scale)))
     return one
-
-
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _enter(

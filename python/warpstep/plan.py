@@ -493,7 +493,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
     """One gradient's share of `combined_norm`."""
-    grad = grad.detach().resolve_conj().resolve_neg()
-    grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    norm = whole(torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64))
+    values = reference.real_view(grad.detach())
+    norm = whole(torch.linalg.vector_norm(values, norm_type, dtype=torch.float64))
     return norm if math.isinf(norm_type) else norm.square()

@@ -19,7 +19,8 @@ from warpstep.tail import Tail
 Number = float | Tensor
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real_view(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor is made of, complex ones as pairs. A copy where it is lazy."""
     tensor = tensor.resolve_conj().resolve_neg()  # themselves, but for lazily conjugated gradients
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
@@ -85,7 +86,7 @@ def computed(
 
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
     p, g, m, v = (
-        _real(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
+        real_view(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
     )
     raw, unscale = g, None
     if tail.grad_scale is not None:
@@ -106,7 +107,7 @@ def computed(
     new = {"exp_avg": m, "exp_avg_sq": v}
     peak = v
     if group["amsgrad"]:
-        peak = torch.maximum(_real(state["max_exp_avg_sq"]).to(compute), v)
+        peak = torch.maximum(real_view(state["max_exp_avg_sq"]).to(compute), v)
         new["max_exp_avg_sq"] = peak
 
     update = step_size * (m / (peak.sqrt() + eps_hat))
@@ -117,9 +118,9 @@ def computed(
             d = torch.where(p.sign() * update.sign() < 0, 0, d)
         update = multiple * weight_decay * d + update
     # What is stored of it, rounded: the average and the statistics see that.
-    after = (p - update).to(real_dtype(param.dtype)) if taken else _real(param)
+    after = (p - update).to(real_dtype(param.dtype)) if taken else real_view(param)
     if group.get("ema_decay") is not None:
-        average = _real(state["ema"]).to(compute)
+        average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
         weight = (1 - kept).to(average.device, compute)
         new["ema"] = torch.lerp(average, after.to(compute), weight)
@@ -127,7 +128,7 @@ def computed(
     stores = [(state[key], new[key]) for key in new]
     stores = [(state["step"], new_step), (param, after), *stores] if taken else []
     if tail.zero_grads:
-        stores.append((grad, torch.zeros_like(_real(grad))))
+        stores.append((grad, torch.zeros_like(real_view(grad))))
     if not tail.statistics:
         return Computed(param, stores)
 
