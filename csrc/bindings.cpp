@@ -57,8 +57,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_recipe",
         [](const std::string& param, const std::string& grad, const std::string& moment,
            bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });
-  m.def("set_exchange_api",
-        [](py::object capsule) { set_tensor_reader(TensorReader(capsule.ptr())); });
+  m.def(
+      "set_exchange_api",
+      [](py::object capsule, bool handles) {
+        set_tensor_reader(
+            TensorReader(capsule.ptr(), handles ? TorchHandles::find() : std::nullopt));
+      },
+      py::arg("capsule"), py::kw_only(), py::arg("handles"));
+  m.def("uses_handles", [] { return tensor_reader().uses_handles(); });
   m.def("launch_counts", [] {
     py::dict counts;
     counts["cpu"] = launch_counts().cpu;

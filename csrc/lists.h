@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "tables.h"
-#include "tensor_view.h"
+#include "tensor_reader.h"
 
 namespace warpstep {
 

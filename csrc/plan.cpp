@@ -15,8 +15,6 @@
 namespace warpstep {
 namespace {
 
-std::optional<TensorReader> reader;
-
 void* address_of(py::handle tensor) {
   TensorView view;
   if (tensor.is_none()) return nullptr;
@@ -30,13 +28,6 @@ py::bytes bytes_of_table(const std::vector<T>& table) {
 }
 
 }  // namespace
-
-void set_tensor_reader(TensorReader value) { reader = value; }
-
-const TensorReader& tensor_reader() {
-  if (!reader) throw std::logic_error("set_exchange_api() has not been called");
-  return *reader;
-}
 
 LaunchCounts& launch_counts() {
   static LaunchCounts counts;
@@ -144,7 +135,6 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   if (bucket.rows.empty()) bucket.device = param.device;
   bound.row = static_cast<std::uint32_t>(bucket.rows.size());
   bucket.rows.push_back(row);
-  versioned_.append(py::handle(bound.param));
 }
 
 void Plan::cut_chunks(Bucket& bucket) {
@@ -298,19 +288,12 @@ bool Plan::has_grad(const BoundParam& bound) const {
 }
 
 void Plan::increment_versions(bool zero_grads) {
-  static py::handle increment =
-      py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release();
-  if (every_grad_ && !zero_grads) {
-    increment(versioned_);
-    return;
-  }
-  py::list written;
+  const TensorReader& reader = tensor_reader();
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
-    written.append(py::handle(bound.param));
-    if (zero_grads) written.append(py::handle(bound.param).attr("grad"));
+    reader.increment_version(bound.param);
+    if (zero_grads) reader.increment_version(gradient_of(bound.param).ptr());
   }
-  increment(written);
   if (!zero_grads) return;
   for (Bucket& bucket : buckets_) {
     for (const py::object& grad : bucket.copied_from) grad.attr("detach")().attr("zero_")();

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "tables.h"
-#include "tensor_view.h"
+#include "tensor_reader.h"
 
 namespace warpstep {
 
@@ -150,7 +150,8 @@ class Plan {
   const char* check_group(PyObject* group, std::uint32_t index, bool only_grads, std::size_t& next);
   const char* check_items(PyObject* group, std::uint32_t index);
   const char* check_param(const BoundParam& bound) const;
-  const char* gather_grad(const BoundParam& bound, PyObject* grad);
+  const char* gather_grad(const BoundParam& bound);
+  void look_ahead(std::size_t at, bool only_grads) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
@@ -172,12 +173,10 @@ class Plan {
   struct RememberedGrad {
     PyObject* param;
     py::object grad;
-    long version;
+    std::int64_t version;
   };
 
   std::vector<RememberedGrad> remembered_;
-  bool every_grad_ = true;  // did the last check find all gradients
-  py::list versioned_;      // the parameters of all buckets
   py::object match_layout_;
   py::list kept_;  // keeps alive what is bound by pointer
 };
@@ -187,9 +186,5 @@ struct LaunchCounts {
   std::uint64_t cpu = 0, cuda = 0;
 };
 LaunchCounts& launch_counts();
-
-// Set once, from torch, before any plan is made.
-void set_tensor_reader(TensorReader reader);
-const TensorReader& tensor_reader();
 
 }  // namespace warpstep

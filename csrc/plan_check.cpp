@@ -8,8 +8,6 @@ namespace {
 
 // Names looked up at every step, interned once.
 struct Names {
-  PyObject* grad = PyUnicode_InternFromString("grad");
-  PyObject* version = PyUnicode_InternFromString("_version");
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* lr = PyUnicode_InternFromString("lr");
   PyObject* betas = PyUnicode_InternFromString("betas");
@@ -28,41 +26,6 @@ struct Names {
 const Names& names() {
   static const Names all;
   return all;
-}
-
-PyObject* borrowed_for_ever(py::object object) { return object.release().ptr(); }
-
-PyObject* tensor_type() {
-  static PyObject* const type = borrowed_for_ever(py::module_::import("torch").attr("Tensor"));
-  return type;
-}
-
-// An attribute of a tensor. Of torch's own types the descriptor is asked directly, which spares
-// looking it up.
-PyObject* attribute_of(PyObject* tensor, PyObject* descriptor, PyObject* name) {
-  static PyObject* const parameter_type =
-      borrowed_for_ever(py::module_::import("torch.nn").attr("Parameter"));
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (type == parameter_type || type == tensor_type()) {
-    return Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor, type);
-  }
-  return PyObject_GetAttr(tensor, name);
-}
-
-py::object gradient_of(PyObject* param) {
-  static PyObject* const grad = borrowed_for_ever(py::handle(tensor_type()).attr("grad"));
-  const auto found = py::reinterpret_steal<py::object>(attribute_of(param, grad, names().grad));
-  if (!found) throw py::error_already_set();
-  return found;
-}
-
-// Counts the writes to a tensor's memory.
-long version_of(PyObject* tensor) {
-  static PyObject* const version = borrowed_for_ever(py::handle(tensor_type()).attr("_version"));
-  const auto found =
-      py::reinterpret_steal<py::object>(attribute_of(tensor, version, names().version));
-  if (!found) throw py::error_already_set();
-  return PyLong_AsLong(found.ptr());
 }
 
 // By the word that groups hold; warpstep/hypers.py has the same.
@@ -109,10 +72,12 @@ const char* Plan::gather_grads(py::handle param_groups) {
 
 Plan::Unchanged Plan::compare_grads() const {
   Unchanged found{remembered_.size(), 0, 0};
+  const TensorReader& reader = tensor_reader();
   for (const RememberedGrad& remembered : remembered_) {
-    if (!gradient_of(remembered.param).is(remembered.grad)) continue;
+    PyObject* const grad = remembered.grad.ptr();
+    if (!reader.is_grad(grad, remembered.param)) continue;
     ++found.kept;
-    found.unwritten += version_of(remembered.grad.ptr()) == remembered.version;
+    found.unwritten += reader.version_of(grad) == remembered.version;
   }
   return found;
 }
@@ -137,7 +102,6 @@ bool Plan::has_shared_grads() const {
 }
 
 const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
-  every_grad_ = true;
   for (Bucket& bucket : buckets_) {
     bucket.copied_grads.clear();
     bucket.copied_from.clear();
@@ -177,6 +141,23 @@ const char* Plan::check_state(PyObject* state) const {
   return bound == state_.end() ? nullptr : "a parameter's state was removed";
 }
 
+// The objects that are looked at lie all over memory; one after the other they would be waited for.
+// So they are asked for in good time, a stage every few parameters.
+void Plan::look_ahead(std::size_t at, bool only_grads) const {
+  static constexpr std::size_t kApart = 3;
+  const TensorReader& reader = tensor_reader();
+  for (int stage = 0; stage < TensorReader::kFetchStages; ++stage) {
+    const std::size_t ahead = at + kApart * (TensorReader::kFetchStages - stage);
+    if (ahead >= params_.size()) continue;
+    const BoundParam& bound = params_[ahead];
+    reader.fetch(stage, bound.param, true);
+    if (only_grads || stage > 2) continue;
+    for (PyObject* tensor : bound.streams) {
+      if (tensor != nullptr) reader.fetch(stage, tensor, false);
+    }
+  }
+}
+
 const char* Plan::check_group(PyObject* group, std::uint32_t index, bool only_grads,
                               std::size_t& next) {
   BoundGroup& bound = groups_[index];
@@ -191,19 +172,16 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, bool only_gr
   }
   PyObject* const* params = PySequence_Fast_ITEMS(bound.params);
   for (std::size_t i = 0; i < bound.count; ++i, ++next) {
+    look_ahead(next, only_grads);
     BoundParam& param = params_[next];
     if (params[i] != param.param) return "a group's parameters changed";
     if (param.assignment == python_only) continue;
-    py::object grad = gradient_of(param.param);
-    if (param.assignment == no_state) {
-      if (!grad.is_none()) return "a parameter got its first gradient";
-      continue;
-    }
-    const char* why = only_grads ? nullptr : check_param(param);
-    if (why == nullptr) why = gather_grad(param, grad.ptr());
-    if (why != nullptr) return why;
-    if (only_grads && !grad.is_none()) {
-      remembered_.push_back({param.param, grad, version_of(grad.ptr())});
+    if (const char* why = only_grads ? nullptr : check_param(param)) return why;
+    if (const char* why = gather_grad(param)) return why;
+    if (only_grads && has_grad(param)) {
+      py::object grad = gradient_of(param.param);
+      const std::int64_t version = tensor_reader().version_of(grad.ptr());
+      remembered_.push_back({param.param, std::move(grad), version});
     }
   }
   return nullptr;
@@ -326,14 +304,15 @@ bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format
 }
 
 const char* Plan::check_param(const BoundParam& bound) const {
+  if (bound.assignment == no_state) return nullptr;
   const Bucket& bucket = buckets_[bound.assignment];
   const TensorRow& row = bucket.rows[bound.row];
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
-  const TensorReader& read_tensor = tensor_reader();
+  const TensorReader& reader = tensor_reader();
   TensorView view;
   const auto is_at = [&](PyObject* tensor, const void* address, Format format) {
-    return read_tensor.read(tensor, view) && view.data == address &&
+    return reader.read(tensor, view) && view.data == address &&
            is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
   if (!is_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
@@ -344,36 +323,41 @@ const char* Plan::check_param(const BoundParam& bound) const {
     if (!is_at(bound.streams[i], streams[i], format)) return "a state tensor's memory changed";
   }
   // Empty moments have no address that could tell.
-  if (row.numel == 0 && (!read_tensor.read(bound.step, view) || view.data != row.step)) {
+  if (row.numel == 0 && (!reader.read(bound.step, view) || view.data != row.step)) {
     return "a state tensor's memory changed";
   }
   return nullptr;
 }
 
-const char* Plan::gather_grad(const BoundParam& bound, PyObject* grad) {
+const char* Plan::gather_grad(const BoundParam& bound) {
+  const TensorReader& reader = tensor_reader();
+  TensorView view;
+  const TensorReader::Grad grad = reader.read_grad(bound.param, view);
+  if (bound.assignment == no_state) {
+    return grad == TensorReader::Grad::none ? nullptr : "a parameter got its first gradient";
+  }
   Bucket& bucket = buckets_[bound.assignment];
   const std::int64_t numel = bucket.rows[bound.row].numel;
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
   void*& slot = bucket.grads[bound.row];
-  if (grad == Py_None) {
+  if (grad == TensorReader::Grad::none) {
     slot = nullptr;
-    every_grad_ = false;
     return nullptr;
   }
-  const TensorReader& read_tensor = tensor_reader();
-  TensorView view;
-  if (!read_tensor.read(grad, view) || !is_like_param(bound, view, bucket.spec.recipe.grad)) {
+  if (grad == TensorReader::Grad::unreadable ||
+      !is_like_param(bound, view, bucket.spec.recipe.grad)) {
     return "a gradient's kind changed";
   }
   // A lazily negated or conjugated gradient is a view of complex numbers: complex itself, or with
   // strides of its own, which a scalar does not have.
   const bool one = numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
-    bucket.copied_grads.push_back(match_layout_(py::handle(bound.param), py::handle(grad)));
-    bucket.copied_from.push_back(py::reinterpret_borrow<py::object>(grad));
+    bucket.copied_from.push_back(gradient_of(bound.param));
+    bucket.copied_grads.push_back(
+        match_layout_(py::handle(bound.param), bucket.copied_from.back()));
     PyObject* const copy = bucket.copied_grads.back().ptr();
-    if (!read_tensor.read(copy, view) || !same_layout(view, shape, strides)) {
+    if (!reader.read(copy, view) || !same_layout(view, shape, strides)) {
       return "a parameter's memory changed";  // the copy has the strides that it has now
     }
   }

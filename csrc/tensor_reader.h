@@ -1,0 +1,91 @@
+// How tensors are looked at: through torch's own functions where that can be done
+// (torch_handles.h), else through DLPack's C exchange API and Python. No torch header, no torch
+// library.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "tensor_view.h"
+#include "torch_handles.h"
+
+namespace warpstep {
+
+namespace py = pybind11;
+
+namespace dlpack {
+
+struct ExchangeApi;
+
+}  // namespace dlpack
+
+class TensorReader {
+ public:
+  // From the capsule torch.Tensor.__dlpack_c_exchange_api__. Without `handles`, all is read through
+  // it and Python.
+  TensorReader(PyObject* capsule, std::optional<TorchHandles> handles);
+
+  bool uses_handles() const { return handles_.has_value(); }
+
+  // False where the object is no tensor with plain memory (sparse, meta, some subclasses).
+  bool read(PyObject* tensor, TensorView& view) const {
+    const TorchHandles::Handle handle = handle_of(tensor);
+    return (handle != nullptr && handles_->read(handle, view)) || read_exchanged(tensor, view);
+  }
+
+  // A parameter's gradient.
+  enum class Grad { none, readable, unreadable };
+  Grad read_grad(PyObject* param, TensorView& view) const {
+    if (const TorchHandles::Handle handle = handle_of(param)) {
+      const TorchHandles::Handle grad = handles_->grad_of(handle);
+      if (grad == nullptr) return Grad::none;
+      if (handles_->read(grad, view)) return Grad::readable;
+    }
+    return read_python_grad(param, view);
+  }
+  bool is_grad(PyObject* grad, PyObject* param) const;
+
+  // Counts the writes to a tensor's memory.
+  std::int64_t version_of(PyObject* tensor) const;
+  void increment_version(PyObject* tensor) const;
+
+  // Called for tensors that will be read soon, these bring into the caches what will be looked at:
+  // first the object, a while later what it points to, and so on. Hints only.
+  static constexpr int kFetchStages = 5;
+  void fetch(int stage, PyObject* tensor, bool with_grad) const {
+    if (stage == 0) return __builtin_prefetch(tensor);
+    const TorchHandles::Handle handle = handle_of(tensor);
+    if (handle == nullptr) return;
+    if (stage == 1) return handles_->fetch(handle);
+    if (stage == 2) return handles_->fetch_parts(handle);
+    const TorchHandles::Handle grad = with_grad ? handles_->grad_of(handle) : nullptr;
+    if (grad == nullptr) return;
+    if (stage == 3) return handles_->fetch(grad);
+    handles_->fetch_parts(grad);
+  }
+
+  // The stream that torch would launch on now.
+  void* current_stream(dlpack::Device device) const;
+
+ private:
+  TorchHandles::Handle handle_of(PyObject* tensor) const {
+    return handles_ ? handles_->of(tensor) : nullptr;
+  }
+  bool read_exchanged(PyObject* tensor, TensorView& view) const;
+  Grad read_python_grad(PyObject* param, TensorView& view) const;
+
+  const dlpack::ExchangeApi* api_;
+  std::optional<TorchHandles> handles_;
+};
+
+// `tensor.grad`, as Python has it.
+py::object gradient_of(PyObject* param);
+
+// Set once, from torch, before any plan is made.
+void set_tensor_reader(TensorReader reader);
+const TensorReader& tensor_reader();
+
+}  // namespace warpstep

@@ -1,0 +1,171 @@
+// Finding torch's functions, trying them, and reading a tensor with them: see torch_handles.h.
+#include "torch_handles.h"
+
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace warpstep {
+namespace {
+
+// c10::ScalarType and c10::DeviceType, as the C ABI has them.
+constexpr std::int32_t kHalf = 5, kFloat = 6, kDouble = 7, kComplexHalf = 8, kComplexFloat = 9,
+                       kComplexDouble = 10, kBFloat16 = 15;
+constexpr std::int32_t kCpu = 0, kCuda = 1;
+
+bool set_format(std::int32_t dtype, TensorView& view) {
+  view.is_complex = dtype >= kComplexHalf && dtype <= kComplexDouble;
+  switch (view.is_complex ? dtype - (kComplexHalf - kHalf) : dtype) {
+    case kHalf:
+      view.format = Format::float16;
+      return true;
+    case kFloat:
+      view.format = Format::float32;
+      return true;
+    case kDouble:
+      view.format = Format::float64;
+      return true;
+    case kBFloat16:
+      view.format = Format::bfloat16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+PyTypeObject* type_of(py::handle module, const char* name) {
+  return reinterpret_cast<PyTypeObject*>(py::object(module.attr(name)).release().ptr());
+}
+
+}  // namespace
+
+bool TorchHandles::read(Handle tensor, TensorView& view) const {
+  std::int64_t ndim;
+  std::int32_t dtype, device, index = 0;
+  if (functions_.get_data_ptr(tensor, &view.data) != 0 || functions_.get_dim(tensor, &ndim) != 0 ||
+      functions_.get_sizes(tensor, &view.shape) != 0 ||
+      functions_.get_strides(tensor, &view.strides) != 0 ||
+      functions_.get_dtype(tensor, &dtype) != 0 ||
+      functions_.get_device_type(tensor, &device) != 0) {
+    return false;
+  }
+  view.ndim = static_cast<std::int32_t>(ndim);
+  view.known_format = set_format(dtype, view);
+  if (device == kCpu) {
+    view.device = {dlpack::cpu, 0};
+    return true;
+  }
+  if (device != kCuda || functions_.get_device_index(tensor, &index) != 0) return false;
+  view.device = {has_rocm_ ? dlpack::rocm : dlpack::cuda, index};
+  return true;
+}
+
+std::optional<TorchHandles> TorchHandles::find() {
+  const py::module_ torch = py::module_::import("torch");
+  TorchHandles handles;
+  handles.tensor_type_ = type_of(torch, "Tensor");
+  handles.parameter_type_ = type_of(torch.attr("nn"), "Parameter");
+  handles.has_rocm_ = !torch.attr("version").attr("hip").is_none();
+  try {
+    if (!find_functions(handles.functions_) || !handles.find_offset() ||
+        !handles.answers_as_expected()) {
+      return std::nullopt;
+    }
+  } catch (const py::error_already_set&) {  // an attribute that this torch does not have
+    return std::nullopt;
+  }
+  return handles;
+}
+
+bool TorchHandles::find_functions(Functions& functions) {
+  const auto path = py::module_::import("torch").attr("_C").attr("__file__").cast<std::string>();
+  // Looks through all that torch's module is linked with.
+  void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return false;
+  const auto find = [&](const char* name, auto& function) {
+    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+    return function != nullptr;
+  };
+  return find("aoti_torch_get_data_ptr", functions.get_data_ptr) &&
+         find("aoti_torch_get_dim", functions.get_dim) &&
+         find("aoti_torch_get_sizes", functions.get_sizes) &&
+         find("aoti_torch_get_strides", functions.get_strides) &&
+         find("aoti_torch_get_dtype", functions.get_dtype) &&
+         find("aoti_torch_get_device_type", functions.get_device_type) &&
+         find("aoti_torch_get_device_index", functions.get_device_index) &&
+         find("aoti_torch_is_defined", functions.is_defined) &&
+         find("aoti_torch_delete_tensor_object", functions.delete_handle) &&
+         // c10::TensorImpl::grad() const
+         find("_ZNK3c1010TensorImpl4gradEv", functions.grad) &&
+         // at::TensorBase::_version() const
+         find("_ZNK2at10TensorBase8_versionEv", functions.version) &&
+         // torch::autograd::impl::bump_version(const at::Tensor&)
+         find("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", functions.bump_version);
+}
+
+bool TorchHandles::find_offset() {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object sample = torch.attr("zeros")(1);
+  const py::object capsule =
+      torch.attr("_C").attr("_aoti").attr("unsafe_alloc_void_ptr_from_tensor")(sample);
+  const Handle handle = static_cast<Handle>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  if (handle == nullptr) throw py::error_already_set();
+  const void* const body = *handle;
+  functions_.delete_handle(handle);
+
+  int found = 0;
+  const char* const object = reinterpret_cast<const char*>(sample.ptr());
+  const std::ptrdiff_t size = tensor_type_->tp_basicsize;
+  for (auto at = static_cast<std::ptrdiff_t>(sizeof(PyObject));
+       at + static_cast<std::ptrdiff_t>(sizeof(void*)) <= size; at += sizeof(void*)) {
+    if (*reinterpret_cast<void* const*>(object + at) != body) continue;
+    offset_ = at;
+    ++found;
+  }
+  return found == 1;
+}
+
+// Tensors of each format and of several layouts, gradients that are there or not, and counters.
+bool TorchHandles::answers_as_expected() const {
+  const py::module_ torch = py::module_::import("torch");
+  const struct {
+    const char* name;
+    Format format;
+    bool is_complex;
+  } dtypes[] = {{"float16", Format::float16, false},  {"bfloat16", Format::bfloat16, false},
+                {"float32", Format::float32, false},  {"float64", Format::float64, false},
+                {"complex64", Format::float32, true}, {"complex128", Format::float64, true}};
+  for (const auto& dtype : dtypes) {
+    const py::object whole =
+        torch.attr("zeros")(py::make_tuple(3, 5), py::arg("dtype") = torch.attr(dtype.name));
+    const py::object tensor = whole.attr("t")()[py::int_(1)].attr("view")(3, 1);
+    TensorView view;
+    if (of(tensor.ptr()) == nullptr || !read(of(tensor.ptr()), view) ||
+        view.data != reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>()) ||
+        view.ndim != 2 || view.shape[0] != 3 || view.shape[1] != 1 || view.strides[0] != 5 ||
+        !view.known_format || view.format != dtype.format || view.is_complex != dtype.is_complex ||
+        view.device.type != dlpack::cpu) {
+      return false;
+    }
+  }
+  TensorView view;
+  const py::object integers = torch.attr("zeros")(2, py::arg("dtype") = torch.attr("int64"));
+  if (!read(of(integers.ptr()), view) || view.known_format) return false;
+
+  const py::object param = torch.attr("nn").attr("Parameter")(torch.attr("zeros")(2));
+  const Handle handle = of(param.ptr());
+  if (handle == nullptr || grad_of(handle) != nullptr) return false;
+  const py::object grad = torch.attr("zeros")(2);
+  param.attr("grad") = grad;
+  const Handle found = grad_of(handle);
+  if (found == nullptr || *found != *of(grad.ptr())) return false;
+
+  const auto version = param.attr("_version").cast<std::int64_t>();
+  if (version_of(handle) != version) return false;
+  bump_version(handle);
+  return version_of(handle) == version + 1 &&
+         param.attr("_version").cast<std::int64_t>() == version + 1;
+}
+
+}  // namespace warpstep

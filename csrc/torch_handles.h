@@ -1,0 +1,96 @@
+// Torch tensors looked at where they lie, through torch's own C functions.
+//
+// NOTE [handles]
+// Torch's stable C ABI (torch/csrc/inductor/aoti_torch/c/shim.h) takes an AtenTensorHandle: the
+// address of an at::Tensor, which is one pointer to what the tensor is. Every tensor of Python has
+// an at::Tensor in it, so a handle can be had without a new reference, and each question to it
+// costs one or two nanoseconds; DLPack's exchange takes 20 to 80 a tensor, most of it for counting
+// references up and down again. Where in the Python object the at::Tensor lies is found when
+// warpstep is imported, by looking for the pointer of a handle that torch has made. Three functions
+// that the C ABI lacks are torch's exported C++ ones: the gradient, the version counter, and its
+// increment. All are tried on tensors with known answers first; if one is missing or answers
+// otherwise than expected, none is used: TensorReader has other ways for everything.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "tensor_view.h"
+
+namespace warpstep {
+
+class TorchHandles {
+ public:
+  // An at::Tensor. Good while nobody drops the tensor.
+  using Handle = void**;
+
+  // None where torch is not as expected.
+  static std::optional<TorchHandles> find();
+
+  // Of torch.Tensor and torch.nn.Parameter themselves; null for everything else.
+  Handle of(PyObject* object) const {
+    const PyTypeObject* const type = Py_TYPE(object);
+    if (type != tensor_type_ && type != parameter_type_) return nullptr;
+    return reinterpret_cast<Handle>(reinterpret_cast<char*>(object) + offset_);
+  }
+
+  // False where the tensor has no strided memory on a CPU, an NVIDIA or an AMD GPU.
+  bool read(Handle tensor, TensorView& view) const;
+
+  // Null if there is none.
+  Handle grad_of(Handle tensor) const {
+    const Handle grad = functions_.grad(*tensor);
+    bool defined = false;
+    return functions_.is_defined(grad, &defined) == 0 && defined ? grad : nullptr;
+  }
+
+  // Counts the writes to a tensor's memory.
+  std::int64_t version_of(Handle tensor) const { return functions_.version(tensor); }
+  void bump_version(Handle tensor) const { functions_.bump_version(tensor); }
+
+  // What a tensor is, and what that points to (its storage, what autograd knows of it, its version
+  // counter), brought into the caches. To be called some time apart, in this order.
+  void fetch(Handle tensor) const {
+    const char* const body = static_cast<const char*>(*tensor);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(body + 64 * line);
+  }
+  void fetch_parts(Handle tensor) const {
+    void* const* const body = static_cast<void* const*>(*tensor);
+    for (int word = 2; word < 6; ++word) {  // behind its own table of functions and its references
+      if (body[word] == nullptr) continue;
+      __builtin_prefetch(body[word]);
+      __builtin_prefetch(static_cast<const char*>(body[word]) + 63);
+    }
+  }
+
+ private:
+  struct Functions {
+    int (*get_data_ptr)(Handle, void**);
+    int (*get_dim)(Handle, std::int64_t*);
+    int (*get_sizes)(Handle, const std::int64_t**);
+    int (*get_strides)(Handle, const std::int64_t**);
+    int (*get_dtype)(Handle, std::int32_t*);
+    int (*get_device_type)(Handle, std::int32_t*);
+    int (*get_device_index)(Handle, std::int32_t*);
+    int (*is_defined)(Handle, bool*);
+    int (*delete_handle)(Handle);
+    Handle (*grad)(const void* body);
+    std::int64_t (*version)(Handle);
+    void (*bump_version)(Handle);
+  };
+
+  TorchHandles() = default;
+  static bool find_functions(Functions& functions);
+  bool find_offset();
+  bool answers_as_expected() const;
+
+  Functions functions_{};
+  PyTypeObject* tensor_type_ = nullptr;
+  PyTypeObject* parameter_type_ = nullptr;
+  std::ptrdiff_t offset_ = 0;
+  bool has_rocm_ = false;  // whose devices torch calls CUDA's
+};
+
+}  // namespace warpstep

@@ -1,0 +1,98 @@
+"""How tensors are read: through torch's own functions (csrc/torch_handles.h), or through DLPack.
+
+That both give the same is tested by the suite, which test_elsewhere.py runs again through DLPack.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import warpstep
+
+
+def run(program, **environment):
+    """What a program prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STEP = """
+p = torch.nn.Parameter(torch.ones(5))
+optimizer = warpstep.AdamW([p], backend="cpu")
+for _ in range(2):
+    p.grad = torch.ones(5)
+    version = p._version
+    optimizer.step()
+    assert p._version == version + 1
+assert (p < 1).all()
+print(warpstep.backends.native()[0].uses_handles())
+"""
+
+
+def test_torchs_functions_are_used():
+    """All torches so far have them; a new one without would be slower, and this should tell."""
+    assert run("import torch, warpstep" + STEP, WARPSTEP_HANDLES="1") == "True\n"
+
+
+def test_a_variable_turns_them_off():
+    assert run("import torch, warpstep" + STEP, WARPSTEP_HANDLES="0") == "False\n"
+
+
+BREAKS = {
+    "no handles to compare with": "del torch._C._aoti.unsafe_alloc_void_ptr_from_tensor",
+    "another tensor's handle": """
+make, other = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor, torch.ones(1)
+torch._C._aoti.unsafe_alloc_void_ptr_from_tensor = lambda tensor: make(other)
+""",
+    "another module": "torch._C.__file__ = '/nowhere/_C.so'",
+    "another answer": """
+class Version:
+    def __get__(self, tensor, owner=None):
+        return 1000
+torch.nn.Parameter._version = Version()
+""",
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_torch_that_differs_is_read_through_dlpack(broken):
+    restore = "\nif '_version' in vars(torch.nn.Parameter): del torch.nn.Parameter._version\n"
+    program = f"import torch\n{BREAKS[broken]}\nimport warpstep\nwarpstep.status(){restore}{STEP}"
+    assert run(program, WARPSTEP_HANDLES="1") == "False\n"
+
+
+def test_subclasses_are_read_too():
+    class Weight(torch.nn.Parameter):
+        pass
+
+    ours, torchs = (Weight(torch.ones(4)) for _ in range(2))
+    optimizer = warpstep.AdamW([ours], backend="cpu")
+    reference = torch.optim.AdamW([torchs], fused=True)
+    for _ in range(3):
+        ours.grad, torchs.grad = torch.arange(4.0), torch.arange(4.0)
+        version = ours._version
+        optimizer.step()
+        reference.step()
+        assert ours._version == version + 1
+    torch.testing.assert_close(ours.data, torchs.data, rtol=1e-6, atol=0)
+
+
+def test_inference_tensors_have_no_version_to_count():
+    """torch's fused step takes them as they are."""
+    with torch.inference_mode():
+        ours, torchs = torch.ones(3), torch.ones(3)
+    for param, kind in ((ours, warpstep.AdamW), (torchs, torch.optim.AdamW)):
+        optimizer = kind([param], fused=True)
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            optimizer.step()
+    torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=0)
