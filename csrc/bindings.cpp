@@ -59,12 +59,14 @@ PYBIND11_MODULE(_native, m) {
            bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });
   m.def(
       "set_exchange_api",
-      [](py::object capsule, bool handles) {
+      [](py::object capsule, bool torch_abi) {
         set_tensor_reader(
-            TensorReader(capsule.ptr(), handles ? TorchHandles::find() : std::nullopt));
+            TensorReader(capsule.ptr(), torch_abi ? TorchHandles::make() : std::nullopt));
+        use_parallel_for(torch_abi ? find_parallel_for() : nullptr);
       },
-      py::arg("capsule"), py::kw_only(), py::arg("handles"));
+      py::arg("capsule"), py::kw_only(), py::arg("torch_abi"));
   m.def("uses_handles", [] { return tensor_reader().uses_handles(); });
+  m.def("uses_torchs_threads", uses_parallel_for);
   m.def("launch_counts", [] {
     py::dict counts;
     counts["cpu"] = launch_counts().cpu;

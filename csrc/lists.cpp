@@ -183,16 +183,6 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   return nullptr;
 }
 
-// A few large float32 tensors are at the memory's limit in torch's kernel too, and its threads spin
-// where ours must be woken.
-bool ListStepper::is_torchs_domain(const std::vector<Bucket>& buckets) {
-  const Bucket& bucket = buckets.front();
-  std::int64_t total = 0;
-  for (const TensorRow& row : bucket.rows) total += row.numel;
-  return buckets.size() == 1 && bucket.rows.size() < 8 && total >= (std::int64_t{1} << 19) &&
-         bucket.recipe.param == Format::float32 && bucket.recipe.moment == Format::float32;
-}
-
 const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
                               py::handle found_inf, ListOptions options) {
   std::vector<Bucket> buckets;
@@ -207,10 +197,6 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (!read_float(found_inf, device, tail.found_inf)) return "found_inf";
   tail.steps_advanced = !options.advance_steps;
   if (options.unscale_grads && tail.grad_scale != nullptr) tail.grads_after = GradsAfter::unscaled;
-
-  if (!options.always && !options.cuda && is_torchs_domain(buckets)) {
-    return "few large float32 tensors, which torch steps as fast";
-  }
 
   std::int64_t chunk_size = kCpuChunk;
 #ifdef WARPSTEP_CUDA

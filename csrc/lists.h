@@ -27,7 +27,7 @@ struct ListOptions {
   bool advance_steps;  // else the caller has done it
   bool unscale_grads;  // write the gradients back, divided by grad_scale
   bool dispatched;     // through torch's dispatcher, which leaves no subclass and nothing lazy
-  bool always;         // even where torch's own kernel is known to be as fast
+  bool always;         // even where uploading tables costs more than the launch saves
   int threads;
 };
 
@@ -68,7 +68,6 @@ class ListStepper {
 
   const char* gather(const TensorLists& lists, const ListOptions& options,
                      std::vector<Bucket>& buckets, dlpack::Device& device) const;
-  static bool is_torchs_domain(const std::vector<Bucket>& buckets);
   std::shared_ptr<Resident> find(const Bucket& bucket, dlpack::Device device);
   std::shared_ptr<Resident> make_resident(const Bucket& bucket, dlpack::Device device);
   bool is_seen_again(const Bucket& bucket);

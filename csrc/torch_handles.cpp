@@ -38,7 +38,22 @@ PyTypeObject* type_of(py::handle module, const char* name) {
   return reinterpret_cast<PyTypeObject*>(py::object(module.attr(name)).release().ptr());
 }
 
+// A function of torch's, or of a library that torch's module is linked with; false without.
+template <class Function>
+bool find(const char* name, Function& function) {
+  const auto path = py::module_::import("torch").attr("_C").attr("__file__").cast<std::string>();
+  void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  function = library ? reinterpret_cast<Function>(dlsym(library, name)) : nullptr;
+  return function != nullptr;
+}
+
 }  // namespace
+
+ParallelFor find_parallel_for() {
+  ParallelFor function;
+  find("torch_parallel_for", function);
+  return function;
+}
 
 bool TorchHandles::read(Handle tensor, TensorView& view) const {
   std::int64_t ndim;
@@ -61,7 +76,7 @@ bool TorchHandles::read(Handle tensor, TensorView& view) const {
   return true;
 }
 
-std::optional<TorchHandles> TorchHandles::find() {
+std::optional<TorchHandles> TorchHandles::make() {
   const py::module_ torch = py::module_::import("torch");
   TorchHandles handles;
   handles.tensor_type_ = type_of(torch, "Tensor");
@@ -79,14 +94,6 @@ std::optional<TorchHandles> TorchHandles::find() {
 }
 
 bool TorchHandles::find_functions(Functions& functions) {
-  const auto path = py::module_::import("torch").attr("_C").attr("__file__").cast<std::string>();
-  // Looks through all that torch's module is linked with.
-  void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-  if (library == nullptr) return false;
-  const auto find = [&](const char* name, auto& function) {
-    function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
-    return function != nullptr;
-  };
   return find("aoti_torch_get_data_ptr", functions.get_data_ptr) &&
          find("aoti_torch_get_dim", functions.get_dim) &&
          find("aoti_torch_get_sizes", functions.get_sizes) &&

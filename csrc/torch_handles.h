@@ -18,8 +18,12 @@
 #include <optional>
 
 #include "tensor_view.h"
+#include "threads.h"
 
 namespace warpstep {
+
+// torch's threads; null where it does not lend them.
+ParallelFor find_parallel_for();
 
 class TorchHandles {
  public:
@@ -27,7 +31,7 @@ class TorchHandles {
   using Handle = void**;
 
   // None where torch is not as expected.
-  static std::optional<TorchHandles> find();
+  static std::optional<TorchHandles> make();
 
   // Of torch.Tensor and torch.nn.Parameter themselves; null for everything else.
   Handle of(PyObject* object) const {

@@ -81,7 +81,8 @@ struct Streams {
       const T gradient = T(warpstep::load(g.elements[k]));
       Moments<T> moments{warpstep::load(m.elements[k]), warpstep::load(v.elements[k]), T(0)};
       if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = warpstep::load(peak.elements[k]);
-      const T result = adamw_rule<Recipe::amsgrad, kTail>(constants, before, gradient, moments);
+      const T result = adamw_rule<Recipe::amsgrad, kTail ? Part::whole : Part::uniform>(
+          constants, before, gradient, moments);
       if (!kTail || taken) {
         warpstep::store(result, p.elements[k]);
         warpstep::store(moments.exp_avg, m.elements[k]);
@@ -142,7 +143,7 @@ struct Streams {
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
       warpstep::store(lerp(T(warpstep::load(e.elements[k])), warpstep::load(p.elements[k]),
-                           constants.ema_weight, constants.ema_kept),
+                           constants.ema_weight, constants.ema_kept, constants.ema_weight < T(0.5)),
                       e.elements[k]);
     }
     e.store(at, aligned);

@@ -4,6 +4,7 @@
 #include "adamw_cpu.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "rule.h"
 
@@ -24,7 +25,7 @@ struct Streams {
   void* ema;
 };
 
-template <class Recipe, bool kSelective>
+template <class Recipe, Part kPart>
 WARPSTEP_FN typename Recipe::Compute step_element(
     const Constants<typename Recipe::Compute>& constants, typename Recipe::Param& param,
     const typename Recipe::Grad& grad, typename Recipe::Moment& exp_avg,
@@ -33,8 +34,7 @@ WARPSTEP_FN typename Recipe::Compute step_element(
   Moments<T> moments{load(exp_avg), load(exp_avg_sq), T(0)};
   if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = load(*max_exp_avg_sq);
   const T before = load(param);
-  const T result =
-      adamw_rule<Recipe::amsgrad, kSelective>(constants, before, T(load(grad)), moments);
+  const T result = adamw_rule<Recipe::amsgrad, kPart>(constants, before, T(load(grad)), moments);
   store(result, param);
   store(moments.exp_avg, exp_avg);
   store(moments.exp_avg_sq, exp_avg_sq);
@@ -42,7 +42,7 @@ WARPSTEP_FN typename Recipe::Compute step_element(
   return before;
 }
 
-template <class Recipe, bool kSelective>
+template <class Recipe, Part kPart>
 void step_elements(const Constants<typename Recipe::Compute> constants,
                    typename Recipe::Param* __restrict param,
                    const typename Recipe::Grad* __restrict grad,
@@ -50,24 +50,67 @@ void step_elements(const Constants<typename Recipe::Compute> constants,
                    typename Recipe::Moment* __restrict exp_avg_sq,
                    typename Recipe::Moment* __restrict max_exp_avg_sq, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
-    step_element<Recipe, kSelective>(constants, param[i], grad[i], exp_avg[i], exp_avg_sq[i],
-                                     max_exp_avg_sq + i);
+    step_element<Recipe, kPart>(constants, param[i], grad[i], exp_avg[i], exp_avg_sq[i],
+                                max_exp_avg_sq + i);
+  }
+}
+
+// Of streams that are all bfloat16, two elements at a time.
+template <class Recipe, Part kPart>
+void step_pairs(const Constants<float> constants, bfloat16* __restrict param,
+                const bfloat16* __restrict grad, bfloat16* __restrict exp_avg,
+                bfloat16* __restrict exp_avg_sq, bfloat16* __restrict max_exp_avg_sq,
+                std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    float p[2], g[2], m[2], v[2], peak[2] = {};
+    load_pair(param + i, p);
+    load_pair(grad + i, g);
+    load_pair(exp_avg + i, m);
+    load_pair(exp_avg_sq + i, v);
+    if constexpr (Recipe::amsgrad) load_pair(max_exp_avg_sq + i, peak);
+    for (int k = 0; k < 2; ++k) {
+      Moments<float> moments{m[k], v[k], peak[k]};
+      p[k] = adamw_rule<Recipe::amsgrad, kPart>(constants, p[k], g[k], moments);
+      m[k] = moments.exp_avg;
+      v[k] = moments.exp_avg_sq;
+      peak[k] = moments.max_exp_avg_sq;
+    }
+    store_pair(p, param + i);
+    store_pair(m, exp_avg + i);
+    store_pair(v, exp_avg_sq + i);
+    if constexpr (Recipe::amsgrad) store_pair(peak, max_exp_avg_sq + i);
+  }
+  if (i < count) {
+    step_element<Recipe, kPart>(constants, param[i], grad[i], exp_avg[i], exp_avg_sq[i],
+                                max_exp_avg_sq + i);
   }
 }
 
 template <class Recipe>
 void step_elements(const Constants<typename Recipe::Compute>& constants, const Streams<Recipe>& at,
                    std::int64_t count) {
-  const auto step =
-      constants.selective() ? step_elements<Recipe, true> : step_elements<Recipe, false>;
-  step(constants, at.param, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count);
+  constexpr bool kPairs = std::is_same_v<typename Recipe::Param, bfloat16> &&
+                          std::is_same_v<typename Recipe::Grad, bfloat16> &&
+                          std::is_same_v<typename Recipe::Moment, bfloat16>;
+  if constexpr (kPairs) {
+    const auto step =
+        constants.is_usual() ? step_pairs<Recipe, Part::usual> : step_pairs<Recipe, Part::whole>;
+    step(constants, at.param, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count);
+  } else {
+    const auto step = constants.is_usual() ? step_elements<Recipe, Part::usual>
+                                           : step_elements<Recipe, Part::whole>;
+    step(constants, at.param, at.grad, at.exp_avg, at.exp_avg_sq, at.max_exp_avg_sq, count);
+  }
 }
 
 template <class T, class Param, class Ema>
 void average_elements(const Constants<T> constants, const Param* __restrict param,
                       Ema* __restrict ema, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
-    store(lerp(T(load(ema[i])), load(param[i]), constants.ema_weight, constants.ema_kept), ema[i]);
+    store(lerp(T(load(ema[i])), load(param[i]), constants.ema_weight, constants.ema_kept,
+               constants.ema_weight < T(0.5)),
+          ema[i]);
   }
 }
 
@@ -146,7 +189,7 @@ void count_parameters(Statistics& sums, const Param* param, T in_step, std::int6
 
 // Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
 // sums the compiler keeps side by side is the instruction set's: so are the statistics' last bits.
-template <class Recipe, bool kSelective>
+template <class Recipe, Part kPart>
 void step_and_count(const Constants<typename Recipe::Compute> constants, const Streams<Recipe>& at,
                     std::int64_t count, Statistics& sums) {
   using T = typename Recipe::Compute;
@@ -158,8 +201,8 @@ void step_and_count(const Constants<typename Recipe::Compute> constants, const S
   T grads = 0, params = 0, changes = 0;
 #pragma omp simd reduction(+ : grads, params, changes)
   for (std::int64_t i = 0; i < count; ++i) {
-    const T before = step_element<Recipe, kSelective>(constants, param[i], grad[i], exp_avg[i],
-                                                      exp_avg_sq[i], max_exp_avg_sq + i);
+    const T before = step_element<Recipe, kPart>(constants, param[i], grad[i], exp_avg[i],
+                                                 exp_avg_sq[i], max_exp_avg_sq + i);
     const T g = T(load(grad[i]));
     const T after = load(param[i]);
     grads += g * g;
@@ -178,8 +221,8 @@ void step_tile(const Constants<typename Recipe::Compute>& constants, const Tail&
   using Param = typename Recipe::Param;
   using Grad = typename Recipe::Grad;
   if (tail.statistics != nullptr && taken) {
-    const auto step =
-        constants.selective() ? step_and_count<Recipe, true> : step_and_count<Recipe, false>;
+    const auto step = constants.is_usual() ? step_and_count<Recipe, Part::usual>
+                                           : step_and_count<Recipe, Part::whole>;
     step(constants, at, count, sums);
   } else if (tail.statistics != nullptr) {
     count_gradients(sums, at.grad, T(0), count);

@@ -13,6 +13,8 @@ constexpr std::int64_t kCpuChunk = 16384;
 constexpr std::int64_t kCpuBatches = 64;
 constexpr std::int64_t kCpuBatchMin = 16384;
 constexpr std::int64_t kCpuBatchMax = 262144;
+// Fewer batches are done by one thread before others have joined it.
+constexpr std::uint32_t kCpuBatchesWorthThreads = 4;
 
 // Runs the step on all tensors with up to `threads` threads. `batches` cuts launch.chunks into runs
 // of about as many elements: batch i is chunks [batches[i], batches[i + 1]).

@@ -110,15 +110,32 @@ WARPSTEP_FN float load(float16 x) {
 WARPSTEP_FN void store(double x, float64& to) { to.value = x; }
 WARPSTEP_FN void store(float x, float32& to) { to.value = x; }
 
+// In the upper half. To nearest, ties to even, on the bits; a NaN becomes the quiet NaN that CUDA
+// stores.
+WARPSTEP_FN std::uint32_t rounded_to_bfloat16(float x) {
+  const std::uint32_t bits = bits_as<std::uint32_t>(x);
+  return x != x ? 0x7fff0000u : bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
 WARPSTEP_FN void store(float x, bfloat16& to) {
 #ifdef __CUDA_ARCH__
   to.bits = bits_as<std::uint16_t>(__float2bfloat16_rn(x));
 #else
-  // Round to nearest, ties to even, on the bits; a NaN becomes the quiet NaN that CUDA stores.
-  const std::uint32_t bits = bits_as<std::uint32_t>(x);
-  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to.bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);
+  to.bits = static_cast<std::uint16_t>(rounded_to_bfloat16(x) >> 16);
 #endif
+}
+
+// Two neighbours at once, as one number of twice the bits: half the instructions of two.
+WARPSTEP_FN void load_pair(const bfloat16* from, float (&x)[2]) {
+  std::uint32_t bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  x[0] = bits_as<float>(bits << 16);
+  x[1] = bits_as<float>(bits & 0xffff0000u);
+}
+WARPSTEP_FN void store_pair(const float (&x)[2], bfloat16* to) {
+  const std::uint32_t bits =
+      rounded_to_bfloat16(x[0]) >> 16 | (rounded_to_bfloat16(x[1]) & 0xffff0000u);
+  std::memcpy(to, &bits, sizeof(bits));
 }
 
 WARPSTEP_FN void store(float x, float16& to) {

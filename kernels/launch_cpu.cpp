@@ -1,6 +1,5 @@
 // Launches the CPU kernel: chooses the instruction set, shares out the batches, counts the steps.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -60,14 +59,10 @@ void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t
   if (!taken && only_steps) return;
   const StepChunks step_chunks = kernels().find(launch.recipe);
 
-  // Batches are taken, not dealt: a thread that the machine does not run for a while costs no more
-  // than the batch it holds. Which thread steps an element does not change its bits.
-  std::atomic<std::uint32_t> next{0};
-  run_on_threads(std::min<int>(threads, static_cast<int>(batch_count)), [&] {
-    for (std::uint32_t i = next++; i < batch_count; i = next++) {
-      step_chunks(launch, batches[i], batches[i + 1]);
-    }
-  });
+  // Which thread steps an element does not change its bits.
+  if (batch_count < kCpuBatchesWorthThreads) threads = 1;
+  run_on_threads(threads, batch_count,
+                 [&](std::uint32_t i) { step_chunks(launch, batches[i], batches[i + 1]); });
 
   // Every chunk has read its tensor's step counter by now.
   if (!taken || tail.steps_advanced) return;
@@ -80,13 +75,10 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
   // As many elements as a batch of the step has at most.
   constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
   const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
-  std::atomic<std::uint32_t> next{0};
-  run_on_threads(std::min<int>(threads, static_cast<int>(runs)), [&] {
-    for (std::uint32_t run = next++; run < runs; run = next++) {
-      const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
-      for (std::uint32_t i = run * kRun; i < last; ++i) {
-        partials[i] = kernels().chunk_norm(kind, launch, i);
-      }
+  run_on_threads(threads, runs, [&](std::uint32_t run) {
+    const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
+    for (std::uint32_t i = run * kRun; i < last; ++i) {
+      partials[i] = kernels().chunk_norm(kind, launch, i);
     }
   });
   double norm = 0;
@@ -99,13 +91,11 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
 
 void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
                        std::int64_t count, int threads) {
-  std::atomic<std::int64_t> next{0};
-  run_on_threads(threads, [&] {
-    for (std::int64_t i = next.fetch_add(kCpuBatchMax); i < count;
-         i = next.fetch_add(kCpuBatchMax)) {
-      kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
-                              std::min(kCpuBatchMax, count - i));
-    }
+  const auto runs = static_cast<std::uint32_t>((count + kCpuBatchMax - 1) / kCpuBatchMax);
+  run_on_threads(threads, runs, [&](std::uint32_t run) {
+    const std::int64_t i = run * kCpuBatchMax;
+    kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
+                            std::min(kCpuBatchMax, count - i));
   });
 }
 

@@ -52,7 +52,16 @@ struct Constants {
   T ema_kept;      // 1 - ema_weight
   T l1, cautious;  // 1 where that is the form of decay, else 0
 
-  WARPSTEP_FN bool selective() const { return l1 + cautious != 0; }
+  WARPSTEP_FN bool is_usual() const {
+    return coupled_decay == 0 && l1 + cautious == 0 && weight1 < T(0.5) && weight2 < T(0.5);
+  }
+};
+
+// How much of the rule a kernel can do; what it leaves out would be computed to no effect.
+enum class Part {
+  usual,    // where Constants::is_usual()
+  uniform,  // where the decay is neither l1 nor cautious
+  whole
 };
 
 template <class T>
@@ -140,11 +149,12 @@ WARPSTEP_FN float square_root(float a) { return __builtin_sqrtf(a); }
 WARPSTEP_FN double square_root(double a) { return __builtin_sqrt(a); }
 #endif
 
-// (1 - weight) * from + weight * to, written from the nearer end as torch.lerp is.
+// (1 - weight) * from + weight * to, written from the nearer end as torch.lerp is: from `from` if
+// weight is below one half.
 template <class T>
-WARPSTEP_FN T lerp(T from, T to, T weight, T complement) {
+WARPSTEP_FN T lerp(T from, T to, T weight, T complement, bool is_near) {
   const T difference = to - from;
-  return weight < T(0.5) ? fma_of(weight, difference, from) : fma_of(-complement, difference, to);
+  return is_near ? fma_of(weight, difference, from) : fma_of(-complement, difference, to);
 }
 
 template <class T>
@@ -172,22 +182,23 @@ WARPSTEP_FN T decay_of(const Constants<T>& c, T param, T update) {
   return c.l1 != 0 ? sign : kept;
 }
 
-// Only with kSelective may the form of decay be l1 or cautious.
-template <bool kAmsgrad, bool kSelective, class T>
+template <bool kAmsgrad, Part kPart, class T>
 WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& moments) {
+  constexpr bool kUsual = kPart == Part::usual;
   T g = grad * c.grad_factor;
-  if (c.coupled_decay != 0) g = fma_of(c.coupled_decay, param, g);
+  if (!kUsual && c.coupled_decay != 0) g = fma_of(c.coupled_decay, param, g);
 
   T& m = moments.exp_avg;
   T& v = moments.exp_avg_sq;
-  m = lerp(m, g, c.weight1, c.beta1);
-  const T kept = c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
+  m = lerp(m, g, c.weight1, c.beta1, kUsual || c.weight1 < T(0.5));
+  const T kept =
+      kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
   v = fma_of(c.weight2 * g, g, kept);
   T peak = v;
   if (kAmsgrad) peak = moments.max_exp_avg_sq = maximum(moments.max_exp_avg_sq, v);
 
   const T update = c.step_size * divide(m, square_root(peak) + c.eps_hat);
-  const T d = kSelective ? decay_of(c, param, update) : finite_or_zero(param);
+  const T d = kPart == Part::whole ? decay_of(c, param, update) : finite_or_zero(param);
   return param - fma_of(c.decay, d, update);
 }
 

@@ -1,19 +1,55 @@
-// The thread pool behind run_on_threads.
+// Sharing work out, and the threads that do it: torch's, or a pool of our own.
 #include "threads.h"
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace warpstep {
 namespace {
 
+// What each thread begins with; `next` may run past `end`.
+struct alignas(64) Share {
+  std::atomic<std::uint32_t> next;
+  std::uint32_t end;
+};
+
+class SharedWork {
+ public:
+  SharedWork(int shares, std::uint32_t count, const std::function<void(std::uint32_t)>& work)
+      : shares_(shares), work_(work) {
+    const auto begin_of = [&](int share) {
+      return static_cast<std::uint32_t>(std::uint64_t{count} * share / shares);
+    };
+    for (int i = 0; i < shares; ++i) {
+      shares_[i].next = begin_of(i);
+      shares_[i].end = begin_of(i + 1);
+    }
+  }
+
+  // One thread's part: a share, then what is left of those behind it, around.
+  void join(std::size_t first) {
+    for (std::size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(first + i) % shares_.size()];
+      for (std::uint32_t k = share.next++; k < share.end; k = share.next++) work_(k);
+    }
+  }
+
+ private:
+  std::vector<Share> shares_;
+  const std::function<void(std::uint32_t)>& work_;
+};
+
+// Our own threads. NOTE [torch's threads] says when they are needed.
 class ThreadPool {
  public:
   // Returns false, having done nothing, where another thread is using the pool.
-  bool run(int helpers, const std::function<void()>& work) {
+  bool run(int helpers, SharedWork& work) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
 
@@ -24,7 +60,7 @@ class ThreadPool {
       wanted_ = helpers;
     }
     wake_.notify_all();
-    work();
+    work.join(0);
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;  // who has not come yet is not needed any more
     left_.wait(lock, [this] { return working_ == 0; });
@@ -36,11 +72,11 @@ class ThreadPool {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return wanted_ > 0; });
-      --wanted_;
+      const int share = wanted_--;
       ++working_;
-      const std::function<void()>& work = *work_;
+      SharedWork& work = *work_;
       lock.unlock();
-      work();
+      work.join(static_cast<std::size_t>(share));
       lock.lock();
       if (--working_ == 0) left_.notify_one();
     }
@@ -51,7 +87,7 @@ class ThreadPool {
 
   std::mutex mutex_;  // guards what follows
   std::condition_variable wake_, left_;
-  const std::function<void()>* work_ = nullptr;
+  SharedWork* work_ = nullptr;
   int wanted_ = 0;   // helpers still to join
   int working_ = 0;  // helpers that have joined and not left
 };
@@ -70,10 +106,37 @@ ThreadPool& pool() {
   return *current;
 }
 
+// NOTE [torch's threads]
+// torch's are awake when a step comes, right after a backward pass: they spin for some milliseconds
+// before they sleep. Threads of ours would have to be woken, and then to wait for the cores that
+// torch's hold. But they do not outlive a fork, and GNU's OpenMP, which runs them, waits for them
+// in the child for ever.
+std::atomic<ParallelFor> parallel_for{nullptr};
+pid_t parallel_for_owner = 0;
+
+void join(std::int64_t first, std::int64_t, void* work) {
+  static_cast<SharedWork*>(work)->join(static_cast<std::size_t>(first));
+}
+
 }  // namespace
 
-void run_on_threads(int threads, const std::function<void()>& work) {
-  if (threads <= 1 || !pool().run(threads - 1, work)) work();
+void use_parallel_for(ParallelFor function) {
+  parallel_for_owner = getpid();
+  parallel_for = function;
+}
+
+bool uses_parallel_for() { return parallel_for != nullptr && parallel_for_owner == getpid(); }
+
+void run_on_threads(int threads, std::uint32_t count,
+                    const std::function<void(std::uint32_t)>& work) {
+  threads = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max(count, 1u)));
+  SharedWork shared(threads, count, work);
+  if (threads > 1) {
+    const bool done = uses_parallel_for() ? parallel_for(0, threads, 1, join, &shared) == 0
+                                          : pool().run(threads - 1, shared);
+    if (done) return;
+  }
+  shared.join(0);  // alone, what is left
 }
 
 }  // namespace warpstep

@@ -1,13 +1,26 @@
-// A few threads that run one function together.
+// Work shared out among a few threads.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 
 namespace warpstep {
 
-// Runs `work` on the calling thread and on up to `threads` - 1 others, and returns when all have
-// left it. The others may come late or not at all: `work` must take its share from common stock.
-// Not our own OpenMP: a second OpenMP runtime beside torch's would fight it for the cores.
-void run_on_threads(int threads, const std::function<void()>& work);
+// Calls work(0) to work(count - 1) once each, on the calling thread and on up to `threads` - 1
+// others, and returns when all is done. Each thread has a run of neighbours to begin with, the same
+// at each call, so that it finds in its core's caches what it left there; who has done with its own
+// takes from the others'. A thread that comes late, or that the machine does not run for a while,
+// thus holds up no more than what it has in hand.
+void run_on_threads(int threads, std::uint32_t count,
+                    const std::function<void(std::uint32_t)>& work);
+
+// Calls function(begin, end, context) for parts of a range, each on a thread; 0 if all is well.
+// What torch's C ABI has as torch_parallel_for.
+using ParallelFor = int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain,
+                            void (*function)(std::int64_t, std::int64_t, void*), void* context);
+
+// From now on the threads are this one's, in this process; null for our own.
+void use_parallel_for(ParallelFor function);
+bool uses_parallel_for();
 
 }  // namespace warpstep

@@ -226,16 +226,6 @@ def test_steps_of_another_kind_go_to_torch():
     assert warpstep.status().passed_on["a step that is not one float32 on the device"] >= 1
 
 
-def test_few_large_tensors_go_to_torch():
-    """Where torch is as fast, it steps: its bits."""
-    mine, theirs = model(sizes=[(2**19,)]), model(sizes=[(2**19,)])
-    train(torch.optim.AdamW(theirs, fused=True), theirs, steps=1)
-    optimizer = torch.optim.AdamW(mine, fused=True)
-    reasons = passed_on(lambda: train(optimizer, mine, steps=1))
-    assert reasons == ["few large float32 tensors, which torch steps as fast"]
-    assert torch.equal(mine[0], theirs[0])
-
-
 def test_integers_are_torchs_error():
     """torch's message, and nothing changed."""
     lists = [[torch.ones(3, dtype=torch.int64)] for _ in range(4)] + [[], [torch.ones(())]]

@@ -40,11 +40,11 @@ print(warpstep.backends.native()[0].uses_handles())
 
 def test_torchs_functions_are_used():
     """All torches so far have them; a new one without would be slower, and this should tell."""
-    assert run("import torch, warpstep" + STEP, WARPSTEP_HANDLES="1") == "True\n"
+    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="1") == "True\n"
 
 
 def test_a_variable_turns_them_off():
-    assert run("import torch, warpstep" + STEP, WARPSTEP_HANDLES="0") == "False\n"
+    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="0") == "False\n"
 
 
 BREAKS = {
@@ -67,7 +67,7 @@ torch.nn.Parameter._version = Version()
 def test_a_torch_that_differs_is_read_through_dlpack(broken):
     restore = "\nif '_version' in vars(torch.nn.Parameter): del torch.nn.Parameter._version\n"
     program = f"import torch\n{BREAKS[broken]}\nimport warpstep\nwarpstep.status(){restore}{STEP}"
-    assert run(program, WARPSTEP_HANDLES="1") == "False\n"
+    assert run(program, WARPSTEP_TORCH_ABI="1") == "False\n"
 
 
 def test_subclasses_are_read_too():

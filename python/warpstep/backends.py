@@ -16,8 +16,8 @@ from warpstep.version import __version__
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "WARPSTEP_BACKEND"
-# "0" has tensors read through DLPack only (csrc/torch_handles.h): slower, with the same results.
-HANDLES_VARIABLE = "WARPSTEP_HANDLES"
+# "0": no function of torch's C ABI is used (csrc/torch_handles.h). Slower, with the same results.
+TORCH_ABI_VARIABLE = "WARPSTEP_TORCH_ABI"
 
 _BUILD_HINT = "install a C++ compiler and reinstall warpstep (pip install --force-reinstall)"
 
@@ -37,7 +37,7 @@ def native() -> tuple[ModuleType | None, str]:
     if capsule is None:
         return None, f"torch {torch.__version__} has no DLPack C exchange API: 2.10 is the first"
     try:
-        _native.set_exchange_api(capsule, handles=os.environ.get(HANDLES_VARIABLE) != "0")
+        _native.set_exchange_api(capsule, torch_abi=os.environ.get(TORCH_ABI_VARIABLE) != "0")
     except RuntimeError as error:
         return None, str(error)
     return _native, ""
@@ -212,6 +212,7 @@ def status() -> Status:
         about = {"CPU code": module.cpu_instruction_set()}
         about["CUDA code"] = module.cuda_architectures or "none"
         about["tensors read through"] = "torch" if module.uses_handles() else "DLPack"
+        about["threads"] = "torch's" if module.uses_torchs_threads() else "its own"
         launches = module.launch_counts()
     kernel, _ = triton_kernel()
     launches["triton"] = 0 if kernel is None else kernel.launches
