@@ -246,7 +246,7 @@ extern "C" void run(const Hyper* hyper, float step, float grad_scale, long numel
   const Constants<float> c = constants_of<float>(*hyper, step, tail);
   for (long i = 0; i < numel; ++i) {
     Moments<float> moments{load(m[i]), load(v[i]), load(peak[i])};
-    store(adamw_rule<true, false>(c, load(param[i]), load(grad[i]), moments), param[i]);
+    store(adamw_rule<true, Part::whole>(c, load(param[i]), load(grad[i]), moments), param[i]);
     store(moments.exp_avg, m[i]);
     store(moments.exp_avg_sq, v[i]);
     store(moments.max_exp_avg_sq, peak[i]);
