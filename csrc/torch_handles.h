@@ -62,7 +62,7 @@ class TorchHandles {
   }
   void fetch_parts(Handle tensor) const {
     void* const* const body = static_cast<void* const*>(*tensor);
-    for (int word = 2; word < 6; ++word) {  // behind its own table of functions and its references
+    for (int word = 2; word < 6; ++word) {  // behind its table of functions and its references
       if (body[word] == nullptr) continue;
       __builtin_prefetch(body[word]);
       __builtin_prefetch(static_cast<const char*>(body[word]) + 63);
