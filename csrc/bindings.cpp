@@ -36,7 +36,8 @@ RecipeKey recipe_named(const std::string& param, const std::string& grad, const 
 float* float_stream(py::handle tensor, std::int64_t count) {
   TensorView view;
   if (!tensor_reader().read(tensor.ptr(), view) || !view.known_format ||
-      view.format != Format::float32 || view.device.type != dlpack::cpu || view.numel() != count) {
+      view.format != Format::float32 || view.device.type != dlpack::cpu || view.numel() != count ||
+      view.data == nullptr) {
     throw py::type_error("four float32 CPU tensors of one size are needed");
   }
   return static_cast<float*>(view.data);
@@ -75,9 +76,8 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("touch_streams", [](py::object param, py::object grad, py::object exp_avg,
                             py::object exp_avg_sq, int threads) {
-    TensorView view;
-    tensor_reader().read(param.ptr(), view);
-    const std::int64_t count = view.numel();
+    TensorView view{};
+    const std::int64_t count = tensor_reader().read(param.ptr(), view) ? view.numel() : -1;
     float* const streams[] = {float_stream(param, count), float_stream(grad, count),
                               float_stream(exp_avg, count), float_stream(exp_avg_sq, count)};
     py::gil_scoped_release release;

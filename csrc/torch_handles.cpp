@@ -9,9 +9,10 @@ namespace py = pybind11;
 namespace warpstep {
 namespace {
 
-// c10::ScalarType and c10::DeviceType, as the C ABI has them.
+// c10::ScalarType, c10::Layout and c10::DeviceType, as the C ABI has them.
 constexpr std::int32_t kHalf = 5, kFloat = 6, kDouble = 7, kComplexHalf = 8, kComplexFloat = 9,
                        kComplexDouble = 10, kBFloat16 = 15;
+constexpr std::int32_t kStrided = 0;
 constexpr std::int32_t kCpu = 0, kCuda = 1;
 
 bool set_format(std::int32_t dtype, TensorView& view) {
@@ -57,12 +58,12 @@ ParallelFor find_parallel_for() {
 
 bool TorchHandles::read(Handle tensor, TensorView& view) const {
   std::int64_t ndim;
-  std::int32_t dtype, device, index = 0;
+  std::int32_t dtype, layout, device, index = 0;
   if (functions_.get_data_ptr(tensor, &view.data) != 0 || functions_.get_dim(tensor, &ndim) != 0 ||
       functions_.get_sizes(tensor, &view.shape) != 0 ||
       functions_.get_strides(tensor, &view.strides) != 0 ||
-      functions_.get_dtype(tensor, &dtype) != 0 ||
-      functions_.get_device_type(tensor, &device) != 0) {
+      functions_.get_dtype(tensor, &dtype) != 0 || functions_.get_layout(tensor, &layout) != 0 ||
+      layout != kStrided || functions_.get_device_type(tensor, &device) != 0) {
     return false;
   }
   view.ndim = static_cast<std::int32_t>(ndim);
@@ -99,6 +100,7 @@ bool TorchHandles::find_functions(Functions& functions) {
          find("aoti_torch_get_sizes", functions.get_sizes) &&
          find("aoti_torch_get_strides", functions.get_strides) &&
          find("aoti_torch_get_dtype", functions.get_dtype) &&
+         find("aoti_torch_get_layout", functions.get_layout) &&
          find("aoti_torch_get_device_type", functions.get_device_type) &&
          find("aoti_torch_get_device_index", functions.get_device_index) &&
          find("aoti_torch_is_defined", functions.is_defined) &&

@@ -76,6 +76,7 @@ class TorchHandles {
     int (*get_sizes)(Handle, const std::int64_t**);
     int (*get_strides)(Handle, const std::int64_t**);
     int (*get_dtype)(Handle, std::int32_t*);
+    int (*get_layout)(Handle, std::int32_t*);
     int (*get_device_type)(Handle, std::int32_t*);
     int (*get_device_index)(Handle, std::int32_t*);
     int (*is_defined)(Handle, bool*);

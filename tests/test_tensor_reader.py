@@ -70,6 +70,36 @@ def test_a_torch_that_differs_is_read_through_dlpack(broken):
     assert run(program, WARPSTEP_TORCH_ABI="1") == "False\n"
 
 
+ODD = {
+    "meta": lambda: torch.empty(4, device="meta"),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "csr": lambda: torch.eye(2).to_sparse_csr(),
+    "mkldnn": lambda: torch.ones(2, 2).to_mkldnn(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "integers": lambda: torch.ones(4, dtype=torch.int32),
+    "freed": lambda: freed(torch.ones(4)),
+    "zeros without memory": lambda: torch._efficientzerotensor(4),
+    "no tensor": lambda: 4.0,
+}
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("odd", ODD)
+def test_what_has_no_plain_memory_is_not_read(odd):
+    """Nor written to: touch_streams reads its arguments as every step does."""
+    touch_streams = warpstep.backends.native()[0].touch_streams
+    plain = [torch.ones(4) for _ in range(3)]
+    for place in range(4):
+        with pytest.raises(TypeError, match="four float32 CPU tensors"):
+            touch_streams(*plain[:place], ODD[odd](), *plain[place:], 1)
+    assert all((t == 1).all() for t in plain)
+
+
 def test_subclasses_are_read_too():
     class Weight(torch.nn.Parameter):
         pass
