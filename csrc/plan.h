@@ -100,6 +100,7 @@ class Plan {
     dlpack::Device device{};  // its first parameter's
     std::vector<TensorRow> rows;
     std::vector<void*> grads;
+    std::vector<py::object> held_grads;  // that Python was asked for, alive until the next step
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;

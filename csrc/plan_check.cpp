@@ -103,6 +103,7 @@ bool Plan::has_shared_grads() const {
 
 const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
   for (Bucket& bucket : buckets_) {
+    bucket.held_grads.clear();
     bucket.copied_grads.clear();
     bucket.copied_from.clear();
   }
@@ -332,7 +333,8 @@ const char* Plan::check_param(const BoundParam& bound) const {
 const char* Plan::gather_grad(const BoundParam& bound) {
   const TensorReader& reader = tensor_reader();
   TensorView view;
-  const TensorReader::Grad grad = reader.read_grad(bound.param, view);
+  py::object held;
+  const TensorReader::Grad grad = reader.read_grad(bound.param, view, held);
   if (bound.assignment == no_state) {
     return grad == TensorReader::Grad::none ? nullptr : "a parameter got its first gradient";
   }
@@ -345,12 +347,13 @@ const char* Plan::gather_grad(const BoundParam& bound) {
     slot = nullptr;
     return nullptr;
   }
+  if (held) bucket.held_grads.push_back(held);
   if (grad == TensorReader::Grad::unreadable ||
       !is_like_param(bound, view, bucket.spec.recipe.grad)) {
     return "a gradient's kind changed";
   }
-  // A lazily negated or conjugated gradient is a view of complex numbers: complex itself, or with
-  // strides of its own, which a scalar does not have.
+  // What torch makes lazily negated or conjugated is a view of complex numbers: complex itself, or
+  // with strides of its own, which a scalar does not have.
   const bool one = numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
     bucket.copied_from.push_back(gradient_of(bound.param));

@@ -51,6 +51,14 @@ bool format_of(std::uint8_t code, int bits, Format& format) {
   return (code == dlpack::real || code == dlpack::complex) && bits >= 16 && bits <= 64;
 }
 
+std::size_t storage_bytes(PyObject* tensor) {
+  try {
+    return py::handle(tensor).attr("untyped_storage")().attr("nbytes")().cast<std::size_t>();
+  } catch (const std::exception&) {  // it has none
+    return 0;
+  }
+}
+
 }  // namespace
 
 TensorReader::TensorReader(PyObject* capsule, std::optional<TorchHandles> handles)
@@ -80,13 +88,16 @@ bool TensorReader::read_exchanged(PyObject* object, TensorView& view) const {
   view.ndim = tensor.ndim;
   view.shape = tensor.shape;
   view.strides = tensor.strides;
+  // What is freed has its offset for an address.
+  if (is_low(view.data) && storage_bytes(object) == 0) view.data = nullptr;
   return true;
 }
 
-TensorReader::Grad TensorReader::read_python_grad(PyObject* param, TensorView& view) const {
-  const py::object grad = gradient_of(param);  // which the parameter keeps alive
-  if (grad.is_none()) return Grad::none;
-  return read_exchanged(grad.ptr(), view) ? Grad::readable : Grad::unreadable;
+TensorReader::Grad TensorReader::read_python_grad(PyObject* param, TensorView& view,
+                                                  py::object& held) const {
+  held = gradient_of(param);
+  if (held.is_none()) return Grad::none;
+  return read_exchanged(held.ptr(), view) ? Grad::readable : Grad::unreadable;
 }
 
 bool TensorReader::is_grad(PyObject* grad, PyObject* param) const {
@@ -97,8 +108,12 @@ bool TensorReader::is_grad(PyObject* grad, PyObject* param) const {
 }
 
 std::int64_t TensorReader::version_of(PyObject* tensor) const {
-  if (const TorchHandles::Handle handle = handle_of(tensor)) return handles_->version_of(handle);
-  return py::handle(tensor).attr("_version").cast<std::int64_t>();
+  try {
+    if (const TorchHandles::Handle handle = handle_of(tensor)) return handles_->version_of(handle);
+    return py::handle(tensor).attr("_version").cast<std::int64_t>();
+  } catch (const std::exception&) {  // an inference tensor has no counter
+    return 0;
+  }
 }
 
 void TensorReader::increment_version(PyObject* tensor) const {

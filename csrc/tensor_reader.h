@@ -36,15 +36,16 @@ class TensorReader {
     return (handle != nullptr && handles_->read(handle, view)) || read_exchanged(tensor, view);
   }
 
-  // A parameter's gradient.
+  // A parameter's gradient. Where Python is asked for it, `held` is what it gives, which the view
+  // needs alive: a property may make a new tensor each time.
   enum class Grad { none, readable, unreadable };
-  Grad read_grad(PyObject* param, TensorView& view) const {
+  Grad read_grad(PyObject* param, TensorView& view, py::object& held) const {
     if (const TorchHandles::Handle handle = handle_of(param)) {
       const TorchHandles::Handle grad = handles_->grad_of(handle);
       if (grad == nullptr) return Grad::none;
       if (handles_->read(grad, view)) return Grad::readable;
     }
-    return read_python_grad(param, view);
+    return read_python_grad(param, view, held);
   }
   bool is_grad(PyObject* grad, PyObject* param) const;
 
@@ -79,7 +80,7 @@ class TensorReader {
     return handles_ ? handles_->of(tensor) : nullptr;
   }
   bool read_exchanged(PyObject* tensor, TensorView& view) const;
-  Grad read_python_grad(PyObject* param, TensorView& view) const;
+  Grad read_python_grad(PyObject* param, TensorView& view, py::object& held) const;
 
   const dlpack::ExchangeApi* api_;
   std::optional<TorchHandles> handles_;

@@ -18,6 +18,11 @@ struct Device {
 
 }  // namespace dlpack
 
+// Whether an address may be a mere offset into a storage that was freed: then the storage is asked.
+inline bool is_low(const void* address) {
+  return reinterpret_cast<std::uintptr_t>(address) < std::uintptr_t{1} << 40;
+}
+
 // Shape and strides belong to the tensor.
 struct TensorView {
   void* data;

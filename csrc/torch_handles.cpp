@@ -42,8 +42,12 @@ PyTypeObject* type_of(py::handle module, const char* name) {
 // A function of torch's, or of a library that torch's module is linked with; false without.
 template <class Function>
 bool find(const char* name, Function& function) {
-  const auto path = py::module_::import("torch").attr("_C").attr("__file__").cast<std::string>();
-  void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  static void* const library = [] {
+    const py::object path =
+        py::getattr(py::module_::import("torch").attr("_C"), "__file__", py::none());
+    const bool known = py::isinstance<py::str>(path);
+    return known ? dlopen(path.cast<std::string>().c_str(), RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+  }();
   function = library ? reinterpret_cast<Function>(dlsym(library, name)) : nullptr;
   return function != nullptr;
 }
@@ -65,6 +69,10 @@ bool TorchHandles::read(Handle tensor, TensorView& view) const {
       functions_.get_dtype(tensor, &dtype) != 0 || functions_.get_layout(tensor, &layout) != 0 ||
       layout != kStrided || functions_.get_device_type(tensor, &device) != 0) {
     return false;
+  }
+  std::int64_t bytes = 1;
+  if (is_low(view.data) && functions_.get_storage_size(tensor, &bytes) == 0 && bytes == 0) {
+    view.data = nullptr;
   }
   view.ndim = static_cast<std::int32_t>(ndim);
   view.known_format = set_format(dtype, view);
@@ -88,7 +96,8 @@ std::optional<TorchHandles> TorchHandles::make() {
         !handles.answers_as_expected()) {
       return std::nullopt;
     }
-  } catch (const py::error_already_set&) {  // an attribute that this torch does not have
+  } catch (
+      const std::exception&) {  // an attribute that this torch does not have, or of another type
     return std::nullopt;
   }
   return handles;
@@ -96,6 +105,7 @@ std::optional<TorchHandles> TorchHandles::make() {
 
 bool TorchHandles::find_functions(Functions& functions) {
   return find("aoti_torch_get_data_ptr", functions.get_data_ptr) &&
+         find("aoti_torch_get_storage_size", functions.get_storage_size) &&
          find("aoti_torch_get_dim", functions.get_dim) &&
          find("aoti_torch_get_sizes", functions.get_sizes) &&
          find("aoti_torch_get_strides", functions.get_strides) &&

@@ -72,6 +72,7 @@ class TorchHandles {
  private:
   struct Functions {
     int (*get_data_ptr)(Handle, void**);
+    int (*get_storage_size)(Handle, std::int64_t*);
     int (*get_dim)(Handle, std::int64_t*);
     int (*get_sizes)(Handle, const std::int64_t**);
     int (*get_strides)(Handle, const std::int64_t**);

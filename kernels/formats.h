@@ -126,6 +126,7 @@ WARPSTEP_FN void store(float x, bfloat16& to) {
 }
 
 // Two neighbours at once, as one number of twice the bits: half the instructions of two.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first is the lower half");
 WARPSTEP_FN void load_pair(const bfloat16* from, float (&x)[2]) {
   std::uint32_t bits;
   std::memcpy(&bits, from, sizeof(bits));

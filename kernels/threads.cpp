@@ -1,12 +1,14 @@
 // Sharing work out, and the threads that do it: torch's, or a pool of our own.
 #include "threads.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -53,11 +55,14 @@ class ThreadPool {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
 
-    for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();
+    try {
+      for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {  // the system has no more: those that there are will do
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       work_ = &work;
-      wanted_ = helpers;
+      wanted_ = std::min(helpers, started_);
     }
     wake_.notify_all();
     work.join(0);
@@ -92,27 +97,31 @@ class ThreadPool {
   int working_ = 0;  // helpers that have joined and not left
 };
 
-// After a fork the parent's threads do not exist in the child, which gets a pool of its own. Pools
-// are never destroyed: their threads may outlive static destructors.
-ThreadPool& pool() {
-  static std::mutex mutex;
-  static ThreadPool* current = nullptr;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (current == nullptr || owner != getpid()) {
-    current = new ThreadPool;
-    owner = getpid();
-  }
-  return *current;
-}
-
 // NOTE [torch's threads]
 // torch's are awake when a step comes, right after a backward pass: they spin for some milliseconds
 // before they sleep. Threads of ours would have to be woken, and then to wait for the cores that
-// torch's hold. But they do not outlive a fork, and GNU's OpenMP, which runs them, waits for them
-// in the child for ever.
+// torch's hold. But no thread outlives a fork, and GNU's OpenMP, which runs torch's, waits for them
+// in the child for ever: there our own do the work, begun anew. Pools are never destroyed, as their
+// threads may outlive static destructors.
 std::atomic<ParallelFor> parallel_for{nullptr};
-pid_t parallel_for_owner = 0;
+std::atomic<ThreadPool*> pool{nullptr};
+std::atomic<bool> is_forked{false};
+
+void after_fork() {
+  is_forked = true;
+  parallel_for = nullptr;
+  pool = nullptr;
+}
+const int watches_forks = pthread_atfork(nullptr, nullptr, after_fork);
+
+ThreadPool& our_pool() {
+  ThreadPool* current = pool;
+  if (current == nullptr) {
+    auto made = std::make_unique<ThreadPool>();
+    if (pool.compare_exchange_strong(current, made.get())) current = made.release();
+  }
+  return *current;
+}
 
 void join(std::int64_t first, std::int64_t, void* work) {
   static_cast<SharedWork*>(work)->join(static_cast<std::size_t>(first));
@@ -121,19 +130,19 @@ void join(std::int64_t first, std::int64_t, void* work) {
 }  // namespace
 
 void use_parallel_for(ParallelFor function) {
-  parallel_for_owner = getpid();
-  parallel_for = function;
+  if (!is_forked) parallel_for = function;
 }
 
-bool uses_parallel_for() { return parallel_for != nullptr && parallel_for_owner == getpid(); }
+bool uses_parallel_for() { return parallel_for != nullptr; }
 
 void run_on_threads(int threads, std::uint32_t count,
                     const std::function<void(std::uint32_t)>& work) {
   threads = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max(count, 1u)));
   SharedWork shared(threads, count, work);
   if (threads > 1) {
-    const bool done = uses_parallel_for() ? parallel_for(0, threads, 1, join, &shared) == 0
-                                          : pool().run(threads - 1, shared);
+    const ParallelFor torchs = parallel_for;
+    const bool done = torchs != nullptr ? torchs(0, threads, 1, join, &shared) == 0
+                                        : our_pool().run(threads - 1, shared);
     if (done) return;
   }
   shared.join(0);  // alone, what is left

@@ -19,7 +19,8 @@ void run_on_threads(int threads, std::uint32_t count,
 using ParallelFor = int (*)(std::int64_t begin, std::int64_t end, std::int64_t grain,
                             void (*function)(std::int64_t, std::int64_t, void*), void* context);
 
-// From now on the threads are this one's, in this process; null for our own.
+// From now on the threads are this one's; null for our own. Forked children have our own in any
+// case.
 void use_parallel_for(ParallelFor function);
 bool uses_parallel_for();
 

@@ -38,6 +38,18 @@ def test_agrees_with_averaged_model(backend, decay):
         torch.testing.assert_close(averages[param], expected.detach(), rtol=0, atol=bound)
 
 
+def test_with_no_decay_the_average_is_the_weight(backend):
+    """Exactly: written from the nearer end, or a large average would leave its rounding behind."""
+    param = nn.Parameter(torch.full((70,), 1e8))
+    optimizer = warpstep.AdamW([param], weight_decay=0.0, ema_decay=0.0, backend=backend)
+    param.grad = torch.ones(70)
+    optimizer.step()
+    with torch.no_grad():
+        param.fill_(1.2345)
+    optimizer.step()
+    assert torch.equal(optimizer.ema_parameters()[param], param.detach())
+
+
 def test_a_decay_by_the_step(backend):
     """A callable is given the number of steps taken; a restart goes on counting."""
     seen = []

@@ -34,10 +34,12 @@ pytestmark = [
 ]
 
 
-def run_suite(backend, files, may_skip=False, **environment):
-    """Runs the tests of one backend in a process of its own; how many passed, and all must."""
+def run_suite(name, files, may_skip=False, **environment):
+    """Runs tests by what is in their names, a backend's say, in a process of their own; how many
+    passed, and all must.
+    """
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", backend, *files],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", name, *files],
         cwd=ROOT / "tests",
         env={**os.environ, **environment},
         capture_output=True,
@@ -99,3 +101,9 @@ def test_reading_through_dlpack():
     # Some changes of theirs do not go with each case.
     passed = run_suite("cpu", files, may_skip=True, WARPSTEP_TORCH_ABI="0")
     assert passed > 400
+
+
+def test_without_torchs_threads():
+    assert (
+        run_suite("test", ["test_threads.py", "test_tensor_reader.py"], WARPSTEP_TORCH_ABI="0") > 20
+    )

@@ -52,3 +52,18 @@ def test_storing_rounds_to_nearest_even(backend, device, dtype):
     optimizer.step()
     stored = optimizer.state[param]["exp_avg"].cpu()
     assert torch.equal(stored.view(torch.int16), values.to(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_nan_of_any_pattern_is_stored_as_one(backend, device, dtype):
+    """Rounding must not carry a NaN's bits over into a number: 0x7fffffff into -0."""
+    patterns = [0x7FFFFFFF, 0x7FC00000, 0x7F800001, 0x7FFF8000, 0xFFFFFFFF, 0xFF800001]
+    values = torch.from_numpy(np.array(patterns, dtype=np.uint32).view(np.float32))
+    param = Parameter(torch.zeros(len(patterns), dtype=dtype, device=device))
+    param.grad_dtype = torch.float32
+    param.grad = values.to(device)
+    optimizer = warpstep.AdamW([param], betas=(0.0, 0.5), backend=backend)
+    optimizer.step()
+    state = optimizer.state[param]
+    for stored in (param.detach(), state["exp_avg"], state["exp_avg_sq"]):
+        assert stored.isnan().all()

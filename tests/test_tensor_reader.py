@@ -1,6 +1,6 @@
 """How tensors are read: through torch's own functions (csrc/torch_handles.h), or through DLPack.
 
-That both give the same is tested by the suite, which test_elsewhere.py runs again through DLPack.
+test_elsewhere.py runs the tests of odd and of changing tensors again through DLPack.
 """
 
 import os
@@ -26,6 +26,7 @@ def run(program, **environment):
 
 
 STEP = """
+torch.set_default_device(None)
 p = torch.nn.Parameter(torch.ones(5))
 optimizer = warpstep.AdamW([p], backend="cpu")
 for _ in range(2):
@@ -34,17 +35,18 @@ for _ in range(2):
     optimizer.step()
     assert p._version == version + 1
 assert (p < 1).all()
-print(warpstep.backends.native()[0].uses_handles())
+native = warpstep.backends.native()[0]
+print(native.uses_handles(), native.uses_torchs_threads())
 """
 
 
 def test_torchs_functions_are_used():
     """All torches so far have them; a new one without would be slower, and this should tell."""
-    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="1") == "True\n"
+    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="1") == "True True\n"
 
 
 def test_a_variable_turns_them_off():
-    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="0") == "False\n"
+    assert run("import torch, warpstep" + STEP, WARPSTEP_TORCH_ABI="0") == "False False\n"
 
 
 BREAKS = {
@@ -54,6 +56,7 @@ make, other = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor, torch.ones(1)
 torch._C._aoti.unsafe_alloc_void_ptr_from_tensor = lambda tensor: make(other)
 """,
     "another module": "torch._C.__file__ = '/nowhere/_C.so'",
+    "no file of its module": "del torch._C.__file__",
     "another answer": """
 class Version:
     def __get__(self, tensor, owner=None):
@@ -66,8 +69,25 @@ torch.nn.Parameter._version = Version()
 @pytest.mark.parametrize("broken", BREAKS)
 def test_a_torch_that_differs_is_read_through_dlpack(broken):
     restore = "\nif '_version' in vars(torch.nn.Parameter): del torch.nn.Parameter._version\n"
-    program = f"import torch\n{BREAKS[broken]}\nimport warpstep\nwarpstep.status(){restore}{STEP}"
-    assert run(program, WARPSTEP_TORCH_ABI="1") == "False\n"
+    program = f"import torch\n{BREAKS[broken]}\nimport warpstep{restore}{STEP}"
+    threads = "False" if "module" in broken else "True"
+    assert run(program, WARPSTEP_TORCH_ABI="1") == f"False {threads}\n"
+
+
+MODES = {
+    "default device": "torch.set_default_device('meta')\nimport warpstep",
+    "inference": "with torch.inference_mode(): import warpstep",
+    "fake tensors": """
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode(): import warpstep""",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_not_in_the_way(mode):
+    """torch is tried out when warpstep is imported, whatever is switched on then."""
+    program = f"import torch\n{MODES[mode]}\n{STEP}"
+    assert run(program, WARPSTEP_TORCH_ABI="1") == "True True\n"
 
 
 ODD = {
@@ -114,6 +134,41 @@ def test_subclasses_are_read_too():
         reference.step()
         assert ours._version == version + 1
     torch.testing.assert_close(ours.data, torchs.data, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_that_is_a_property():
+    """Asked for in Python, and held: each time it is a new tensor."""
+
+    class Weight(torch.nn.Parameter):
+        @property
+        def grad(self):
+            return getattr(self, "main", torch.zeros(4)) * 1.0
+
+        @grad.setter
+        def grad(self, value):
+            self.main = value
+
+    ours, torchs = Weight(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
+    optimizer = warpstep.AdamW([ours], backend="cpu")
+    reference = torch.optim.AdamW([torchs], fused=True)
+    for _ in range(3):
+        ours.grad = torchs.grad = torch.tensor([1.0, -2.0, 3.0, 1e-3])
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours.data, torchs.data, rtol=1e-6, atol=0)
+
+
+def test_a_freed_gradient_at_an_offset():
+    """As flat buffers have them: its address is not null, but its offset."""
+    param = torch.nn.Parameter(torch.ones(6))
+    optimizer = warpstep.AdamW([param], backend="cpu")
+    param.grad = torch.ones(12)[6:]
+    optimizer.step()
+    before = param.detach().clone()
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="its storage was freed"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 def test_inference_tensors_have_no_version_to_count():

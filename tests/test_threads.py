@@ -60,6 +60,31 @@ def test_a_forked_child_steps(torch_abi):
     assert done.stdout == "0\n", done.stderr
 
 
+LATE = """
+import multiprocessing, numpy, torch, warpstep
+
+def work():
+    tensors = [torch.from_numpy(numpy.full(2**20, x, numpy.float32)) for x in (1, 1, 0, 0)]
+    lists = [[tensor] for tensor in tensors]
+    warpstep.functional.adamw_(
+        *lists, [], [torch.tensor(0.0)], lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.0,
+        eps=1e-8, amsgrad=False, maximize=False,
+    )
+
+torch.ones(2**22).add_(1)
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+child.join(60)
+print(child.exitcode)
+child.kill()
+"""
+
+
+def test_a_forked_child_takes_the_first_step_of_all():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
+
+
 def test_threads_that_step_at_once():
     """Each with its optimizer: they take turns or work side by side, and the bits are the same."""
     expected = stepped()

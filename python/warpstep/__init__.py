@@ -1,7 +1,7 @@
 """warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
 
 from warpstep import functional, torch_ops
-from warpstep.backends import status
+from warpstep.backends import native, status
 from warpstep.optimizer import Adam, AdamW
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
@@ -20,4 +20,5 @@ __all__ = [
     "torch_ops",
 ]
 
+native()  # torch's functions are found and tried now: a fork may come between this and the first step
 enable_if_asked()

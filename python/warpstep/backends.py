@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,14 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Tensors made inside are plain ones on the CPU, whatever the caller has switched on."""
+    disabled = getattr(torch.utils._python_dispatch, "_disable_current_modes", nullcontext)
+    with torch.inference_mode(False), disabled(), torch.device("cpu"):
+        yield
+
+
 @functools.cache
 def native() -> tuple[ModuleType | None, str]:
     """The native module, or None and the reason why there is none."""
@@ -37,7 +47,9 @@ def native() -> tuple[ModuleType | None, str]:
     if capsule is None:
         return None, f"torch {torch.__version__} has no DLPack C exchange API: 2.10 is the first"
     try:
-        _native.set_exchange_api(capsule, torch_abi=os.environ.get(TORCH_ABI_VARIABLE) != "0")
+        with _no_modes():
+            wanted = os.environ.get(TORCH_ABI_VARIABLE) != "0"
+            _native.set_exchange_api(capsule, torch_abi=wanted)
     except RuntimeError as error:
         return None, str(error)
     return _native, ""

@@ -39,7 +39,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_freed(tensor: Tensor) -> bool:
     """Whether the tensor has elements and no memory."""
-    return is_plain(tensor) and tensor.numel() > 0 and tensor.data_ptr() == 0
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return False
+    return tensor.data_ptr() == 0 or tensor.untyped_storage().nbytes() == 0
 
 
 def is_dense(tensor: Tensor) -> bool:
