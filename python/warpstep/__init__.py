@@ -20,5 +20,5 @@ __all__ = [
     "torch_ops",
 ]
 
-native()  # torch's functions are found and tried now: a fork may come between this and the first step
+native()  # finds and tries torch's functions now: a fork may come before the first step
 enable_if_asked()
