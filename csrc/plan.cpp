@@ -294,6 +294,7 @@ void Plan::increment_versions(bool zero_grads) {
     reader.increment_version(bound.param);
     if (zero_grads) reader.increment_version(gradient_of(bound.param).ptr());
   }
+  for (Bucket& bucket : buckets_) bucket.held_grads.clear();  // the launches are on their way
   if (!zero_grads) return;
   for (Bucket& bucket : buckets_) {
     for (const py::object& grad : bucket.copied_from) grad.attr("detach")().attr("zero_")();

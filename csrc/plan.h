@@ -43,8 +43,9 @@ struct DeviceTables {
 
 // NOTE [how long gradients live]
 // `grads` are addresses, good until the next check. `copied_grads` (laid out as their parameters)
-// and `copied_from` (what they are copies of) live until then. `remembered_` is what a clipping has
-// measured: the gradients themselves, until a step has used it or forget_grads() is called.
+// and `copied_from` (what they are copies of) live until then, `held_grads` until the launch.
+// `remembered_` is what a clipping has measured: the gradients themselves, until a step has used it
+// or forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
@@ -65,7 +66,7 @@ class Plan {
     std::size_t remembered, kept, unwritten;
   };
   Unchanged compare_grads() const;
-  void forget_grads() { remembered_.clear(); }
+  void forget_grads();
   // How many gradients were gathered last.
   std::size_t count_grads() const;
   // Whether two parameters have one gradient, so that one must not zero it for the other.
@@ -100,7 +101,7 @@ class Plan {
     dlpack::Device device{};  // its first parameter's
     std::vector<TensorRow> rows;
     std::vector<void*> grads;
-    std::vector<py::object> held_grads;  // that Python was asked for, alive until the next step
+    std::vector<py::object> held_grads;  // that Python was asked for, alive until they are used
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;

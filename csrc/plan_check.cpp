@@ -70,6 +70,11 @@ const char* Plan::gather_grads(py::handle param_groups) {
   return check_groups(param_groups.ptr(), true);
 }
 
+void Plan::forget_grads() {
+  remembered_.clear();
+  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+}
+
 Plan::Unchanged Plan::compare_grads() const {
   Unchanged found{remembered_.size(), 0, 0};
   const TensorReader& reader = tensor_reader();
