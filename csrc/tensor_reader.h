@@ -65,11 +65,11 @@ class TensorReader {
     const TorchHandles::Handle handle = handle_of(tensor);
     if (handle == nullptr) return;
     if (stage == 1) return handles_->fetch(handle);
-    if (stage == 2) return handles_->fetch_parts(handle);
+    if (stage == 2) return handles_->fetch_parts(handle, !with_grad);
     const TorchHandles::Handle grad = with_grad ? handles_->grad_of(handle) : nullptr;
     if (grad == nullptr) return;
     if (stage == 3) return handles_->fetch(grad);
-    handles_->fetch_parts(grad);
+    handles_->fetch_parts(grad, true);
   }
 
   // The stream that torch would launch on now.

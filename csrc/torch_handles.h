@@ -54,15 +54,17 @@ class TorchHandles {
   std::int64_t version_of(Handle tensor) const { return functions_.version(tensor); }
   void bump_version(Handle tensor) const { functions_.bump_version(tensor); }
 
-  // What a tensor is, and what that points to (its storage, what autograd knows of it, its version
-  // counter), brought into the caches. To be called some time apart, in this order.
+  // What a tensor is, and what that points to (its storage; what autograd knows of it and its
+  // version counter, if these will be looked at), brought into the caches. To be called some time
+  // apart, in this order.
   void fetch(Handle tensor) const {
     const char* const body = static_cast<const char*>(*tensor);
     for (int line = 0; line < 3; ++line) __builtin_prefetch(body + 64 * line);
   }
-  void fetch_parts(Handle tensor) const {
+  void fetch_parts(Handle tensor, bool only_storage) const {
     void* const* const body = static_cast<void* const*>(*tensor);
-    for (int word = 2; word < 6; ++word) {  // behind its table of functions and its references
+    const int end = only_storage ? 3 : 6;
+    for (int word = 2; word < end; ++word) {  // behind its table of functions and its references
       if (body[word] == nullptr) continue;
       __builtin_prefetch(body[word]);
       __builtin_prefetch(static_cast<const char*>(body[word]) + 63);
