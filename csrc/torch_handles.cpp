@@ -17,22 +17,12 @@ constexpr std::int32_t kCpu = 0, kCuda = 1;
 
 bool set_format(std::int32_t dtype, TensorView& view) {
   view.is_complex = dtype >= kComplexHalf && dtype <= kComplexDouble;
-  switch (view.is_complex ? dtype - (kComplexHalf - kHalf) : dtype) {
-    case kHalf:
-      view.format = Format::float16;
-      return true;
-    case kFloat:
-      view.format = Format::float32;
-      return true;
-    case kDouble:
-      view.format = Format::float64;
-      return true;
-    case kBFloat16:
-      view.format = Format::bfloat16;
-      return true;
-    default:
-      return false;
-  }
+  const std::int32_t real = view.is_complex ? dtype - (kComplexHalf - kHalf) : dtype;
+  view.format = real == kDouble  ? Format::float64
+                : real == kFloat ? Format::float32
+                : real == kHalf  ? Format::float16
+                                 : Format::bfloat16;
+  return (real >= kHalf && real <= kDouble) || real == kBFloat16;
 }
 
 PyTypeObject* type_of(py::handle module, const char* name) {
@@ -96,8 +86,7 @@ std::optional<TorchHandles> TorchHandles::make() {
         !handles.answers_as_expected()) {
       return std::nullopt;
     }
-  } catch (
-      const std::exception&) {  // an attribute that this torch does not have, or of another type
+  } catch (const std::exception&) {  // this torch lacks an attribute, or it is of another type
     return std::nullopt;
   }
   return handles;
