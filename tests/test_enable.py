@@ -1,7 +1,5 @@
 """warpstep.enable(): torch's fused optimizers on warpstep's kernels, in torch's semantics."""
 
-import os
-import subprocess
 import sys
 import threading
 
@@ -16,7 +14,7 @@ from warpstep import lists as native_lists
 from warpstep import override, shortcut
 from warpstep.backends import BackendUnavailableError
 
-SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2  # many enough never to be left to torch
+SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2
 CLASSES = [torch.optim.AdamW, torch.optim.Adam]
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
@@ -467,52 +465,6 @@ def test_status():
     assert "torch's fused optimizers: own" in str(status)
     with warpstep.enabled():
         assert "torch's fused optimizers: warpstep on CPU" in str(warpstep.status())
-
-
-PROGRAM = """
-import torch
-{first}
-import warpstep
-kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
-params = [torch.nn.Parameter(torch.ones(3)) for _ in range(9)]
-for p in params:
-    p.grad = torch.ones(3)
-{then}
-torch.optim.AdamW(params, fused=True).step()
-warpstep.status()
-print(warpstep.status().enabled, warpstep.status().taken)
-"""
-
-
-def run(first="", then="", **environment):
-    program = PROGRAM.format(first=first, then=then)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split(), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, ["False", "0"]),
-        ({"first": "import warpstep.autoenable"}, ["True", "1"]),
-        ({"WARPSTEP_ENABLE": "1"}, ["True", "1"]),
-        ({"WARPSTEP_ENABLE": "0"}, ["False", "0"]),
-        ({"then": "warpstep.enable()"}, ["True", "1"]),
-        ({"then": "warpstep.enable(); warpstep.disable(); warpstep.enable()"}, ["True", "1"]),
-        ({"then": "filters = list(__import__('warnings').filters); warpstep.enable(); "
-          "assert filters == __import__('warnings').filters"}, ["True", "1"]),
-    ],
-    ids=["import", "autoenable", "environment", "environment 0", "enable", "again", "filters"],
-)  # fmt: skip
-def test_processes(arguments, expected):
-    """Importing enables nothing unless asked to; nothing warns, nothing is printed."""
-    assert run(**arguments) == (expected, "")
 
 
 def test_the_shortcut_knows_this_torch():
