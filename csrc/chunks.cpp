@@ -32,7 +32,7 @@ std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
 void cut_chunks(std::vector<TensorRow>& rows, std::int64_t chunk_size, std::vector<Chunk>& chunks,
                 std::vector<std::uint32_t>& batches) {
   std::int64_t total = 0;
-  for (const TensorRow& row : rows) total += row.numel;
+  for (const TensorRow& row : rows) total += std::max(row.numel, kCpuChunkLeast);
   const std::int64_t batch = std::clamp(total / kCpuBatches, kCpuBatchMin, kCpuBatchMax);
   std::int64_t in_batch = batch;
   for (std::uint32_t tensor = 0; tensor < rows.size(); ++tensor) {
@@ -43,7 +43,7 @@ void cut_chunks(std::vector<TensorRow>& rows, std::int64_t chunk_size, std::vect
         batches.push_back(static_cast<std::uint32_t>(chunks.size()));
         in_batch = 0;
       }
-      in_batch += std::min(row.numel, chunk_size);
+      in_batch += std::clamp(row.numel, kCpuChunkLeast, chunk_size);
       chunks.push_back({tensor, index});
     }
   }

@@ -66,15 +66,15 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
     cut_chunks(bucket);
   }
 
-  for (auto [param, value] : state) {
+  for (auto [param, tensors] : state) {
     kept_.append(param);
-    state_.push_back(param.ptr());
-    if (PyDict_Check(value.ptr())) {
-      for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(value)) {
-        state_.push_back(tensor.ptr());
+    const std::size_t first = bound_tensors_.size();
+    if (PyDict_Check(tensors.ptr())) {
+      for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(tensors)) {
+        bound_tensors_.push_back(tensor.ptr());
       }
     }
-    state_.push_back(nullptr);
+    states_.push_back({param.ptr(), first, bound_tensors_.size() - first});
   }
 }
 

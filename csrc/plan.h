@@ -54,12 +54,12 @@ class Plan {
        const std::vector<BucketSpec>& buckets, py::object match_layout);
 
   // Compares everything with what was bound and gathers gradients and hyper-parameters. Returns
-  // null, or why the plan is stale. Writes no tensor.
-  const char* check(py::handle state, py::handle param_groups);
+  // null, or why the plan is stale. Writes no tensor. Up to `threads` threads look.
+  const char* check(py::handle state, py::handle param_groups, int threads);
 
   // Gathers gradients only, for their norm, and remembers them as they are: each object (which
   // lives until forget_grads) and its version counter. Returns as `check` does.
-  const char* gather_grads(py::handle param_groups);
+  const char* gather_grads(py::handle param_groups, int threads);
   // Of the gradients remembered, how many are still the parameters' gradients, and how many of
   // those were not written to.
   struct Unchanged {
@@ -123,6 +123,14 @@ class Plan {
     // check_state() finds them in their place.
     PyObject* streams[4] = {};
     PyObject* step = nullptr;
+    bool seen = false;  // as bound, by the last look in place
+  };
+
+  // One entry of the optimizer's state.
+  struct BoundState {
+    PyObject* param;            // kept alive by `kept_`
+    std::size_t first, count;   // its tensors, in bound_tensors_
+    PyObject* found = nullptr;  // what holds them: of the last check
   };
 
   struct BoundGroup {
@@ -147,13 +155,21 @@ class Plan {
 
   void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);
   void cut_chunks(Bucket& bucket);
-  const char* check_state(PyObject* state) const;
-  const char* check_groups(PyObject* param_groups, bool only_grads);
-  const char* check_group(PyObject* group, std::uint32_t index, bool only_grads, std::size_t& next);
+  // What is compared, and how: in place is without Python, as other threads can (TensorReader).
+  enum class Scope { everything, grads };
+  enum class Look { in_place, thorough };
+  int looking_threads(int threads) const;
+  const char* check_state(PyObject* state, int threads);
+  bool holds_bound_tensors(const BoundState& bound) const;
+  const char* check_groups(PyObject* param_groups, Scope scope, int threads);
+  const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
   const char* check_items(PyObject* group, std::uint32_t index);
-  const char* check_param(const BoundParam& bound) const;
-  const char* gather_grad(const BoundParam& bound);
-  void look_ahead(std::size_t at, bool only_grads) const;
+  const char* check_tensors(Scope scope, int threads);
+  const char* look_at(const BoundParam& bound, Scope scope, Look look);
+  const char* check_param(const BoundParam& bound, Look look) const;
+  const char* gather_grad(const BoundParam& bound, Look look);
+  void fetch_states_after(std::size_t at) const;
+  void fetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
@@ -169,9 +185,10 @@ class Plan {
   std::vector<std::int64_t> dims_;
   std::vector<Hyper> hypers_;                 // of this step, one a group
   std::vector<TensorScalar> tensor_scalars_;  // of this step
-  // The state dict in its own order: each parameter, its state's tensors, and a null. Not kept
-  // alive: state that is moved away is freed at once.
-  std::vector<PyObject*> state_;
+  // The state dict in its own order. Its tensors are not kept alive: state that is moved away is
+  // freed at once.
+  std::vector<BoundState> states_;
+  std::vector<PyObject*> bound_tensors_;
   struct RememberedGrad {
     PyObject* param;
     py::object grad;

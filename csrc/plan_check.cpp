@@ -1,7 +1,9 @@
 // Comparing a plan with what is there now: the host's share of every step. See plan.h.
 #include <algorithm>
+#include <atomic>
 
 #include "plan.h"
+#include "threads.h"
 
 namespace warpstep {
 namespace {
@@ -57,17 +59,36 @@ bool same_layout(const TensorView& view, const std::int64_t* shape, const std::i
   return true;
 }
 
-}  // namespace
-
-const char* Plan::check(py::handle state, py::handle param_groups) {
-  tensor_scalars_.clear();
-  if (const char* why = check_state(state.ptr())) return why;
-  return check_groups(param_groups.ptr(), false);
+// Calls look(0) to look(count - 1): see NOTE [looking on several threads].
+template <class Function>
+void look_on_threads(int threads, std::size_t count, const Function& look) {
+  constexpr std::size_t kRun = 128, kWorthThreads = 512;
+  const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
+  run_on_threads(count < kWorthThreads ? 1 : threads, runs, [&](std::uint32_t run) {
+    for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) look(i);
+  });
 }
 
-const char* Plan::gather_grads(py::handle param_groups) {
+}  // namespace
+
+const char* Plan::check(py::handle state, py::handle param_groups, int threads) {
+  tensor_scalars_.clear();
+  threads = looking_threads(threads);
+  if (const char* why = check_state(state.ptr(), threads)) return why;
+  return check_groups(param_groups.ptr(), Scope::everything, threads);
+}
+
+const char* Plan::gather_grads(py::handle param_groups, int threads) {
   forget_grads();
-  return check_groups(param_groups.ptr(), true);
+  threads = looking_threads(threads);
+  if (const char* why = check_groups(param_groups.ptr(), Scope::grads, threads)) return why;
+  for (const BoundParam& bound : params_) {
+    if (!has_grad(bound)) continue;
+    py::object grad = gradient_of(bound.param);
+    const std::int64_t version = tensor_reader().version_of(grad.ptr());
+    remembered_.push_back({bound.param, std::move(grad), version});
+  }
+  return nullptr;
 }
 
 void Plan::forget_grads() {
@@ -106,7 +127,45 @@ bool Plan::has_shared_grads() const {
   return std::adjacent_find(all.begin(), all.end()) != all.end();
 }
 
-const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
+// NOTE [what of the state is compared]
+// Here: that each parameter's state holds the very objects that were bound. An object that died may
+// have left its address to another. For a moment that does not matter: with the parameter it is
+// compared where the object now at that address has its memory, of which shape and format. (Moving
+// state under its name, `t.data = t.data.to(...)`, is a widespread idiom besides.) Looking at that
+// is half a dozen cache lines more, and is not spent on the step counter, which that idiom moves
+// with the moments: its object and its memory are kept alive. Other memory under `step` alone is
+// not noticed, but harmless.
+const char* Plan::check_state(PyObject* state, int threads) {
+  std::size_t next = 0;
+  PyObject *param, *tensors;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &param, &tensors); ++next) {
+    if (next == states_.size() || states_[next].param != param) {
+      return "a parameter's state came or went";
+    }
+    states_[next].found = tensors;
+  }
+  if (next != states_.size()) return "a parameter's state was removed";
+
+  std::atomic<bool> same{true};
+  look_on_threads(threads, states_.size(), [&](std::size_t i) {
+    fetch_states_after(i);
+    if (!holds_bound_tensors(states_[i])) same = false;
+  });
+  return same ? nullptr : "a state tensor was replaced";
+}
+
+bool Plan::holds_bound_tensors(const BoundState& bound) const {
+  auto expected = bound_tensors_.begin() + static_cast<std::ptrdiff_t>(bound.first);
+  const auto end = expected + static_cast<std::ptrdiff_t>(bound.count);
+  if (!PyDict_Check(bound.found)) return expected == end;
+  PyObject *name, *tensor;
+  for (Py_ssize_t at = 0; PyDict_Next(bound.found, &at, &name, &tensor);) {
+    if (expected == end || *expected++ != tensor) return false;
+  }
+  return expected == end;
+}
+
+const char* Plan::check_groups(PyObject* param_groups, Scope scope, int threads) {
   for (Bucket& bucket : buckets_) {
     bucket.held_grads.clear();
     bucket.copied_grads.clear();
@@ -119,56 +178,16 @@ const char* Plan::check_groups(PyObject* param_groups, bool only_grads) {
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < groups_.size(); ++g) {
     PyObject* const group = PyList_GET_ITEM(param_groups, g);
-    if (const char* why = check_group(group, g, only_grads, next)) return why;
+    if (const char* why = check_group(group, g, scope, next)) return why;
   }
-  return nullptr;
+  return check_tensors(scope, threads);
 }
 
-// NOTE [what of the state is compared]
-// Here: that each parameter's state holds the very objects that were bound. An object that died may
-// have left its address to another. For a moment that does not matter: with the parameter it is
-// compared where the object now at that address has its memory, of which shape and format. (Moving
-// state under its name, `t.data = t.data.to(...)`, is a widespread idiom besides.) Looking at that
-// is half a dozen cache lines more, and is not spent on the step counter, which that idiom moves
-// with the moments: its object and its memory are kept alive. Other memory under `step` alone is
-// not noticed, but harmless.
-const char* Plan::check_state(PyObject* state) const {
-  PyObject *param, *value, *name, *tensor;
-  auto bound = state_.begin();
-  for (Py_ssize_t i = 0; PyDict_Next(state, &i, &param, &value);) {
-    if (bound == state_.end() || *bound++ != param) return "a parameter's state came or went";
-    if (PyDict_Check(value)) {
-      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &tensor);) {
-        if (*bound++ != tensor) return "a state tensor was replaced";
-      }
-    }
-    if (*bound++ != nullptr) return "a state tensor was removed";
-  }
-  return bound == state_.end() ? nullptr : "a parameter's state was removed";
-}
-
-// The objects that are looked at lie all over memory; one after the other they would be waited for.
-// So they are asked for in good time, a stage every few parameters.
-void Plan::look_ahead(std::size_t at, bool only_grads) const {
-  static constexpr std::size_t kApart = 3;
-  const TensorReader& reader = tensor_reader();
-  for (int stage = 0; stage < TensorReader::kFetchStages; ++stage) {
-    const std::size_t ahead = at + kApart * (TensorReader::kFetchStages - stage);
-    if (ahead >= params_.size()) continue;
-    const BoundParam& bound = params_[ahead];
-    reader.fetch(stage, bound.param, true);
-    if (only_grads || stage > 2) continue;
-    for (PyObject* tensor : bound.streams) {
-      if (tensor != nullptr) reader.fetch(stage, tensor, false);
-    }
-  }
-}
-
-const char* Plan::check_group(PyObject* group, std::uint32_t index, bool only_grads,
+const char* Plan::check_group(PyObject* group, std::uint32_t index, Scope scope,
                               std::size_t& next) {
-  BoundGroup& bound = groups_[index];
+  const BoundGroup& bound = groups_[index];
   if (!PyDict_Check(group)) return "a group was replaced";
-  if (only_grads) {
+  if (scope == Scope::grads) {
     if (PyDict_GetItem(group, names().params) != bound.params) return "a group was replaced";
   } else if (const char* why = check_items(group, index)) {
     return why;
@@ -178,19 +197,72 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, bool only_gr
   }
   PyObject* const* params = PySequence_Fast_ITEMS(bound.params);
   for (std::size_t i = 0; i < bound.count; ++i, ++next) {
-    look_ahead(next, only_grads);
-    BoundParam& param = params_[next];
-    if (params[i] != param.param) return "a group's parameters changed";
-    if (param.assignment == python_only) continue;
-    if (const char* why = only_grads ? nullptr : check_param(param)) return why;
-    if (const char* why = gather_grad(param)) return why;
-    if (only_grads && has_grad(param)) {
-      py::object grad = gradient_of(param.param);
-      const std::int64_t version = tensor_reader().version_of(grad.ptr());
-      remembered_.push_back({param.param, std::move(grad), version});
-    }
+    if (params[i] != params_[next].param) return "a group's parameters changed";
   }
   return nullptr;
+}
+
+// NOTE [looking on several threads]
+// What is looked at lies all over memory, some thirty cache lines a parameter; with thousands of
+// them the step waits for memory, and each thread that looks has its own misses under way. So on
+// the CPU, whose threads the step will use anyway, they share the looking. They do it in place,
+// which takes no Python: this thread holds the GIL for all of them. What cannot be seen that way,
+// or is not as it was, is left to this thread, which looks thoroughly and can tell why.
+int Plan::looking_threads(int threads) const {
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.spec.backend == Backend::cpu) return threads;
+  }
+  return 1;
+}
+
+const char* Plan::check_tensors(Scope scope, int threads) {
+  look_on_threads(threads, params_.size(), [&](std::size_t i) {
+    fetch_params_after(i, scope);
+    params_[i].seen = look_at(params_[i], scope, Look::in_place) == nullptr;
+  });
+  for (const BoundParam& bound : params_) {
+    if (bound.seen) continue;
+    if (const char* why = look_at(bound, scope, Look::thorough)) return why;
+  }
+  return nullptr;
+}
+
+const char* Plan::look_at(const BoundParam& bound, Scope scope, Look look) {
+  if (bound.assignment == python_only) return nullptr;
+  if (scope == Scope::everything) {
+    if (const char* why = check_param(bound, look)) return why;
+  }
+  return gather_grad(bound, look);
+}
+
+// NOTE [asking ahead]
+// The objects that are looked at lie all over memory; one after the other they would be waited for.
+// So they are asked for in good time, a stage every few parameters: an object, what it points to,
+// and so on.
+constexpr std::size_t kApart = 3;
+
+void Plan::fetch_states_after(std::size_t at) const {
+  if (at + 2 * kApart < states_.size()) fetch_object(states_[at + 2 * kApart].found);
+  if (at + kApart >= states_.size()) return;
+  PyObject* const found = states_[at + kApart].found;
+  if (!PyDict_Check(found)) return;
+  const auto* const keys =
+      reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(found)->ma_keys);
+  for (int line = 0; line < 2; ++line) __builtin_prefetch(keys + 64 * line);
+}
+
+void Plan::fetch_params_after(std::size_t at, Scope scope) const {
+  const TensorReader& reader = tensor_reader();
+  for (int stage = 0; stage < TensorReader::kFetchStages; ++stage) {
+    const std::size_t ahead = at + kApart * (TensorReader::kFetchStages - stage);
+    if (ahead >= params_.size()) continue;
+    const BoundParam& bound = params_[ahead];
+    reader.fetch(stage, bound.param, true);
+    if (scope == Scope::grads || stage > 2) continue;
+    for (PyObject* tensor : bound.streams) {
+      if (tensor != nullptr) reader.fetch(stage, tensor, false);
+    }
+  }
 }
 
 const char* Plan::check_items(PyObject* group, std::uint32_t index) {
@@ -309,7 +381,7 @@ bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format
          view.ndim == bound.ndim && same_shape(view, dims_.data() + bound.dims);
 }
 
-const char* Plan::check_param(const BoundParam& bound) const {
+const char* Plan::check_param(const BoundParam& bound, Look look) const {
   if (bound.assignment == no_state) return nullptr;
   const Bucket& bucket = buckets_[bound.assignment];
   const TensorRow& row = bucket.rows[bound.row];
@@ -318,8 +390,10 @@ const char* Plan::check_param(const BoundParam& bound) const {
   const TensorReader& reader = tensor_reader();
   TensorView view;
   const auto is_at = [&](PyObject* tensor, const void* address, Format format) {
-    return reader.read(tensor, view) && view.data == address &&
-           is_like_param(bound, view, format) && same_layout(view, shape, strides);
+    return (look == Look::in_place ? reader.read_in_place(tensor, view)
+                                   : reader.read(tensor, view)) &&
+           view.data == address && is_like_param(bound, view, format) &&
+           same_layout(view, shape, strides);
   };
   if (!is_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
   const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
@@ -335,11 +409,13 @@ const char* Plan::check_param(const BoundParam& bound) const {
   return nullptr;
 }
 
-const char* Plan::gather_grad(const BoundParam& bound) {
+const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   const TensorReader& reader = tensor_reader();
   TensorView view;
   py::object held;
-  const TensorReader::Grad grad = reader.read_grad(bound.param, view, held);
+  const TensorReader::Grad grad = look == Look::in_place
+                                      ? reader.read_grad_in_place(bound.param, view)
+                                      : reader.read_grad(bound.param, view, held);
   if (bound.assignment == no_state) {
     return grad == TensorReader::Grad::none ? nullptr : "a parameter got its first gradient";
   }
@@ -361,6 +437,7 @@ const char* Plan::gather_grad(const BoundParam& bound) {
   // with strides of its own, which a scalar does not have.
   const bool one = numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
+    if (look == Look::in_place) return "a copy is needed";
     bucket.copied_from.push_back(gradient_of(bound.param));
     bucket.copied_grads.push_back(
         match_layout_(py::handle(bound.param), bucket.copied_from.back()));

@@ -22,6 +22,12 @@ struct ExchangeApi;
 
 }  // namespace dlpack
 
+// Brings a Python object's first words, which may lie in two cache lines, into the caches.
+inline void fetch_object(const PyObject* object) {
+  __builtin_prefetch(object);
+  __builtin_prefetch(reinterpret_cast<const char*>(object) + 40);
+}
+
 class TensorReader {
  public:
   // From the capsule torch.Tensor.__dlpack_c_exchange_api__. Without `handles`, all is read through
@@ -32,20 +38,29 @@ class TensorReader {
 
   // False where the object is no tensor with plain memory (sparse, meta, some subclasses).
   bool read(PyObject* tensor, TensorView& view) const {
-    const TorchHandles::Handle handle = handle_of(tensor);
-    return (handle != nullptr && handles_->read(handle, view)) || read_exchanged(tensor, view);
+    return read_in_place(tensor, view) || read_exchanged(tensor, view);
   }
 
   // A parameter's gradient. Where Python is asked for it, `held` is what it gives, which the view
   // needs alive: a property may make a new tensor each time.
   enum class Grad { none, readable, unreadable };
   Grad read_grad(PyObject* param, TensorView& view, py::object& held) const {
-    if (const TorchHandles::Handle handle = handle_of(param)) {
-      const TorchHandles::Handle grad = handles_->grad_of(handle);
-      if (grad == nullptr) return Grad::none;
-      if (handles_->read(grad, view)) return Grad::readable;
-    }
-    return read_python_grad(param, view, held);
+    const Grad grad = read_grad_in_place(param, view);
+    return grad == Grad::unreadable ? read_python_grad(param, view, held) : grad;
+  }
+
+  // The same without Python, and so on any thread while one holds the GIL. Unreadable is also what
+  // can be read with Python only.
+  bool read_in_place(PyObject* tensor, TensorView& view) const {
+    const TorchHandles::Handle handle = handle_of(tensor);
+    return handle != nullptr && handles_->read(handle, view);
+  }
+  Grad read_grad_in_place(PyObject* param, TensorView& view) const {
+    const TorchHandles::Handle handle = handle_of(param);
+    if (handle == nullptr) return Grad::unreadable;
+    const TorchHandles::Handle grad = handles_->grad_of(handle);
+    if (grad == nullptr) return Grad::none;
+    return handles_->read(grad, view) ? Grad::readable : Grad::unreadable;
   }
   bool is_grad(PyObject* grad, PyObject* param) const;
 
@@ -57,11 +72,7 @@ class TensorReader {
   // first the object, a while later what it points to, and so on. Hints only.
   static constexpr int kFetchStages = 5;
   void fetch(int stage, PyObject* tensor, bool with_grad) const {
-    if (stage == 0) {  // its first words, which may lie in two cache lines
-      __builtin_prefetch(tensor);
-      __builtin_prefetch(reinterpret_cast<const char*>(tensor) + 31);
-      return;
-    }
+    if (stage == 0) return fetch_object(tensor);
     const TorchHandles::Handle handle = handle_of(tensor);
     if (handle == nullptr) return;
     if (stage == 1) return handles_->fetch(handle);

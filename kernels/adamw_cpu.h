@@ -13,6 +13,8 @@ constexpr std::int64_t kCpuChunk = 16384;
 constexpr std::int64_t kCpuBatches = 64;
 constexpr std::int64_t kCpuBatchMin = 16384;
 constexpr std::int64_t kCpuBatchMax = 262144;
+// What beginning a chunk costs, in elements: a tensor counts for as many at least.
+constexpr std::int64_t kCpuChunkLeast = 128;
 // Fewer batches are done by one thread before others have joined it.
 constexpr std::uint32_t kCpuBatchesWorthThreads = 4;
 

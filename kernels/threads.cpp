@@ -137,15 +137,16 @@ bool uses_parallel_for() { return parallel_for != nullptr; }
 
 void run_on_threads(int threads, std::uint32_t count,
                     const std::function<void(std::uint32_t)>& work) {
-  threads = static_cast<int>(std::clamp<std::int64_t>(threads, 1, std::max(count, 1u)));
-  SharedWork shared(threads, count, work);
-  if (threads > 1) {
-    const ParallelFor torchs = parallel_for;
-    const bool done = torchs != nullptr ? torchs(0, threads, 1, join, &shared) == 0
-                                        : our_pool().run(threads - 1, shared);
-    if (done) return;
+  threads = static_cast<int>(std::min<std::int64_t>(threads, count));
+  if (threads <= 1) {
+    for (std::uint32_t i = 0; i < count; ++i) work(i);
+    return;
   }
-  shared.join(0);  // alone, what is left
+  SharedWork shared(threads, count, work);
+  const ParallelFor torchs = parallel_for;
+  const bool done = torchs != nullptr ? torchs(0, threads, 1, join, &shared) == 0
+                                      : our_pool().run(threads - 1, shared);
+  if (!done) shared.join(0);  // alone, what is left
 }
 
 }  // namespace warpstep

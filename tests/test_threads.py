@@ -15,11 +15,14 @@ COUNT = 2**20 + 3
 
 
 def large():
-    """An optimizer over one parameter that is worth several threads, with its first step taken."""
+    """An optimizer with its first step taken, over one parameter that is worth several threads, and
+    so many others that looking at them is.
+    """
     generator = torch.Generator().manual_seed(0)
-    param = Parameter(torch.randn(COUNT, generator=generator))
-    param.grad = torch.randn(COUNT, generator=generator)
-    optimizer = warpstep.AdamW([param], backend="cpu")
+    param, *others = [Parameter(torch.randn(n, generator=generator)) for n in (COUNT, *[1] * 1000)]
+    for p in (param, *others):
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer = warpstep.AdamW([param, *others], backend="cpu")
     optimizer.step()
     return optimizer, param
 

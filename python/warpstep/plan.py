@@ -239,7 +239,8 @@ class Plan:
 
     def stale(self, optimizer: OnePass) -> str | None:
         """Why this plan no longer describes the optimizer, or None. Gathers the step's inputs."""
-        reason: str | None = self._native.check(optimizer.state, optimizer.param_groups)
+        state, groups, threads = optimizer.state, optimizer.param_groups, torch.get_num_threads()
+        reason: str | None = self._native.check(state, groups, threads)
         return reason
 
     def run(self, optimizer: OnePass, tail: Tail) -> None:
@@ -383,7 +384,8 @@ class Plan:
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers and remembers them."""
-        reason: str | None = self._native.gather_grads(optimizer.param_groups)
+        threads = torch.get_num_threads()
+        reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
         return reason
 
     def clipping(self, total_norm: Tensor, max_norm: float) -> Clipping:
