@@ -102,32 +102,31 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   const std::int64_t numel = param.numel();
   TensorRow row{};
   row.param = bind(bound.param, recipe.param, numel);
-  row.step = static_cast<float*>(bind(state["step"], Format::float32, 1));
   // Kernels take an average that is not of the parameter's format for float32.
   if (bucket.spec.ema && *bucket.spec.ema != recipe.param &&
       (*bucket.spec.ema != Format::float32 || recipe.param == Format::float64)) {
     throw py::type_error("an average has a format that no kernel takes");
   }
+  void* step = nullptr;
   const struct {
     const char* name;
     bool present;
     Format format;
+    std::int64_t numel;
     void** address;
   } streams[] = {
-      {"exp_avg", true, recipe.moment, &row.exp_avg},
-      {"exp_avg_sq", true, recipe.moment, &row.exp_avg_sq},
-      {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, &row.max_exp_avg_sq},
-      {"ema", bucket.spec.ema.has_value(), bucket.spec.ema.value_or(Format{}), &row.ema}};
+      {"exp_avg", true, recipe.moment, numel, &row.exp_avg},
+      {"exp_avg_sq", true, recipe.moment, numel, &row.exp_avg_sq},
+      {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, numel, &row.max_exp_avg_sq},
+      {"ema", bucket.spec.ema.has_value(), bucket.spec.ema.value_or(Format{}), numel, &row.ema},
+      {"step", true, Format::float32, 1, &step}};
   for (std::size_t i = 0; i < std::size(streams); ++i) {
     if (!streams[i].present) continue;
     const py::object tensor = state[streams[i].name];
-    *streams[i].address = bind(tensor, streams[i].format, numel);
-    bound.streams[i] = tensor.ptr();
+    *streams[i].address = bind(tensor, streams[i].format, streams[i].numel);
+    bound.state[i] = tensor.ptr();
   }
-  const py::object step = state["step"];
-  bound.step = step.ptr();
-  kept_.append(step);                   // see NOTE [what of the state is compared]
-  kept_.append(step.attr("detach")());  // its memory
+  row.step = static_cast<float*>(step);
   row.numel = numel;
   row.group = group;
   row.head = head_of(row, recipe);

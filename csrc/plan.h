@@ -119,10 +119,9 @@ class Plan {
     bool is_complex = false;
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
-    // exp_avg, exp_avg_sq, max_exp_avg_sq, ema (null where there is none), step: alive while
+    // exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step; null where there is none. Alive while
     // check_state() finds them in their place.
-    PyObject* streams[4] = {};
-    PyObject* step = nullptr;
+    PyObject* state[5] = {};
     bool seen = false;  // as bound, by the last look in place
   };
 

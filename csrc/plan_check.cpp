@@ -129,12 +129,9 @@ bool Plan::has_shared_grads() const {
 
 // NOTE [what of the state is compared]
 // Here: that each parameter's state holds the very objects that were bound. An object that died may
-// have left its address to another. For a moment that does not matter: with the parameter it is
-// compared where the object now at that address has its memory, of which shape and format. (Moving
-// state under its name, `t.data = t.data.to(...)`, is a widespread idiom besides.) Looking at that
-// is half a dozen cache lines more, and is not spent on the step counter, which that idiom moves
-// with the moments: its object and its memory are kept alive. Other memory under `step` alone is
-// not noticed, but harmless.
+// have left its address to another, which does not matter: with the parameter it is compared where
+// the object now at that address has its memory, of which shape and format. (Moving state under its
+// name, `t.data = t.data.to(...)`, is a widespread idiom besides.)
 const char* Plan::check_state(PyObject* state, int threads) {
   std::size_t next = 0;
   PyObject *param, *tensors;
@@ -259,7 +256,7 @@ void Plan::fetch_params_after(std::size_t at, Scope scope) const {
     const BoundParam& bound = params_[ahead];
     reader.fetch(stage, bound.param, true);
     if (scope == Scope::grads || stage > 2) continue;
-    for (PyObject* tensor : bound.streams) {
+    for (PyObject* tensor : bound.state) {
       if (tensor != nullptr) reader.fetch(stage, tensor, false);
     }
   }
@@ -389,24 +386,28 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   const std::int64_t* strides = shape + bound.ndim;
   const TensorReader& reader = tensor_reader();
   TensorView view;
-  const auto is_at = [&](PyObject* tensor, const void* address, Format format) {
+  const auto is_at = [&](PyObject* tensor, const void* address) {
     return (look == Look::in_place ? reader.read_in_place(tensor, view)
                                    : reader.read(tensor, view)) &&
-           view.data == address && is_like_param(bound, view, format) &&
+           view.data == address;
+  };
+  const auto is_stream_at = [&](PyObject* tensor, const void* address, Format format) {
+    return is_at(tensor, address) && is_like_param(bound, view, format) &&
            same_layout(view, shape, strides);
   };
-  if (!is_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
+  if (!is_stream_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
+  static constexpr const char* kMoved = "a state tensor's memory changed";
   const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
   for (int i = 0; i < 4; ++i) {
-    if (bound.streams[i] == nullptr) continue;
+    if (bound.state[i] == nullptr) continue;
     const Format format = i < 3 ? bucket.spec.recipe.moment : *bucket.spec.ema;
-    if (!is_at(bound.streams[i], streams[i], format)) return "a state tensor's memory changed";
+    if (!is_stream_at(bound.state[i], streams[i], format)) return kMoved;
   }
-  // Empty moments have no address that could tell.
-  if (row.numel == 0 && (!reader.read(bound.step, view) || view.data != row.step)) {
-    return "a state tensor's memory changed";
-  }
-  return nullptr;
+  const bool is_counter = is_at(bound.state[4], row.step) && view.known_format &&
+                          view.format == Format::float32 && view.numel() == 1 &&
+                          view.device.type == bucket.device.type &&
+                          view.device.index == bucket.device.index;
+  return is_counter ? nullptr : kMoved;
 }
 
 const char* Plan::gather_grad(const BoundParam& bound, Look look) {

@@ -73,6 +73,11 @@ def counter_replaced(optimizer, param):
     optimizer.state[param]["step"] = torch.tensor(1.0)
 
 
+def counter_moved(optimizer, param):
+    counter = optimizer.state[param]["step"]
+    counter.data = counter.data.clone()
+
+
 def state_removed(optimizer, param):
     del optimizer.state[param]
 
@@ -80,7 +85,7 @@ def state_removed(optimizer, param):
 CHANGES = [
     *(grad_removed, grad_elsewhere, grad_transposed, grad_of_a_subclass),
     *(memory_moved, memory_transposed, moment_moved),
-    *(moment_replaced, counter_replaced, state_removed),
+    *(moment_replaced, counter_replaced, counter_moved, state_removed),
 ]
 
 

@@ -345,7 +345,8 @@ def test_state_that_is_moved_away_is_freed_at_once():
     optimizer = warpstep.AdamW([p])
     optimizer.step()
     optimizer.step()
-    old = [weakref.ref(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")]
-    for key in ("exp_avg", "exp_avg_sq"):
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    old = [weakref.ref(optimizer.state[p][key]) for key in keys]
+    for key in keys:
         optimizer.state[p][key] = optimizer.state[p][key].clone()
-    assert [reference() for reference in old] == [None, None]
+    assert [reference() for reference in old] == [None, None, None]

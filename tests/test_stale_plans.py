@@ -138,6 +138,11 @@ def replace_step(opt, step):
         state["step"] = state["step"] + 10
 
 
+def replace_step_data(opt, step):
+    for state in opt.state.values():
+        state["step"].data = state["step"].data + 10
+
+
 def write_step_in_place(opt, step):
     for state in opt.state.values():
         state["step"].fill_(3)
@@ -299,6 +304,7 @@ CHANGES = [
     replace_moment_data,
     write_moments_in_place,
     replace_step,
+    replace_step_data,
     write_step_in_place,
     exchange_moments_of_two,
     replace_one_state,
