@@ -68,13 +68,14 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
 
   for (auto [param, tensors] : state) {
     kept_.append(param);
-    const std::size_t first = bound_tensors_.size();
+    const std::size_t first = bound_items_.size();
     if (PyDict_Check(tensors.ptr())) {
       for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(tensors)) {
-        bound_tensors_.push_back(tensor.ptr());
+        kept_.append(name);
+        bound_items_.push_back({name.ptr(), tensor.ptr()});
       }
     }
-    states_.push_back({param.ptr(), first, bound_tensors_.size() - first});
+    states_.push_back({param.ptr(), first, bound_items_.size() - first});
   }
 }
 

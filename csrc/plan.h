@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "tables.h"
@@ -122,13 +123,13 @@ class Plan {
     // exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step; null where there is none. Alive while
     // check_state() finds them in their place.
     PyObject* state[5] = {};
-    bool seen = false;  // as bound, by the last look in place
+    std::uint64_t seen = 0;  // the number of the last look in place that found it as bound
   };
 
   // One entry of the optimizer's state.
   struct BoundState {
     PyObject* param;            // kept alive by `kept_`
-    std::size_t first, count;   // its tensors, in bound_tensors_
+    std::size_t first, count;   // its items, in bound_items_
     PyObject* found = nullptr;  // what holds them: of the last check
   };
 
@@ -159,8 +160,8 @@ class Plan {
   enum class Look { in_place, thorough };
   int looking_threads(int threads) const;
   const char* check_state(PyObject* state, int threads);
-  bool holds_bound_tensors(const BoundState& bound) const;
-  const char* check_groups(PyObject* param_groups, Scope scope, int threads);
+  bool holds_bound_items(const BoundState& bound) const;
+  const char* check_groups(PyObject* param_groups, Scope scope);
   const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
   const char* check_items(PyObject* group, std::uint32_t index);
   const char* check_tensors(Scope scope, int threads);
@@ -187,7 +188,7 @@ class Plan {
   // The state dict in its own order. Its tensors are not kept alive: state that is moved away is
   // freed at once.
   std::vector<BoundState> states_;
-  std::vector<PyObject*> bound_tensors_;
+  std::vector<std::pair<PyObject*, PyObject*>> bound_items_;  // names (kept alive) and tensors
   struct RememberedGrad {
     PyObject* param;
     py::object grad;
@@ -195,6 +196,7 @@ class Plan {
   };
 
   std::vector<RememberedGrad> remembered_;
+  std::uint64_t looks_ = 0;
   py::object match_layout_;
   py::list kept_;  // keeps alive what is bound by pointer
 };

@@ -74,14 +74,16 @@ void look_on_threads(int threads, std::size_t count, const Function& look) {
 const char* Plan::check(py::handle state, py::handle param_groups, int threads) {
   tensor_scalars_.clear();
   threads = looking_threads(threads);
+  // The groups first: reading them can run Python, which could change what is looked at then.
+  if (const char* why = check_groups(param_groups.ptr(), Scope::everything)) return why;
   if (const char* why = check_state(state.ptr(), threads)) return why;
-  return check_groups(param_groups.ptr(), Scope::everything, threads);
+  return check_tensors(Scope::everything, threads);
 }
 
 const char* Plan::gather_grads(py::handle param_groups, int threads) {
   forget_grads();
-  threads = looking_threads(threads);
-  if (const char* why = check_groups(param_groups.ptr(), Scope::grads, threads)) return why;
+  if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
+  if (const char* why = check_tensors(Scope::grads, looking_threads(threads))) return why;
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     py::object grad = gradient_of(bound.param);
@@ -128,10 +130,10 @@ bool Plan::has_shared_grads() const {
 }
 
 // NOTE [what of the state is compared]
-// Here: that each parameter's state holds the very objects that were bound. An object that died may
-// have left its address to another, which does not matter: with the parameter it is compared where
-// the object now at that address has its memory, of which shape and format. (Moving state under its
-// name, `t.data = t.data.to(...)`, is a widespread idiom besides.)
+// Here: that each parameter's state holds the very objects that were bound, under their names. An
+// object that died may have left its address to another, which does not matter: with the parameter
+// it is compared where the object now at that address has its memory, of which shape and format.
+// (Moving state under its name, `t.data = t.data.to(...)`, is a widespread idiom besides.)
 const char* Plan::check_state(PyObject* state, int threads) {
   std::size_t next = 0;
   PyObject *param, *tensors;
@@ -146,23 +148,23 @@ const char* Plan::check_state(PyObject* state, int threads) {
   std::atomic<bool> same{true};
   look_on_threads(threads, states_.size(), [&](std::size_t i) {
     fetch_states_after(i);
-    if (!holds_bound_tensors(states_[i])) same = false;
+    if (!holds_bound_items(states_[i])) same = false;
   });
   return same ? nullptr : "a state tensor was replaced";
 }
 
-bool Plan::holds_bound_tensors(const BoundState& bound) const {
-  auto expected = bound_tensors_.begin() + static_cast<std::ptrdiff_t>(bound.first);
+bool Plan::holds_bound_items(const BoundState& bound) const {
+  auto expected = bound_items_.begin() + static_cast<std::ptrdiff_t>(bound.first);
   const auto end = expected + static_cast<std::ptrdiff_t>(bound.count);
   if (!PyDict_Check(bound.found)) return expected == end;
   PyObject *name, *tensor;
-  for (Py_ssize_t at = 0; PyDict_Next(bound.found, &at, &name, &tensor);) {
-    if (expected == end || *expected++ != tensor) return false;
+  for (Py_ssize_t at = 0; PyDict_Next(bound.found, &at, &name, &tensor); ++expected) {
+    if (expected == end || expected->first != name || expected->second != tensor) return false;
   }
   return expected == end;
 }
 
-const char* Plan::check_groups(PyObject* param_groups, Scope scope, int threads) {
+const char* Plan::check_groups(PyObject* param_groups, Scope scope) {
   for (Bucket& bucket : buckets_) {
     bucket.held_grads.clear();
     bucket.copied_grads.clear();
@@ -177,7 +179,7 @@ const char* Plan::check_groups(PyObject* param_groups, Scope scope, int threads)
     PyObject* const group = PyList_GET_ITEM(param_groups, g);
     if (const char* why = check_group(group, g, scope, next)) return why;
   }
-  return check_tensors(scope, threads);
+  return nullptr;
 }
 
 const char* Plan::check_group(PyObject* group, std::uint32_t index, Scope scope,
@@ -213,12 +215,13 @@ int Plan::looking_threads(int threads) const {
 }
 
 const char* Plan::check_tensors(Scope scope, int threads) {
+  ++looks_;
   look_on_threads(threads, params_.size(), [&](std::size_t i) {
     fetch_params_after(i, scope);
-    params_[i].seen = look_at(params_[i], scope, Look::in_place) == nullptr;
+    if (look_at(params_[i], scope, Look::in_place) == nullptr) params_[i].seen = looks_;
   });
   for (const BoundParam& bound : params_) {
-    if (bound.seen) continue;
+    if (bound.seen == looks_) continue;
     if (const char* why = look_at(bound, scope, Look::thorough)) return why;
   }
   return nullptr;

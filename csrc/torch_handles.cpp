@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <iterator>
+
 namespace py = pybind11;
 
 namespace warpstep {
@@ -51,6 +54,7 @@ ParallelFor find_parallel_for() {
 }
 
 bool TorchHandles::read(Handle tensor, TensorView& view) const {
+  if (dispatches_to_python(tensor)) return false;
   std::int64_t ndim;
   std::int32_t dtype, layout, device, index = 0;
   if (functions_.get_data_ptr(tensor, &view.data) != 0 || functions_.get_dim(tensor, &ndim) != 0 ||
@@ -83,7 +87,7 @@ std::optional<TorchHandles> TorchHandles::make() {
   handles.has_rocm_ = !torch.attr("version").attr("hip").is_none();
   try {
     if (!find_functions(handles.functions_) || !handles.find_offset() ||
-        !handles.answers_as_expected()) {
+        !handles.find_python_keys() || !handles.answers_as_expected()) {
       return std::nullopt;
     }
   } catch (const std::exception&) {  // this torch lacks an attribute, or it is of another type
@@ -132,6 +136,40 @@ bool TorchHandles::find_offset() {
     ++found;
   }
   return found == 1;
+}
+
+// The word that all plain tensors have in common, and to which all others add the same bits.
+bool TorchHandles::find_python_keys() {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor"), zeros = torch.attr("zeros");
+  py::dict body;
+  body["__torch_dispatch__"] = py::module_::import("builtins").attr("classmethod")(zeros);
+  const py::object subclass = py::type::of(tensor)("Dispatching", py::make_tuple(tensor), body);
+  const py::object plain[] = {
+      zeros(1), zeros(py::make_tuple(2, 3), py::arg("dtype") = torch.attr("float64")),
+      torch.attr("nn").attr("Parameter")(zeros(2)), zeros(py::make_tuple(4, 5)).attr("t")()};
+  const py::object others[] = {tensor.attr("_make_subclass")(subclass, zeros(1)),
+                               tensor.attr("_make_wrapper_subclass")(subclass, py::make_tuple(2))};
+
+  const auto word = [&](const py::object& sample, std::size_t at) {
+    return static_cast<const std::uint64_t*>(*handle_in(sample.ptr()))[at];
+  };
+  // Behind its table of functions and its references; the keys are among the last of some 20 words.
+  for (keys_word_ = 2; keys_word_ < 24; ++keys_word_) {
+    const std::uint64_t common = word(plain[0], keys_word_);
+    python_keys_ = word(others[0], keys_word_) & ~common;
+    const auto adds_keys = [&](const py::object& sample) {
+      return word(sample, keys_word_) == (common | python_keys_);
+    };
+    const auto is_common = [&](const py::object& sample) {
+      return word(sample, keys_word_) == common;
+    };
+    if (python_keys_ != 0 && std::all_of(std::begin(plain), std::end(plain), is_common) &&
+        std::all_of(std::begin(others), std::end(others), adds_keys)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // Tensors of each format and of several layouts, gradients that are there or not, and counters.

@@ -6,10 +6,12 @@
 // an at::Tensor in it, so a handle can be had without a new reference, and each question to it
 // costs one or two nanoseconds; DLPack's exchange takes 20 to 80 a tensor, most of it for counting
 // references up and down again. Where in the Python object the at::Tensor lies is found when
-// warpstep is imported, by looking for the pointer of a handle that torch has made. Three functions
-// that the C ABI lacks are torch's exported C++ ones: the gradient, the version counter, and its
-// increment. All are tried on tensors with known answers first; if one is missing or answers
-// otherwise than expected, none is used: TensorReader has other ways for everything.
+// warpstep is imported, by looking for the pointer of a handle that torch has made; and which bits
+// of a tensor say that it answers questions through Python, by comparing such tensors with plain
+// ones. Three functions that the C ABI lacks are torch's exported C++ ones: the gradient, the
+// version counter, and its increment. All are tried on tensors with known answers first; if one is
+// missing or answers otherwise than expected, none is used: TensorReader has other ways for
+// everything.
 #pragma once
 
 #include <Python.h>
@@ -37,10 +39,11 @@ class TorchHandles {
   Handle of(PyObject* object) const {
     const PyTypeObject* const type = Py_TYPE(object);
     if (type != tensor_type_ && type != parameter_type_) return nullptr;
-    return reinterpret_cast<Handle>(reinterpret_cast<char*>(object) + offset_);
+    return handle_in(object);
   }
 
-  // False where the tensor has no strided memory on a CPU, an NVIDIA or an AMD GPU.
+  // False where the tensor has no strided memory on a CPU, an NVIDIA or an AMD GPU, or where asking
+  // it could run Python. Never runs Python itself, so that any thread can read.
   bool read(Handle tensor, TensorView& view) const;
 
   // Null if there is none.
@@ -92,12 +95,24 @@ class TorchHandles {
   TorchHandles() = default;
   static bool find_functions(Functions& functions);
   bool find_offset();
+  bool find_python_keys();
   bool answers_as_expected() const;
+
+  Handle handle_in(PyObject* tensor) const {
+    return reinterpret_cast<Handle>(reinterpret_cast<char*>(tensor) + offset_);
+  }
+  // Whether it is of a subclass with __torch_dispatch__.
+  bool dispatches_to_python(Handle tensor) const {
+    return (static_cast<const std::uint64_t*>(*tensor)[keys_word_] & python_keys_) != 0;
+  }
 
   Functions functions_{};
   PyTypeObject* tensor_type_ = nullptr;
   PyTypeObject* parameter_type_ = nullptr;
   std::ptrdiff_t offset_ = 0;
+  // Where a tensor has its dispatch keys, and which of them lead to Python.
+  std::size_t keys_word_ = 0;
+  std::uint64_t python_keys_ = 0;
   bool has_rocm_ = false;  // whose devices torch calls CUDA's
 };
 

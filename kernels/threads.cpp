@@ -35,7 +35,7 @@ class SharedWork {
   }
 
   // One thread's part: a share, then what is left of those behind it, around.
-  void join(std::size_t first) {
+  void join(std::size_t first) noexcept {
     for (std::size_t i = 0; i < shares_.size(); ++i) {
       Share& share = shares_[(first + i) % shares_.size()];
       for (std::uint32_t k = share.next++; k < share.end; k = share.next++) work_(k);

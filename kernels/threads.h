@@ -7,10 +7,10 @@
 namespace warpstep {
 
 // Calls work(0) to work(count - 1) once each, on the calling thread and on up to `threads` - 1
-// others, and returns when all is done. Each thread has a run of neighbours to begin with, the same
-// at each call, so that it finds in its core's caches what it left there; who has done with its own
-// takes from the others'. A thread that comes late, or that the machine does not run for a while,
-// thus holds up no more than what it has in hand.
+// others, and returns when all is done; `work` must not throw. Each thread has a run of neighbours
+// to begin with, the same at each call, so that it finds in its core's caches what it left there;
+// who has done with its own takes from the others'. A thread that comes late, or that the machine
+// does not run for a while, thus holds up no more than what it has in hand.
 void run_on_threads(int threads, std::uint32_t count,
                     const std::function<void(std::uint32_t)>& work);
 

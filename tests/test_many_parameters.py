@@ -1,5 +1,9 @@
 """So many parameters that several threads look at them: no change is missed, wherever it stands."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -158,3 +162,46 @@ def test_the_same_bits_whatever_the_threads(threads):
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in params_of(optimizer)]))
     assert torch.equal(*results)
+
+
+# A gradient that answers through Python what it is: on a thread that has not the GIL it would wait
+# for the one that has, which waits for it.
+ANSWERS_IN_PYTHON = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, warpstep
+from test_many_parameters import optimizer_of, params_of, set_grads
+
+ANSWERS = {{"device": torch.device("cpu"), "layout": torch.strided, "size": (3, 2),
+            "stride": (2, 1), "dim": 2, "numel": 6}}
+
+class Answering(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1].removeprefix("sym_")
+        if name in ANSWERS:
+            return ANSWERS[name]
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {{}}))
+
+POLICIES = [{{"dispatch_sizes_strides_policy": policy}} for policy in ("sizes", "strides")]
+KINDS = [{{"dispatch_device": True}}, {{"dispatch_layout": True}}, *POLICIES]
+ours, twin = optimizer_of(warpstep.AdamW), optimizer_of(warpstep.AdamW)
+for step, kind in enumerate([{{}}, {{}}, *KINDS]):
+    for optimizer in (ours, twin):
+        set_grads(optimizer, step)
+    for place in (5, 1000) if kind else ():
+        param = params_of(ours)[place]
+        param.grad = torch.Tensor._make_subclass(Answering, param.grad, False, **kind)
+    ours.step()
+    twin.step()
+print(all(torch.equal(a, b) for a, b in zip(params_of(ours), params_of(twin))))
+"""
+
+
+def test_gradients_that_answer_in_python():
+    script = ANSWERS_IN_PYTHON.format(tests=os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "True\n", done.stderr

@@ -133,6 +133,15 @@ def write_moments_in_place(opt, step):
         state["exp_avg_sq"].add_(1.0)
 
 
+def exchange_names_of_moments(opt, step):
+    for param, state in opt.state.items():
+        names = {"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}
+        exchanged = {names.get(name, name): tensor for name, tensor in state.items()}
+        exchanged["exp_avg"].abs_()  # whichever of them is the second moment at the next step
+        exchanged["exp_avg_sq"].abs_()
+        opt.state[param] = exchanged
+
+
 def replace_step(opt, step):
     for state in opt.state.values():
         state["step"] = state["step"] + 10
@@ -303,6 +312,7 @@ CHANGES = [
     replace_moment,
     replace_moment_data,
     write_moments_in_place,
+    exchange_names_of_moments,
     replace_step,
     replace_step_data,
     write_step_in_place,
