@@ -82,8 +82,14 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
 void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) {
   Bucket& bucket = buckets_.at(bound.assignment);
   const RecipeKey& recipe = bucket.spec.recipe;
+  bound.layout = layout_of(bound.param);
+  const auto read = [&](PyObject* tensor, TensorView& view) {
+    return tensor != nullptr && tensor_reader().read(tensor, view);
+  };
   TensorView param;
-  if (!tensor_reader().read(bound.param, param)) throw py::type_error("a parameter has no memory");
+  if (!read(own_part_of(bound.param, bound.layout), param)) {
+    throw py::type_error("a parameter has no memory");
+  }
   bound.format = param.format;
   bound.is_complex = param.is_complex;
   bound.ndim = param.ndim;
@@ -91,9 +97,9 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   dims_.insert(dims_.end(), param.shape, param.shape + param.ndim);
   dims_.insert(dims_.end(), param.strides, param.strides + param.ndim);
 
-  const auto bind = [&](py::handle tensor, Format format, std::int64_t numel) {
+  const auto bind = [&](PyObject* tensor, Format format, std::int64_t numel) {
     TensorView view;
-    if (!tensor_reader().read(tensor.ptr(), view) || !view.known_format || view.format != format ||
+    if (!read(tensor, view) || !view.known_format || view.format != format ||
         view.numel() != numel || view.device.type != param.device.type ||
         view.device.index != param.device.index) {
       throw py::type_error("a parameter or its state does not fit its recipe");
@@ -102,7 +108,7 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   };
   const std::int64_t numel = param.numel();
   TensorRow row{};
-  row.param = bind(bound.param, recipe.param, numel);
+  row.param = bind(own_part_of(bound.param, bound.layout), recipe.param, numel);
   // Kernels take an average that is not of the parameter's format for float32.
   if (bucket.spec.ema && *bucket.spec.ema != recipe.param &&
       (*bucket.spec.ema != Format::float32 || recipe.param == Format::float64)) {
@@ -124,8 +130,9 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   for (std::size_t i = 0; i < std::size(streams); ++i) {
     if (!streams[i].present) continue;
     const py::object tensor = state[streams[i].name];
-    *streams[i].address = bind(tensor, streams[i].format, streams[i].numel);
     bound.state[i] = tensor.ptr();
+    PyObject* const own = i < 4 ? own_part_of(tensor.ptr(), bound.layout) : tensor.ptr();
+    *streams[i].address = bind(own, streams[i].format, streams[i].numel);
   }
   row.step = static_cast<float*>(step);
   row.numel = numel;

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "shards.h"
 #include "tables.h"
 #include "tensor_reader.h"
 
@@ -123,6 +124,7 @@ class Plan {
     // exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step; null where there is none. Alive while
     // check_state() finds them in their place.
     PyObject* state[5] = {};
+    ShardLayout layout;      // its gradient and state have the same; not its step
     std::uint64_t seen = 0;  // the number of the last look in place that found it as bound
   };
 
@@ -168,6 +170,8 @@ class Plan {
   const char* look_at(const BoundParam& bound, Scope scope, Look look);
   const char* check_param(const BoundParam& bound, Look look) const;
   const char* gather_grad(const BoundParam& bound, Look look);
+  static TensorReader::Grad read_shard_of_grad(const BoundParam& bound, TensorView& view,
+                                               py::object& held);
   void fetch_states_after(std::size_t at) const;
   void fetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;

@@ -229,6 +229,7 @@ const char* Plan::check_tensors(Scope scope, int threads) {
 
 const char* Plan::look_at(const BoundParam& bound, Scope scope, Look look) {
   if (bound.assignment == python_only) return nullptr;
+  if (bound.layout && look == Look::in_place) return "a shard is found through Python";
   if (scope == Scope::everything) {
     if (const char* why = check_param(bound, look)) return why;
   }
@@ -390,13 +391,14 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   const TensorReader& reader = tensor_reader();
   TensorView view;
   const auto is_at = [&](PyObject* tensor, const void* address) {
-    return (look == Look::in_place ? reader.read_in_place(tensor, view)
+    return tensor != nullptr &&
+           (look == Look::in_place ? reader.read_in_place(tensor, view)
                                    : reader.read(tensor, view)) &&
            view.data == address;
   };
   const auto is_stream_at = [&](PyObject* tensor, const void* address, Format format) {
-    return is_at(tensor, address) && is_like_param(bound, view, format) &&
-           same_layout(view, shape, strides);
+    return is_at(own_part_of(tensor, bound.layout), address) &&
+           is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
   if (!is_stream_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
   static constexpr const char* kMoved = "a state tensor's memory changed";
@@ -413,11 +415,21 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   return is_counter ? nullptr : kMoved;
 }
 
+TensorReader::Grad Plan::read_shard_of_grad(const BoundParam& bound, TensorView& view,
+                                            py::object& held) {
+  held = gradient_of(bound.param);
+  if (held.is_none()) return TensorReader::Grad::none;
+  PyObject* const own = own_part_of(held.ptr(), bound.layout);
+  return own != nullptr && tensor_reader().read(own, view) ? TensorReader::Grad::readable
+                                                           : TensorReader::Grad::unreadable;
+}
+
 const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   const TensorReader& reader = tensor_reader();
   TensorView view;
   py::object held;
-  const TensorReader::Grad grad = look == Look::in_place
+  const TensorReader::Grad grad = bound.layout ? read_shard_of_grad(bound, view, held)
+                                  : look == Look::in_place
                                       ? reader.read_grad_in_place(bound.param, view)
                                       : reader.read_grad(bound.param, view, held);
   if (bound.assignment == no_state) {
@@ -444,7 +456,8 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
     if (look == Look::in_place) return "a copy is needed";
     bucket.copied_from.push_back(gradient_of(bound.param));
     bucket.copied_grads.push_back(
-        match_layout_(py::handle(bound.param), bucket.copied_from.back()));
+        match_layout_(py::handle(own_part_of(bound.param, bound.layout)),
+                      py::handle(own_part_of(bucket.copied_from.back().ptr(), bound.layout))));
     PyObject* const copy = bucket.copied_grads.back().ptr();
     if (!reader.read(copy, view) || !same_layout(view, shape, strides)) {
       return "a parameter's memory changed";  // the copy has the strides that it has now

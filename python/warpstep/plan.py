@@ -17,12 +17,12 @@ from torch.autograd.graph import increment_version
 from warpstep import backends, reference
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, dtype_name, real_dtype
+from warpstep.shards import largest, layout_of, own_part, summed, whole
 from warpstep.state import (
     MOMENTS,
     check_gradient,
     completed,
-    is_dense,
-    is_plain,
+    is_walkable,
     match_layout,
     moments_dtype,
 )
@@ -55,6 +55,7 @@ class Bucket:
     backend: str
     recipe: Recipe
     device: torch.device
+    shards: Any  # how its tensors are laid out over processes: layout_of()
     entries: list[Entry] = field(default_factory=list)
     tables: Any = None  # device memory, kept alive
     statistics: Tensor | None = None  # float64[chunks, 4], once asked for
@@ -179,26 +180,27 @@ class Plan:
         moment = moments_dtype(state, amsgrad)
         if moment is None or repeated or chosen == "reference":
             return
-        streams = [param, grad, state["step"], *(state[k] for k in MOMENTS if k in state)]
-        average = state["ema"] if group.get("ema_decay") is not None else None
+        moments = [state[key] for key in (MOMENTS if amsgrad else MOMENTS[:2])]
         ema = None
-        if average is not None:
-            ema = real_dtype(average.dtype)
-            streams.append(average)
+        if group.get("ema_decay") is not None:
+            ema = real_dtype(state["ema"].dtype)
+            moments.append(state["ema"])
         recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), moment, amsgrad, ema)
-        plain = all(is_plain(tensor) for tensor in streams)
-        if plain and is_dense(param) and backends.has_kernel(chosen, recipe):
+        walkable = is_walkable(param, grad, moments, state["step"])
+        if walkable and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
 
     def _bucket_of(self, entry: Entry) -> int:
         """The number of the entry's bucket, which is made if it is the first."""
         assert entry.recipe is not None
+        device, shards = entry.param.device, layout_of(entry.param)
         for index, bucket in enumerate(self.buckets):
             same_kind = bucket.backend == entry.backend and bucket.recipe == entry.recipe
-            if same_kind and bucket.device == entry.param.device:
+            same_place = bucket.device == device and bucket.shards == shards
+            if same_kind and same_place:
                 bucket.entries.append(entry)
                 return index
-        self.buckets.append(Bucket(entry.backend, entry.recipe, entry.param.device, [entry]))
+        self.buckets.append(Bucket(entry.backend, entry.recipe, device, shards, [entry]))
         return len(self.buckets) - 1
 
     def _fill_tables(self, index: int, bucket: Bucket) -> None:
@@ -208,10 +210,10 @@ class Plan:
             assert kernel is not None
 
             def stream(key: str) -> list[Tensor]:
-                tensors = [e.state[key] for e in bucket.entries]
+                tensors = [own_part(e.state[key]) for e in bucket.entries]
                 return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
-            params = [e.param.detach() for e in bucket.entries]
+            params = [own_part(e.param).detach() for e in bucket.entries]
             bucket.tables = kernel.TensorTable(
                 [torch.view_as_real(p) if p.is_complex() else p for p in params],
                 stream("exp_avg"),
@@ -347,7 +349,7 @@ class Plan:
                 sums = torch.segment_reduce(
                     bucket.statistics, "sum", lengths=bucket.chunk_counts, axis=0, unsafe=True
                 )
-                tables.append(sums)
+                tables.append(summed(sums, bucket.shards))
         for param, _, _ in self.python_only:
             params.append(param)
             none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
@@ -372,13 +374,13 @@ class Plan:
             out = torch.zeros(
                 2 + self._chunk_count(index), dtype=torch.float64, device=bucket.device
             )
-            largest = math.isinf(norm_type)
+            is_largest = math.isinf(norm_type)
             if bucket.backend == "triton":
-                self._triton_grad_norm(index, bucket, largest, out)
+                self._triton_grad_norm(index, bucket, is_largest, out)
             else:
                 threads = torch.get_num_threads()
-                self._native.grad_norm(index, largest=largest, threads=threads, out=out)
-            shares.append(out[0])
+                self._native.grad_norm(index, largest=is_largest, threads=threads, out=out)
+            shares.append((largest if is_largest else summed)(out[0], bucket.shards))
         shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
 
@@ -420,7 +422,8 @@ class Plan:
             grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
             return grads, self._native.hyper_table(index), []
         entries = self.buckets[index].entries
-        copies = [match_layout(e.param, e.param.grad) for e in entries if e.param.grad is not None]
+        both = [(e.param, e.param.grad) for e in entries if e.param.grad is not None]
+        copies = [match_layout(own_part(param), own_part(grad)) for param, grad in both]
         rest = iter(copies)
         # An empty tensor's gradient has no address; any but 0 makes its step count.
         grads = torch.tensor(
@@ -459,7 +462,7 @@ class Plan:
             if tail.zero_grads:
                 increment_version([grad for _, grad in grads_of])
                 for (_, grad), seen in zip(grads_of, copies, strict=True):
-                    if seen.data_ptr() != grad.data_ptr():
+                    if seen.data_ptr() != own_part(grad).data_ptr():
                         grad.zero_()
 
     def _triton_grad_norm(self, index: int, bucket: Bucket, largest: bool, out: Tensor) -> None:
@@ -485,12 +488,6 @@ def publish(optimizer: OnePass, entries: list[Entry]) -> None:
                 if entry.state.get(key) is state.get(key):  # not published for its first mention
                     state[key] = value
         entry.state = optimizer.state[entry.param]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Itself; of a DTensor, the value that all ranks' shares make together."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
 
 
 def _grad_share(grad: Tensor, norm_type: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from warpstep.recipes import dtype_name, ema_dtype, ema_dtypes, moment_dtype, real_dtype
+from warpstep.shards import holds_values, layout_of, own_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -38,7 +39,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether the tensor has elements and no memory."""
+    """Whether the tensor, or this process's shard of it, has elements and no memory."""
+    tensor = own_part(tensor)
     if not is_plain(tensor) or tensor.numel() == 0:
         return False
     return tensor.data_ptr() == 0 or tensor.untyped_storage().nbytes() == 0
@@ -60,6 +62,19 @@ def is_dense(tensor: Tensor) -> bool:
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def is_walkable(param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor) -> bool:
+    """Whether kernels can walk a parameter's tensors side by side, or this process's shards.
+
+    A gradient may have other strides: it is copied.
+    """
+    if not all(is_plain(own_part(t)) for t in (param, grad, *moments)) or not is_plain(step):
+        return False
+    layout, own = layout_of(param), own_part(param)
+    if not holds_values(layout) or any(layout_of(t) != layout for t in (grad, *moments)):
+        return False
+    return is_dense(own) and all(same_layout(own_part(t), own) for t in moments)
 
 
 def match_layout(param: Tensor, tensor: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+// Python's view of a DTensor: its spec, and the shard that it wraps.
+#include "shards.h"
+
+namespace warpstep {
+namespace {
+
+struct Names {
+  PyObject* spec = PyUnicode_InternFromString("_spec");
+  PyObject* mesh = PyUnicode_InternFromString("mesh");
+  PyObject* placements = PyUnicode_InternFromString("placements");
+  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+// Null where there is no such attribute, or `object` is null.
+py::object attribute(PyObject* object, PyObject* name) {
+  if (object == nullptr) return {};
+  PyObject* const value = PyObject_GetAttr(object, name);
+  if (value == nullptr) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+bool equal(const py::object& a, const py::object& b) {
+  const int result = a && b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : 0;
+  if (result < 0) PyErr_Clear();
+  return result > 0;
+}
+
+}  // namespace
+
+ShardLayout layout_of(PyObject* tensor) {
+  const py::object spec = attribute(tensor, names().spec);
+  ShardLayout layout{attribute(spec.ptr(), names().mesh),
+                     attribute(spec.ptr(), names().placements)};
+  return layout.mesh && layout.placements ? layout : ShardLayout{};
+}
+
+PyObject* own_part_of(PyObject* tensor, const ShardLayout& layout) {
+  if (!layout) return tensor;
+  const ShardLayout found = layout_of(tensor);
+  if (!equal(found.placements, layout.placements) || !equal(found.mesh, layout.mesh)) {
+    return nullptr;
+  }
+  return attribute(tensor, names().local_tensor).ptr();
+}
+
+}  // namespace warpstep

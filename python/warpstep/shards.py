@@ -1,0 +1,70 @@
+"""Sharded tensors (torch.distributed's DTensor): each process steps the shard that it has.
+
+A step is element by element, so a parameter's shard needs nothing but the same shards of its
+gradient and its state. Only what is summed over a whole tensor needs the other processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def _module() -> Any:
+    return sys.modules.get("torch.distributed.tensor")  # not imported: there is no DTensor
+
+
+def _sharded(tensor: Tensor) -> Any:
+    """The tensor if it is one of torch.distributed's, else None."""
+    module = _module()
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def layout_of(tensor: Tensor) -> Any:
+    """How a tensor is laid out over processes, (mesh, placements); None for a plain one."""
+    sharded = _sharded(tensor)
+    return None if sharded is None else (sharded._spec.mesh, sharded._spec.placements)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The shard that this process has; of a plain tensor, itself."""
+    sharded = _sharded(tensor)
+    part: Tensor = tensor if sharded is None else sharded._local_tensor
+    return part
+
+
+def holds_values(layout: Any) -> bool:
+    """Whether shards are made of the tensor's own elements, not of summands."""
+    return layout is None or not any(placement.is_partial() for placement in layout[1])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Itself; of a sharded tensor, the value that all processes' shards make together."""
+    sharded = _sharded(tensor)
+    full: Tensor = tensor if sharded is None else sharded.full_tensor()
+    return full
+
+
+def summed(sums: Tensor, layout: Any) -> Tensor:
+    """From sums over shards, those over whole tensors. Every process has to call it."""
+    return sums if layout is None else _reduced(sums, layout, "sum")
+
+
+def largest(maxima: Tensor, layout: Any) -> Tensor:
+    """From largest magnitudes, NaN where there is one. Every process has to call it."""
+    if layout is None:
+        return maxima
+    total = _reduced(maxima, layout, "sum")  # NaN if any is, which a reduction's maximum may lose
+    return total.where(total.isnan(), _reduced(maxima, layout, "max"))
+
+
+def _reduced(tensor: Tensor, layout: Any, operation: str) -> Tensor:
+    mesh, placements = layout
+    module = _module()
+    shares = [
+        module.Replicate() if placement.is_replicate() else module.Partial(operation)
+        for placement in placements
+    ]
+    return whole(module.DTensor.from_local(tensor, mesh, shares, run_check=False))
