@@ -102,9 +102,11 @@ def change_worker(change, rank):
         if step == 2:
             assert sum(len(bucket.entries) for bucket in ours.plan.buckets) == len(PLACED)
             change(ours)
+        versions = [p._version for p in params_of(ours)]
         with launches(LAYOUTS):
             ours.step()
         theirs.step()
+        assert all(p._version > v for p, v in zip(params_of(ours), versions, strict=True))
     assert_agree(ours, theirs)
 
 
