@@ -102,13 +102,8 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
            py::arg("buckets"), py::arg("match_layout"))
       .def("check", &Plan::check)
-      .def(
-          "launch",
-          [](Plan& plan, int threads, py::object tensors, double max_norm, bool zero_grads) {
-            plan.launch(threads, std::move(tensors), {max_norm, zero_grads});
-          },
-          py::arg("threads"), py::arg("tensors"), py::kw_only(), py::arg("max_norm"),
-          py::arg("zero_grads"))
+      .def("launch", &Plan::launch, py::arg("threads"), py::arg("tensors"), py::kw_only(),
+           py::arg("zero_grads"))
       .def("increment_versions", &Plan::increment_versions, py::arg("zero_grads"))
       .def(
           "grad_norm",
@@ -119,6 +114,7 @@ PYBIND11_MODULE(_native, m) {
       .def("chunk_counts", &Plan::chunk_counts)
       .def("chunk_count", &Plan::chunk_count)
       .def("gather_grads", &Plan::gather_grads)
+      .def("remember_grads", &Plan::remember_grads)
       .def("count_grads", &Plan::count_grads)
       .def("has_shared_grads", &Plan::has_shared_grads)
       .def("forget_grads", &Plan::forget_grads)

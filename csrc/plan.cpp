@@ -186,21 +186,20 @@ Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper
           static_cast<std::uint32_t>(bucket.chunks.size())};
 }
 
-void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
+void Plan::launch(int threads, py::object tensors, bool zero_grads) {
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
     Bucket& bucket = buckets_[i];
     if (bucket.spec.backend == Backend::external) continue;
 
     Tail tail{};
-    tail.max_norm = step_tail.max_norm;
     tail.has_ema = bucket.spec.ema.has_value();
     tail.ema = bucket.spec.ema.value_or(Format{});
-    tail.grads_after = step_tail.zero_grads ? GradsAfter::zeroed : GradsAfter::kept;
+    tail.grads_after = zero_grads ? GradsAfter::zeroed : GradsAfter::kept;
     if (!tensors.is_none()) {
       const py::tuple of_bucket = tensors[py::int_(i)];
       tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
       tail.found_inf = static_cast<const float*>(address_of(of_bucket[1]));
-      tail.total_norm = static_cast<const double*>(address_of(of_bucket[2]));
+      tail.clip_coef = static_cast<const double*>(address_of(of_bucket[2]));
       tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
     }
     const Launch launch = launch_of(bucket, tail, hypers_for(bucket));

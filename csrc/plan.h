@@ -32,12 +32,6 @@ struct BucketSpec {
   std::optional<Format> ema;  // of the averages of the weights, where there are any
 };
 
-// The tail's share that is the same for all buckets of a step.
-struct StepTail {
-  double max_norm = 0;
-  bool zero_grads = false;
-};
-
 // Device memory that Python allocated for a bucket (addresses).
 struct DeviceTables {
   std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
@@ -59,9 +53,11 @@ class Plan {
   // null, or why the plan is stale. Writes no tensor. Up to `threads` threads look.
   const char* check(py::handle state, py::handle param_groups, int threads);
 
-  // Gathers gradients only, for their norm, and remembers them as they are: each object (which
-  // lives until forget_grads) and its version counter. Returns as `check` does.
+  // Gathers gradients only, for their norm. Returns as `check` does.
   const char* gather_grads(py::handle param_groups, int threads);
+  // Remembers the gradients just gathered as they are: each object (which lives until forget_grads)
+  // and its version counter.
+  void remember_grads();
   // Of the gradients remembered, how many are still the parameters' gradients, and how many of
   // those were not written to.
   struct Unchanged {
@@ -75,9 +71,9 @@ class Plan {
   bool has_shared_grads() const;
 
   // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
-  // (grad_scale, found_inf, total_norm, statistics) a bucket, each None or a tensor on its device,
+  // (grad_scale, found_inf, clip_coef, statistics) a bucket, each None or a tensor on its device,
   // the first two float32, the others float64; or is None.
-  void launch(int threads, py::object tensors, const StepTail& tail);
+  void launch(int threads, py::object tensors, bool zero_grads);
 
   // Bumps the version counters of the parameters that the last check found gradients for, and with
   // `zero_grads` of the gradients; zeroes those that a launch has only seen copies of.
@@ -182,6 +178,7 @@ class Plan {
   void launch_cuda(Bucket& bucket, const Launch& launch);
   void grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out);
   bool has_grad(const BoundParam& bound) const;
+  static const void* address_of_grad(PyObject* grad, const BoundParam& bound);
 
   std::vector<Bucket> buckets_;
   std::vector<BoundGroup> groups_;
@@ -194,9 +191,10 @@ class Plan {
   std::vector<BoundState> states_;
   std::vector<std::pair<PyObject*, PyObject*>> bound_items_;  // names (kept alive) and tensors
   struct RememberedGrad {
-    PyObject* param;
+    const BoundParam* bound;
     py::object grad;
     std::int64_t version;
+    const void* address;  // `grad.data = other` counts no write
   };
 
   std::vector<RememberedGrad> remembered_;

@@ -81,16 +81,19 @@ const char* Plan::check(py::handle state, py::handle param_groups, int threads) 
 }
 
 const char* Plan::gather_grads(py::handle param_groups, int threads) {
-  forget_grads();
   if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
-  if (const char* why = check_tensors(Scope::grads, looking_threads(threads))) return why;
+  return check_tensors(Scope::grads, looking_threads(threads));
+}
+
+void Plan::remember_grads() {
+  remembered_.clear();
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     py::object grad = gradient_of(bound.param);
     const std::int64_t version = tensor_reader().version_of(grad.ptr());
-    remembered_.push_back({bound.param, std::move(grad), version});
+    const void* const address = address_of_grad(grad.ptr(), bound);
+    remembered_.push_back({&bound, std::move(grad), version, address});
   }
-  return nullptr;
 }
 
 void Plan::forget_grads() {
@@ -103,11 +106,19 @@ Plan::Unchanged Plan::compare_grads() const {
   const TensorReader& reader = tensor_reader();
   for (const RememberedGrad& remembered : remembered_) {
     PyObject* const grad = remembered.grad.ptr();
-    if (!reader.is_grad(grad, remembered.param)) continue;
+    const BoundParam& bound = *remembered.bound;
+    if (!reader.is_grad(grad, bound.param)) continue;
     ++found.kept;
-    found.unwritten += reader.version_of(grad) == remembered.version;
+    found.unwritten += reader.version_of(grad) == remembered.version &&
+                       address_of_grad(grad, bound) == remembered.address;
   }
   return found;
+}
+
+const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {
+  PyObject* const own = own_part_of(grad, bound.layout);
+  TensorView view;
+  return own != nullptr && tensor_reader().read(own, view) ? view.data : nullptr;
 }
 
 std::size_t Plan::count_grads() const {

@@ -71,7 +71,7 @@ def read(word, kind):
 
 
 @device_function
-def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr):
+def constants_of(hyper, step, grad_scale, clip_coef, T: tl.constexpr):
     """The constants of a tensor; `step` counts the steps taken before this one."""
     word = tl.load(hyper + 6)  # a byte each: kinds of lr, beta1, beta2; form of decay; maximize
     lr = read(tl.load(hyper), word & 255)
@@ -88,10 +88,8 @@ def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr)
     if grad_scale is not None:
         unscale = unscale / tl.load(grad_scale).to(tl.float64)
     grad_factor = unscale
-    if total_norm is not None:
-        ratio = tl.load(max_norm).to(tl.float64, bitcast=True)
-        ratio = ratio / (tl.load(total_norm).to(tl.float64) + 1e-6)
-        grad_factor = tl.where(ratio > 1, 1.0, ratio) * unscale  # NaN stays, as in torch
+    if clip_coef is not None:
+        grad_factor = tl.load(clip_coef) * unscale
     grad_factor = tl.where((word >> 32 & 255) != 0, -grad_factor, grad_factor)
     coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
     decay = tl.where(form == COUPLED, 0, lr * weight_decay).to(T)
@@ -285,7 +283,7 @@ def take_step(counter, arrivals, chunks, taken):
     return step
 
 
-SCALARS = ["grad_scale", "found_inf", "total_norm", "max_norm"]
+SCALARS = ["grad_scale", "found_inf", "clip_coef"]
 
 
 @triton.jit(do_not_specialize_on_alignment=SCALARS)
@@ -297,8 +295,7 @@ def adamw_kernel(
     grads,  # int64[tensors]: addresses, 0 for a tensor to leave alone
     grad_scale,  # float32[1] or None
     found_inf,  # float32[1] or None
-    total_norm,  # float64[1] or None
-    max_norm,  # int64[1], the bits of a float64; None without total_norm
+    clip_coef,  # float64[1] or None
     statistics,  # float64[programs, STATISTICS] or None
     FORMATS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -326,7 +323,7 @@ def adamw_kernel(
     counter = tl.load(row + 5).to(tl.pointer_type(tl.float32))
     step = take_step(counter, arrivals + tensor, tl.load(row + 8), taken)
     hyper = hypers + tl.load(row + 7) * HYPER_WORDS
-    c = constants_of(hyper, step, grad_scale, total_norm, max_norm, FORMATS.compute)
+    c = constants_of(hyper, step, grad_scale, clip_coef, FORMATS.compute)
 
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(row + 6) - first, CHUNK).to(tl.int32)

@@ -1,6 +1,5 @@
 """Launches the Triton kernels: the tensor table, what is sent each step, ahead-of-time compiles."""
 
-import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -145,8 +144,7 @@ def launch(
     recipe: Any,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    total_norm: Tensor | None = None,
-    max_norm: float = 0.0,
+    clip_coef: Tensor | None = None,
     statistics: Tensor | None = None,
     zero_grads: bool = False,
 ) -> None:
@@ -160,8 +158,7 @@ def launch(
         recipe: dtypes `param`, `grad`, `moment` and `ema`, and whether `amsgrad`.
         grad_scale: float32[1] on the device; gradients are divided by it.
         found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
-        total_norm, max_norm: float64[1] on the device, and a number: the norm of the unscaled
-            gradients, which are clipped by it.
+        clip_coef: float64[1] on the device; the unscaled gradients are multiplied by it.
         statistics: float64[table.programs, 4] on the device: Tail::statistics of tables.h.
         zero_grads: the gradients are left zero.
     """
@@ -170,13 +167,11 @@ def launch(
         return
     skippable = found_inf is not None and (statistics is not None or zero_grads)
     tail = Tail(statistics is not None, zero_grads, is_selective(hypers), skippable)
-    words = hypers + (b"" if total_norm is None else struct.pack("<d", max_norm))
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
-        sizes = [len(hypers) // 8, (len(words) - len(hypers)) // 8, len(grads)]
-        hypers_at, max_norm_at, grads_at = table.upload(words, grads).split(sizes)
+        sizes = [len(hypers) // 8, len(grads)]
+        hypers_at, grads_at = table.upload(hypers, grads).split(sizes)
         tables = (table.rows, table.chunks, table.arrivals, hypers_at, grads_at)
-        clip = (None, None) if total_norm is None else (total_norm, max_norm_at)
-        scalars = (grad_scale, found_inf, *clip, statistics)
+        scalars = (grad_scale, found_inf, clip_coef, statistics)
         constants = (formats_of(recipe), tail, CHUNK, table.block)
         adamw_kernel[(table.programs,)](*tables, *scalars, *constants, **OPTIONS)
     launches += 1
@@ -206,7 +201,7 @@ def grad_norm(
 def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> CompiledKernel:
     """The step's kernel compiled ahead of time, for a target that need not be present."""
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
-    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*i64", "*fp64"]
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64"]
     types += ["constexpr"] * 4
     signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
     constants = {

@@ -1,6 +1,6 @@
 // The rule: AdamW (and Adam with coupled decay) of one element, in registers. Host and device.
 //
-//   g  <- grad * grad_factor                              clip / grad_scale; minus to maximize
+//   g  <- grad * grad_factor                              clip_coef / grad_scale; minus to maximize
 //   g  <- g + weight_decay * p                            Decay::coupled only
 //   m  <- m + (1 - beta1) * (g - m)                       exp_avg
 //   v  <- (v - (1 - beta2) * v) + (1 - beta2) * g * g     exp_avg_sq
@@ -9,7 +9,7 @@
 //
 // with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
 // which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
-// the running maximum of v takes its place. clip = min(1, max_norm / (total_norm + 1e-6)).
+// the running maximum of v takes its place.
 //
 //   Decay          decay                          d
 //   coupled        0                              (Adam with L2)
@@ -107,15 +107,11 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
   const double bias_correction1 = 1 - power(beta1, t);
   const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
   const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
-  double clip = 1;
-  if (tail.total_norm != nullptr) {
-    const double ratio = tail.max_norm / (*tail.total_norm + 1e-6);
-    clip = ratio > 1 ? 1 : ratio;  // NaN stays, as in torch
-  }
+  const double clip_coef = tail.clip_coef != nullptr ? *tail.clip_coef : 1;
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<T> c;
-  c.grad_factor = static_cast<T>((hyper.maximize ? -clip : clip) * unscale);
+  c.grad_factor = static_cast<T>((hyper.maximize ? -clip_coef : clip_coef) * unscale);
   c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
   c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : lr * hyper.weight_decay);
   c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);

@@ -109,12 +109,11 @@ enum class GradsAfter : std::uint8_t { kept, zeroed, unscaled };
 
 // What training loops do around the step, done in its pass. Zeros mean: nothing of it.
 struct Tail {
-  const float* grad_scale;   // gradients are divided by it (torch's GradScaler)
-  const float* found_inf;    // anything but zero: the step is not taken
-  const double* total_norm;  // of the unscaled gradients, which are clipped by it to max_norm
-  double max_norm;
-  double* statistics;  // kStatistics for each chunk
-  Format ema;          // of the averages, where rows have any
+  const float* grad_scale;  // gradients are divided by it (torch's GradScaler)
+  const float* found_inf;   // anything but zero: the step is not taken
+  const double* clip_coef;  // the unscaled gradients are multiplied by it
+  double* statistics;       // kStatistics for each chunk
+  Format ema;               // of the averages, where rows have any
   bool has_ema;
   GradsAfter grads_after;
   bool steps_advanced;  // the caller has advanced the step counters, and the launch does not

@@ -79,15 +79,130 @@ def test_a_clipping_that_no_step_followed_is_forgotten(backend, how):
     assert_near(ours, theirs, 1)
 
 
-def test_the_last_clipping_counts(backend):
+INF = float("inf")
+CLIPPINGS = {
+    "smaller then larger": [(0.01, 2.0), (0.5, 2.0)],
+    "larger then smaller": [(0.5, 2.0), (0.01, 2.0)],
+    "inf-norm then 2-norm": [(0.5, INF), (1.0, 2.0)],
+    "2-norm then inf-norm": [(3.0, 2.0), (0.01, INF)],
+    "a norm through torch": [(1.0, 3.0), (0.5, 2.0), (0.1, 1.0)],
+    "five": [(5.0, 2.0), (1e9, 2.0), (1.0, INF), (0.3, 2.0), (0.2, 2.0)],
+    "to zero and on": [(0.0, 2.0), (5.0, 2.0)],
+    "to zero at last": [(5.0, 2.0), (0.0, 2.0)],
+}
+
+
+@pytest.mark.parametrize("clippings", CLIPPINGS.values(), ids=CLIPPINGS.keys())
+def test_clippings_compose_as_torchs_do(backend, clippings):
+    """Each measures what the ones before have left, and multiplies it."""
+    mine, their, ours, theirs = pair(backend)
+    for seed in range(2):
+        give(ours, theirs, seed)
+        for max_norm, norm_type in clippings:
+            norm = mine.clip_grad_norm_(max_norm, norm_type)
+            expected = clip_grad_norm_(theirs, max_norm, norm_type)
+            torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        for optimizer in (mine, their):
+            optimizer.step()
+    assert_near(ours, theirs, 2 * len(clippings))
+    for param, other in zip(ours, theirs, strict=True):  # where Adam does not divide it away
+        average, expected = mine.state[param]["exp_avg"], their.state[other]["exp_avg"]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_second_clipping_finds_the_norm_that_the_first_has_left(backend):
+    """Exact numbers: gradients of 10 have norm 20, and are 0.5 once clipped to 1."""
+    param = Parameter(torch.zeros(4))
+    param.grad = torch.full((4,), 10.0)
+    optimizer = warpstep.AdamW([param], backend=backend)
+    norms = [optimizer.clip_grad_norm_(1.0), optimizer.clip_grad_norm_(5.0)]
+    torch.testing.assert_close(torch.stack(norms), torch.tensor([20.0, 1.0]), rtol=1e-6, atol=0)
+    assert param.grad.eq(10).all()
+    optimizer.step()
+    expected = torch.full((4,), 0.05)
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, float("nan")])
+@pytest.mark.parametrize("norm_types", [(2.0, 2.0), (INF, 2.0), (2.0, INF)], ids=str)
+def test_norms_that_are_not_finite_compose_as_torchs_do(backend, bad, norm_types):
     mine, their, ours, theirs = pair(backend)
     give(ours, theirs, 0)
-    mine.clip_grad_norm_(0.01)
-    mine.clip_grad_norm_(0.5)
-    clip_grad_norm_(theirs, 0.5)
+    ours[0].grad[1, 1] = theirs[0].grad[1, 1] = bad
+    for norm_type in norm_types:
+        norm = mine.clip_grad_norm_(1.0, norm_type)
+        expected = clip_grad_norm_(theirs, 1.0, norm_type)
+        torch.testing.assert_close(norm, expected, equal_nan=True)
     for optimizer in (mine, their):
         optimizer.step()
-    assert_near(ours, theirs, 1)
+    for param, other in zip(ours, theirs, strict=True):
+        assert torch.equal(param.isnan(), other.isnan())
+
+
+def test_a_clipping_that_is_refused_leaves_the_one_before_it(backend):
+    """As torch, which has multiplied by the first coefficient and not by the second."""
+    mine, their, ours, theirs = pair(backend)
+    give(ours, theirs, 0)
+    ours[1].grad[3] = theirs[1].grad[3] = INF
+    assert mine.clip_grad_norm_(1.0).isinf()
+    assert clip_grad_norm_(theirs, 1.0).isinf()
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        mine.clip_grad_norm_(0.1, error_if_nonfinite=True)
+    with pytest.raises(ValueError, match="Invalid max_norm"):
+        mine.clip_grad_norm_(-1.0)
+    for optimizer in (mine, their):
+        optimizer.step()
+    for param, other in zip(ours, theirs, strict=True):
+        assert torch.equal(param.isnan(), other.isnan())
+        average, expected = mine.state[param]["exp_avg"], their.state[other]["exp_avg"]
+        torch.testing.assert_close(average, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("between", ["written", "one replaced", "one more"])
+def test_a_second_clipping_of_other_gradients_is_refused(backend, between):
+    """torch would have measured the clipped gradients as they were changed: not to be had."""
+    mine, _, ours, theirs = pair(backend)
+    give(ours, theirs, 0)
+    if between == "one more":
+        ours[2].grad = None
+    mine.clip_grad_norm_(0.1)
+    if between == "written":
+        ours[1].grad.add_(1)
+    else:
+        ours[2].grad = torch.ones(())
+    for attempt in (lambda: mine.clip_grad_norm_(1.0), mine.step):  # neither makes the other pass
+        with pytest.raises(RuntimeError, match=r"changed after clip_grad_norm_\(\)"):
+            attempt()
+    give(ours, theirs, 1)  # all new: the clipping was of those that are gone
+    expected = clip_grad_norm_(theirs, 1.0)
+    torch.testing.assert_close(mine.clip_grad_norm_(1.0), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("told", [(True, True), (True, False), (False, True)], ids=str)
+def test_clippings_with_a_grad_scaler_compose_as_torchs_do(backend, told):
+    """The scaler told at both, at the first, or after a clipping of the scaled gradients."""
+    mine, their, ours, theirs = pair(backend)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    for seed in range(2):
+        for scaler in scalers:
+            scaler.scale(torch.ones(()))
+        give(ours, theirs, seed, scale=1024.0)
+        unscaled = False
+        for is_told, max_norm in zip(told, (2.0, 0.5), strict=True):
+            norm = mine.clip_grad_norm_(max_norm, scaler=scalers[0] if is_told else None)
+            if is_told and not unscaled:
+                scalers[1].unscale_(their)
+                unscaled = True
+            expected = clip_grad_norm_(theirs, max_norm)
+            torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+        for scaler, optimizer in zip(scalers, (mine, their), strict=True):
+            scaler.step(optimizer)
+            scaler.update()
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert_near(ours, theirs, 4)
+    for param, other in zip(ours, theirs, strict=True):
+        average, expected = mine.state[param]["exp_avg"], their.state[other]["exp_avg"]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("change", ["written", "one replaced", "one more", "one less"])
@@ -107,12 +222,61 @@ def test_gradients_that_changed_in_between_are_refused(backend, change):
     else:
         ours[0].grad = None
     before = [p.detach().clone() for p in ours]
-    with pytest.raises(RuntimeError, match=r"changed between clip_grad_norm_\(\) and step\(\)"):
+    with pytest.raises(RuntimeError, match=r"changed after clip_grad_norm_\(\)"):
         mine.step()
     assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
     mine.zero_grad()
     give(ours, theirs, 1)
     mine.step()
+
+
+@pytest.mark.parametrize("how", ["set_", "data", "foreach", "detached"])
+def test_writes_that_torch_lets_be_seen_are_refused(backend, how):
+    """Also where the gradient stays the same object, or its version counter the same."""
+    mine, _, ours, theirs = pair(backend)
+    give(ours, theirs, 0)
+    mine.clip_grad_norm_(0.1)
+    grad = ours[1].grad
+    if how == "set_":
+        grad.set_(torch.ones(100))
+    elif how == "data":
+        grad.data = torch.ones(100)
+    elif how == "foreach":
+        torch._foreach_add_([grad], 1.0)
+    else:
+        grad.detach().add_(1.0)
+    with pytest.raises(RuntimeError, match=r"changed after clip_grad_norm_\(\).* 1 written to"):
+        mine.step()
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+def test_writes_that_no_counter_sees_are_clipped_with_the_rest(backend, how):
+    """As the docstring says: noise that is added so after a clipping is scaled; write before it."""
+    mine, _, ours, theirs = pair(backend, betas=(0.0, 0.999))
+    give(ours, theirs, 0)
+    seen = [p.grad.clone() for p in ours]
+    coef = 0.1 / mine.clip_grad_norm_(0.1)
+    for param in ours:
+        if how == "data":
+            param.grad.data.add_(1.0)
+        else:
+            param.grad.numpy()[...] += 1.0
+    mine.step()
+    for param, grad in zip(ours, seen, strict=True):
+        expected = coef * (grad + 1.0)
+        torch.testing.assert_close(mine.state[param]["exp_avg"], expected, rtol=1e-5, atol=0)
+
+
+def test_noise_after_a_clipping_takes_torchs(backend):
+    """What the docstring gives as the way: gradients rewritten by torch's clipping, then noise."""
+    mine, their, ours, theirs = pair(backend)
+    for params, optimizer in ((ours, mine), (theirs, their)):
+        give(params, params, 0)
+        clip_grad_norm_(params, 0.1)
+        for param in params:
+            param.grad.data.add_(1.0)
+        optimizer.step()
+    assert_near(ours, theirs, 1)
 
 
 def test_gradients_that_no_step_follows_are_let_go(backend):
@@ -221,6 +385,58 @@ def test_a_disabled_scaler_is_none():
     scaler.step(mine)
     their.step()
     assert_near(ours, theirs, 1)
+
+
+@pytest.mark.parametrize("is_inf", [False, True])
+def test_a_forgotten_scaler_is_noticed(backend, is_inf):
+    """The norm was that of scaled gradients: the step would be too small by the scale."""
+    mine, their, ours, theirs = pair(backend)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    give(ours, theirs, 0, scale=2.0**16)
+    if is_inf:
+        ours[0].grad[0] = INF
+    before = [p.detach().clone() for p in ours]
+    mine.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match=r"Pass scaler= to clip_grad_norm_\(\), or call scaler"):
+        scaler.step(mine)
+    assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
+    # What the message says then goes through, in the same session.
+    mine.zero_grad()
+    give(ours, theirs, 0, scale=2.0**16)
+    mine.clip_grad_norm_(1.0, scaler=scaler)
+    scaler.step(mine)
+    scaler.update()
+    for param in theirs:
+        param.grad /= 2.0**16
+    clip_grad_norm_(theirs, 1.0)
+    their.step()
+    assert_near(ours, theirs, 1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_unscaled_gradients_are_clipped_without_the_scaler(backend, enabled):
+    """No false alarm after unscale_, also after an alarm; nor where nothing is scaled."""
+    mine, their, ours, theirs = pair(backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=enabled)
+    for seed in range(2):
+        scaler.scale(torch.ones(()))
+        give(ours, theirs, seed, scale=scaler.get_scale())
+        if enabled and seed == 1:
+            mine.clip_grad_norm_(1.0)
+            with pytest.raises(RuntimeError, match="scaled by a GradScaler"):
+                scaler.step(mine)
+            mine.zero_grad()
+            give(ours, theirs, seed, scale=scaler.get_scale())
+        scaler.unscale_(mine)
+        for param in theirs:
+            param.grad /= scaler.get_scale()
+        mine.clip_grad_norm_(1.0)
+        clip_grad_norm_(theirs, 1.0)
+        scaler.step(mine)
+        scaler.update()
+        their.step()
+    assert_near(ours, theirs, 2)
 
 
 def test_differentiable_steps_clip_as_torch_does():

@@ -1,6 +1,7 @@
 """The tail in the step's pass, on every backend: clipping, averages, statistics, zeroing."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -68,12 +69,12 @@ def test_the_norm_is_exact_and_reads_only(backend, device, recipe):
     kept = [None if p.grad is None else p.grad.clone() for p in params]
     with_grad = [p for p in params if p.grad is not None]
     for kind in (2.0, float("inf")):
-        norm = optimizer.clip_grad_norm_(1.0, kind)
+        norm = optimizer.clip_grad_norm_(math.inf, kind)
         assert norm.dtype == F32
         assert norm.shape == ()
         assert norm.device == params[0].device
         assert_relative(norm, exact_norm(with_grad, kind), 1.001)  # of float32, sums in float64
-        assert torch.equal(norm, optimizer.clip_grad_norm_(1.0, kind))
+        assert torch.equal(norm, optimizer.clip_grad_norm_(math.inf, kind))
     for param, grad in zip(params, kept, strict=True):
         assert (param.grad is None) == (grad is None)
         assert grad is None or torch.equal(bits(param.grad), bits(grad))
@@ -95,8 +96,10 @@ def test_clipped_steps_agree_with_the_oracle(backend, device, recipe, max_norm):
     before = [zeros_of(p, False) for p in params]
     for t in (1, 2, 3):
         optimizer.clip_grad_norm_(max_norm)
-        norm = float(optimizer._clipping.total_norm)  # float64; what is returned is rounded
-        clipped = Options(grad_factor=min(1.0, max_norm / (norm + 1e-6)))
+        coef = float(optimizer._clipping.coef)
+        exact = min(1.0, max_norm / (exact_norm(params) + 1e-6))
+        assert abs(coef - exact) <= sum(p.numel() for p in params) * 2**-53 * exact
+        clipped = Options(grad_factor=coef)
         kept = [bits(p.grad) for p in params]
         grads = [p.grad for p in params]
         assert_step(optimizer, params, t, lambda _, o=clipped: o, grads, before)
@@ -111,10 +114,9 @@ def test_scaled_and_clipped_steps_agree_with_the_oracle(backend, device, found):
     recipe = (F32, F32, F32)
     params, _ = model(recipe, device)
     optimizer = optimizer_for(params, Options(), recipe, backend)
-    total = torch.tensor(17.0, device=device)
     optimizer.clip_grad_norm_(5.0)
-    optimizer._clipping.total_norm = total
-    optimizer.grad_scale = torch.tensor(48.0, device=device)
+    optimizer._clipping.coef = torch.tensor(5.0 / (17.0 + 1e-6), dtype=F64, device=device)
+    optimizer._clipping.grad_scale = torch.tensor(48.0, device=device)
     optimizer.found_inf = None if found is None else torch.tensor(found, device=device)
     if found:
         kept = [bits(p) for p in params]
@@ -283,10 +285,10 @@ def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
     before = [zeros_of(p, True) for p in params]
     for t in (1, 2, 3):
         give_gradients(params, recipe, generator, scale=64.0)
-        total = optimizer.clip_grad_norm_(3.0)
-        optimizer._clipping.total_norm = total / 64
-        optimizer.grad_scale = torch.tensor(64.0, device=device)
-        factor = 3.0 / (float(total / 64) + 1e-6) / 64
+        scaler = torch.amp.GradScaler(device, init_scale=64.0)
+        scaler.scale(torch.ones((), device=device))
+        total = optimizer.clip_grad_norm_(3.0, scaler=scaler)
+        factor = 3.0 / (float(total) + 1e-6) / 64
         clipped = dataclasses.replace(options, grad_factor=factor)
         grads = [p.grad for p in params]
         kept = [bits(g) for g in grads]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint
 from warpstep.backends import requested_backend
+from warpstep.clipping import Clipping, clip_grad_norm
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
 from warpstep.recipes import FORMATS
-from warpstep.tail import (
-    Clipping,
-    Statistics,
-    Tail,
-    defer_unscale,
-    report_found_inf,
-    swapped,
-)
+from warpstep.tail import Statistics, Tail, swapped
 
 Betas = tuple[float | Tensor, float | Tensor]
 EmaDecay = float | Callable[[int], float]
@@ -122,15 +115,8 @@ class OnePass(torch.optim.Adam):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         tail = Tail(grad_scale, found_inf, zero_grads=zero_grads, statistics=self.stats)
-        clipping = self._clipping
-        if clipping is not None and clipping.still_holds(plan.count_grads()):
-            scale = clipping.grad_scale if clipping.grad_scale is not None else grad_scale
-            tail = replace(
-                tail,
-                grad_scale=scale,
-                total_norm=clipping.total_norm,
-                max_norm=clipping.max_norm,
-            )
+        if self._clipping is not None and self._clipping.still_holds(plan.count_grads()):
+            tail = self._clipping.added_to(tail, self)
         plan.run(self, tail)
         self._ema_steps += 1
         self._forget_clipping()
@@ -189,11 +175,15 @@ class OnePass(torch.optim.Adam):
 
         In place of :func:`torch.nn.utils.clip_grad_norm_`, where that is called. One pass reads the
         gradients; they stay as they are, and the next ``step`` multiplies them by
-        ``min(1, max_norm / (total_norm + 1e-6))`` in registers. There is no synchronisation.
+        ``min(1, max_norm / (total_norm + 1e-6))`` in registers. There is no synchronisation. A
+        second call before the step clips what the first has left, as it would in torch.
 
         The clipping is for the gradients that it has seen. ``zero_grad`` forgets it, as do new
         gradients in place of all of them; a gradient that is written to in between makes ``step``
-        raise.
+        and a second clipping raise. What autograd's version counter does not count (a write
+        through ``.grad.data``, through NumPy, or by a kernel of one's own; any write to a tensor
+        made in inference mode) goes unnoticed, and is clipped with the rest. So write gradients
+        before they are clipped; to add noise to clipped ones, clip with torch's function.
 
         Args:
             max_norm: what the norm is to be at most; at least 0.
@@ -202,45 +192,21 @@ class OnePass(torch.optim.Adam):
             scaler: a :class:`torch.amp.GradScaler` whose ``unscale_`` has not been called. The norm
                 is then that of the unscaled gradients, which ``step`` unscales in its own pass; a
                 norm that is not finite makes ``scaler.step`` skip, so no other inf check is made.
-                Needed where the scaler is used without ``unscale_``.
+                Needed where the scaler is used without ``unscale_``; ``scaler.step`` raises if it
+                is forgotten.
 
         Returns:
             The norm before clipping, a float32 scalar tensor on the gradients' device, of the same
-            bits each time. Each parameter counts once; other ranks' gradients do not count.
+            bits each time. Each parameter counts once. Of a DTensor the whole tensor counts, and
+            every rank has to call this; plain tensors of other ranks do not count.
 
         Raises:
             ValueError: ``max_norm`` is negative or NaN.
-            RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient is invalid;
-                or ``scaler`` has stepped already.
+            RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient is invalid,
+                or was written to since the clipping before; or ``scaler`` has stepped already. A
+                clipping before it stays in force then.
         """
-        max_norm, norm_type = float(max_norm), float(norm_type)
-        if not max_norm >= 0:
-            raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
-        scale = defer_unscale(scaler, self)
-        if scale is None and self._clipping is not None and self._clipping.compare()[1] > 0:
-            scale = self._clipping.grad_scale  # clipped before: the scaler was told, not they
-        self._forget_clipping()
-        plan = self._plan_of_grads()
-        if plan is None:
-            if scaler is not None and scaler.is_enabled() and scale is not None:
-                scaler.unscale_(self)
-            params = [p for group in self.param_groups for p in group["params"]]
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        total_norm = plan.grad_norm(norm_type)
-        if scale is not None:
-            total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
-        if error_if_nonfinite and not total_norm.isfinite():
-            self._forget_clipping()
-            raise RuntimeError(
-                f"The total norm of order {norm_type} for gradients is non-finite ({total_norm}), "
-                "so it cannot be clipped. Nothing has been changed. To disable this error and "
-                "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
-            )
-        if scale is not None and scaler is not None:
-            report_found_inf(scaler, self, (~total_norm.isfinite()).float())
-        self._clipping = plan.clipping(total_norm, max_norm)
-        self._clipping.grad_scale = scale
-        return total_norm.float()
+        return clip_grad_norm(self, float(max_norm), float(norm_type), error_if_nonfinite, scaler)
 
     def _forget_clipping(self) -> None:
         """Drops a clipping, and lets go of the gradients that it or its attempt held."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, reference
+from warpstep.clipping import Clipping, RememberedGrad, combined_norm
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
@@ -26,7 +27,7 @@ from warpstep.state import (
     match_layout,
     moments_dtype,
 )
-from warpstep.tail import Clipping, Statistics, Tail, combined_norm, statistics_of
+from warpstep.tail import Statistics, Tail, statistics_of
 
 if TYPE_CHECKING:
     from warpstep.optimizer import OnePass
@@ -267,13 +268,12 @@ class Plan:
         for bucket in self.cuda_buckets:
             stream = torch.cuda.current_stream(bucket.device)
             bucket.use_tables_on(stream)
-            if tail.total_norm is not None and tail.total_norm.is_cuda:
-                tail.total_norm.record_stream(stream)  # it is let go of after the launch
+            if tail.clip_coef is not None and tail.clip_coef.is_cuda:
+                tail.clip_coef.record_stream(stream)  # it is let go of after the launch
         if self._native is not None:
             self._native.launch(
                 torch.get_num_threads(),
                 tensors,
-                max_norm=tail.max_norm,
                 zero_grads=tail.zero_grads,
             )
         for index, bucket in self.triton_buckets:
@@ -385,18 +385,20 @@ class Plan:
         return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
-        """Why this plan does not describe the gradients, or None. Gathers and remembers them."""
+        """Why this plan does not describe the gradients, or None. Gathers them."""
         threads = torch.get_num_threads()
         reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
         return reason
 
-    def clipping(self, total_norm: Tensor, max_norm: float) -> Clipping:
-        """What is known of the gradients that were gathered, remembered as they are."""
+    def clipping(self, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
+        """A clipping of the gradients that were gathered, which are remembered as they are."""
+        if self._native is not None:
+            self._native.remember_grads()
         elsewhere = [param for param, _, _ in self.python_only]
         if self._native is None:
             elsewhere += [entry.param for bucket in self.buckets for entry in bucket.entries]
-        others = [(p, p.grad, p.grad._version) for p in elsewhere if p.grad is not None]
-        return Clipping(total_norm, max_norm, self if self._native else None, others=others)
+        others = [RememberedGrad.of(param) for param in elsewhere if param.grad is not None]
+        return Clipping(coef, grad_scale, self if self._native else None, others)
 
     def compare_grads(self) -> tuple[int, int, int]:
         """Of the gradients remembered: their number, how many are kept, and how many unwritten."""
@@ -443,7 +445,7 @@ class Plan:
         kernel, _ = backends.triton_kernel()
         assert kernel is not None
         grads, hypers, copies = self._triton_inputs(optimizer, index)
-        grad_scale, found_inf, total_norm, statistics = of_bucket
+        grad_scale, found_inf, clip_coef, statistics = of_bucket
         kernel.launch(
             bucket.tables,
             grads,
@@ -451,8 +453,7 @@ class Plan:
             recipe=bucket.recipe,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            total_norm=total_norm,
-            max_norm=tail.max_norm,
+            clip_coef=clip_coef,
             statistics=statistics,
             zero_grads=tail.zero_grads,
         )

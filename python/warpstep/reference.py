@@ -53,7 +53,7 @@ def computed(
     and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``
     no value is read on the host. ::
 
-        g <- grad / grad_scale, clipped;  -g to maximize;  g + weight_decay * p if coupled
+        g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
         u <- step_size * m / (sqrt(v) + eps_hat)
         p <- p - (decay * d + u)           with decay and d by the form of decay (kernels/rule.h)
@@ -92,9 +92,8 @@ def computed(
     if tail.grad_scale is not None:
         unscale = 1 / tail.grad_scale.to(g.device, torch.float64)
         g = g * unscale.to(compute)
-    if tail.total_norm is not None:
-        ratio = tail.max_norm / (tail.total_norm.to(g.device, torch.float64) + 1e-6)
-        g = g * ratio.clamp(max=1).to(compute)
+    if tail.clip_coef is not None:
+        g = g * tail.clip_coef.to(g.device, compute)
     if group["maximize"]:
         g = -g
     form, weight_decay = decay_form(group), group["weight_decay"]

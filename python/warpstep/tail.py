@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from warpstep.state import describe
 
 if TYPE_CHECKING:
     from warpstep.optimizer import OnePass
-    from warpstep.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors would wait for their device
@@ -23,20 +21,19 @@ class Tail:
     """One step's tail. What it does to a gradient g, before the rule sees it::
 
     g <- g / grad_scale
-    g <- g * min(1, max_norm / (total_norm + 1e-6))
+    g <- g * clip_coef
     """
 
     grad_scale: Tensor | None = None  # torch's GradScaler
     found_inf: Tensor | None = None  # anything but zero: the step is not taken
-    total_norm: Tensor | None = None  # of the unscaled gradients
-    max_norm: float = 0.0
+    clip_coef: Tensor | None = None  # of the unscaled gradients
     zero_grads: bool = False
     statistics: bool = False
 
     @property
     def needs_tensors(self) -> bool:
         """Whether there is more than a plain step, or one that zeroes gradients."""
-        numbers = (self.grad_scale, self.found_inf, self.total_norm)
+        numbers = (self.grad_scale, self.found_inf, self.clip_coef)
         return self.statistics or any(number is not None for number in numbers)
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -47,7 +44,7 @@ class Tail:
         return (
             _number_on("grad_scale", self.grad_scale, device, torch.float32),
             _number_on("found_inf", self.found_inf, device, torch.float32),
-            _number_on("total_norm", self.total_norm, device, torch.float64),
+            _number_on("clip_coef", self.clip_coef, device, torch.float64),
         )
 
 
@@ -59,93 +56,6 @@ def _number_on(
     if number.numel() != 1:
         raise ValueError(f"{name} must have one element, not {describe(number)}")
     return number.to(device=device, dtype=dtype, non_blocking=True)
-
-
-@dataclass
-class Clipping:
-    """What ``clip_grad_norm_`` found, for the next step to apply.
-
-    It holds for the gradients that it has seen, as they were: see ``still_holds``.
-    """
-
-    total_norm: Tensor
-    max_norm: float
-    plan: Plan | None
-    grad_scale: Tensor | None = None  # that the gradients still carry
-    # Gradients that no native plan looks at: each with its parameter and version counter.
-    others: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
-
-    def compare(self) -> tuple[int, int, int]:
-        """Gradients remembered; of those, the ones still there; of those, the unwritten."""
-        remembered, kept, unwritten = 0, 0, 0
-        if self.plan is not None:
-            remembered, kept, unwritten = self.plan.compare_grads()
-        for param, grad, version in self.others:
-            remembered += 1
-            kept += param.grad is grad
-            unwritten += param.grad is grad and grad._version == version
-        return remembered, kept, unwritten
-
-    def still_holds(self, grads_now: int) -> bool:
-        """Whether the gradients are those that were measured; False if they were all replaced.
-
-        Raises RuntimeError where some are and some are not, or where one was written to: what was
-        measured is then no longer there, and what is there was not measured.
-        """
-        remembered, kept, unwritten = self.compare()
-        if kept == 0:
-            return False
-        if unwritten == remembered == grads_now:
-            return True
-        raise RuntimeError(
-            f"gradients changed between clip_grad_norm_() and step(): of the {remembered} that "
-            f"were measured, {remembered - kept} were replaced and {kept - unwritten} written to, "
-            f"and there are {grads_now} now. Clip right before the step, after everything else "
-            "that writes gradients; or forget the clipping with zero_grad()."
-        )
-
-
-def defer_unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Tells a GradScaler that this optimizer's gradients are seen to; the scale that they carry.
-
-    As ``scaler.unscale_(optimizer)``, but the gradients stay as they are: the step divides them.
-    None where they carry none (no scaling, or unscaled already). The caller owes the scaler the
-    inf check: see ``report_found_inf``.
-    """
-    if scaler is None:
-        return None
-    if not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler is a {type(scaler).__name__}, expected a torch.amp.GradScaler")
-    if not scaler.is_enabled():
-        return None
-    states = scaler._per_optimizer_states[id(optimizer)]
-    stage = states["stage"].name
-    if stage == "STEPPED":
-        raise RuntimeError("clip_grad_norm_() with this scaler is being called after step().")
-    if stage == "UNSCALED":
-        return None
-    scaler._check_scale_growth_tracker("unscale_")
-    scale: Tensor | None = scaler._scale
-    return scale
-
-
-def report_found_inf(scaler: Any, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-    """Leaves the result of the inf check where ``scaler.step`` and ``update`` look for it."""
-    states = scaler._per_optimizer_states[id(optimizer)]
-    states["found_inf_per_device"] = {found_inf.device: found_inf}
-    states["stage"] = type(states["stage"]).UNSCALED
-
-
-def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
-    """One float64 norm from shares of it, one-element tensors on any devices.
-
-    A share is the sum of squares for the 2-norm, the norm itself for the inf-norm.
-    """
-    device = shares[0].device
-    together = torch.stack([s.to(device, torch.float64, non_blocking=True) for s in shares])
-    if math.isinf(norm_type):
-        return together.amax()  # NaN if any is
-    return together.sum().sqrt()
 
 
 @dataclass(frozen=True)
