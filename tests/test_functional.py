@@ -487,10 +487,7 @@ def test_bits_of_the_optimizer(lists_backend, device):
     for p, g in zip(params, lists[1], strict=True):
         p.grad = g.clone()
     names = {k: HYPERS[k] for k in ("lr", "eps", "weight_decay")}
-    fused = None if lists_backend != "reference" else False
-    optimizer = warpstep.AdamW(
-        params, betas=(0.9, 0.99), backend=lists_backend, fused=fused, **names
-    )
+    optimizer = warpstep.AdamW(params, betas=(0.9, 0.99), backend=lists_backend, **names)
     for _ in range(3):
         optimizer.step()
         adamw_(*lists, **HYPERS, backend=lists_backend)

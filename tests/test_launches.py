@@ -6,6 +6,7 @@ from torch.nn import Parameter
 
 import warpstep
 from environment import INTERPRETED
+from warpstep import backends
 
 
 def launches(backend):
@@ -69,3 +70,33 @@ def test_a_steady_step_keeps_its_plan(backend, device):
             param.grad = torch.randn_like(param)
         optimizer.step()
         assert optimizer.plan is plan
+
+
+@pytest.mark.parametrize("where", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+@pytest.mark.parametrize("flags", [{"fused": False}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("how", ["constructed", "in a group", "edited", "loaded", "replaced"])
+def test_torchs_choice_of_implementation_costs_no_kernel(where, flags, how):
+    """To torch fused=False is any of its other implementations: what is fastest and exact is one.
+
+    torchtitan's implementation="foreach" passes both; torch's checkpoints bring them into groups.
+    """
+    params = small_params(3, where)
+    if how == "in a group":
+        optimizer = warpstep.AdamW([{"params": params, **flags}])
+    elif how == "replaced":
+        optimizer = warpstep.replace(torch.optim.AdamW(params, **flags))
+    else:
+        optimizer = warpstep.AdamW(params, **(flags if how == "constructed" else {}))
+    if how == "edited":
+        optimizer.step()
+        optimizer.param_groups[0].update(flags)
+    elif how == "loaded":
+        optimizer.load_state_dict(torch.optim.AdamW(params, **flags).state_dict())
+    optimizer.step()
+    chosen = backends.choose("auto", torch.device(where))
+    assert chosen != "reference"
+    assert [(b.backend, len(b.entries)) for b in optimizer.plan.buckets] == [(chosen, 3)]
+    assert all(s["step"].device == p.device for p, s in optimizer.state.items())
+    named = warpstep.AdamW(params, backend="reference", **flags)
+    named.step()
+    assert not named.plan.buckets

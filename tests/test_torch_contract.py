@@ -178,12 +178,12 @@ TENSOR_HYPERS = {
 
 @on_both
 @pytest.mark.parametrize("case", TENSOR_HYPERS)
-@pytest.mark.parametrize("fused", [None, False])
-def test_tensor_hyper_parameters(case, fused, ours, theirs):
+@pytest.mark.parametrize("requested", ["auto", "reference"])
+def test_tensor_hyper_parameters(case, requested, ours, theirs):
     p, q = new_params(), new_params()
     a, b = (
-        cls(params, fused=fused, foreach=False, **{k: f() for k, f in TENSOR_HYPERS[case].items()})
-        for cls, params in ((ours, p), (theirs, q))
+        cls(params, foreach=False, **more, **{k: f() for k, f in TENSOR_HYPERS[case].items()})
+        for cls, params, more in ((ours, p, {"backend": requested}), (theirs, q, {}))
     )
     lr = TENSOR_HYPERS[case].get("lr", lambda: 1e-3)()
     for step in range(4):
@@ -326,11 +326,11 @@ PRESENCE = {
 
 
 @on_each_device
-@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("requested", ["auto", "reference"])
 @pytest.mark.parametrize("case", PRESENCE)
-def test_gradients_that_are_none(case, fused, device):
+def test_gradients_that_are_none(case, requested, device):
     p, q = new_params(device), new_params(device)
-    a = warpstep.AdamW(p, lr=LR, fused=fused)
+    a = warpstep.AdamW(p, lr=LR, backend=requested)
     b = torch.optim.AdamW(q, lr=LR)
     for step, skip in enumerate(PRESENCE[case]):
         set_grads(p, step, skip)

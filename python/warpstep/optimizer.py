@@ -344,7 +344,8 @@ class AdamW(OnePass, torch.optim.AdamW):
     Args:
         params: parameters, named parameters, or dicts of groups, as torch takes them.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
-            torch's. ``fused=False`` selects the reference backend.
+            torch's. ``foreach`` and ``fused`` choose among torch's implementations; they are taken
+            and kept, and the kernels step all the same (``backend="reference"`` is plain PyTorch).
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
             ``float64``); None (default) for each parameter's own, as torch.
         decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``

@@ -162,8 +162,7 @@ class Plan:
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
         check_gradient(entry.name, param, grad)
-        requested = "reference" if group["fused"] is False else optimizer.backend
-        chosen = backends.choose(requested, param.device)
+        chosen = backends.choose(optimizer.backend, param.device)
 
         amsgrad = bool(group["amsgrad"])
         on_device = chosen != "reference" or group["fused"] or group["capturable"]

@@ -38,8 +38,8 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
     ``torch.amp.GradScaler`` has unscaled its gradients.
 
     Args:
-        optimizer: a ``torch.optim.AdamW`` or ``torch.optim.Adam`` itself, of no derived class. With
-            ``fused=False`` in its groups, the reference backend will step it.
+        optimizer: a ``torch.optim.AdamW`` or ``torch.optim.Adam`` itself, of no derived class. It
+            may have any ``fused`` and ``foreach``: the kernels step it all the same.
 
     Returns:
         The new optimizer, with ``backend="auto"``.
