@@ -178,10 +178,11 @@ def test_a_second_clipping_of_other_gradients_is_refused(backend, between):
     torch.testing.assert_close(mine.clip_grad_norm_(1.0), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("told", [(True, True), (True, False), (False, True)], ids=str)
-def test_clippings_with_a_grad_scaler_compose_as_torchs_do(backend, told):
+def test_clippings_with_a_grad_scaler_compose_as_torchs_do(backend, told, fused):
     """The scaler told at both, at the first, or after a clipping of the scaled gradients."""
-    mine, their, ours, theirs = pair(backend)
+    mine, their, ours, theirs = pair(backend, fused=fused)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
     for seed in range(2):
         for scaler in scalers:
@@ -387,10 +388,11 @@ def test_a_disabled_scaler_is_none():
     assert_near(ours, theirs, 1)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("is_inf", [False, True])
-def test_a_forgotten_scaler_is_noticed(backend, is_inf):
+def test_a_forgotten_scaler_is_noticed(backend, fused, is_inf):
     """The norm was that of scaled gradients: the step would be too small by the scale."""
-    mine, their, ours, theirs = pair(backend)
+    mine, their, ours, theirs = pair(backend, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     give(ours, theirs, 0, scale=2.0**16)
@@ -414,10 +416,11 @@ def test_a_forgotten_scaler_is_noticed(backend, is_inf):
     assert_near(ours, theirs, 1)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_unscaled_gradients_are_clipped_without_the_scaler(backend, enabled):
+def test_unscaled_gradients_are_clipped_without_the_scaler(backend, enabled, fused):
     """No false alarm after unscale_, also after an alarm; nor where nothing is scaled."""
-    mine, their, ours, theirs = pair(backend)
+    mine, their, ours, theirs = pair(backend, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=enabled)
     for seed in range(2):
         scaler.scale(torch.ones(()))

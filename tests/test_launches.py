@@ -73,7 +73,9 @@ def test_a_steady_step_keeps_its_plan(backend, device):
 
 
 @pytest.mark.parametrize("where", ["cpu"] + ["cuda"] * torch.cuda.is_available())
-@pytest.mark.parametrize("flags", [{"fused": False}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"fused": False}, {"foreach": True}, {"foreach": False}], ids=str
+)
 @pytest.mark.parametrize("how", ["constructed", "in a group", "edited", "loaded", "replaced"])
 def test_torchs_choice_of_implementation_costs_no_kernel(where, flags, how):
     """To torch fused=False is any of its other implementations: what is fastest and exact is one.

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import pickle
 import warnings
 
 import pytest
@@ -219,7 +220,7 @@ def test_skipped_step_changes_no_bit(before, implementation, device):
     )
     with_inf_at({9})(params, 9, scaler.get_scale())
     at = [p.detach().clone() for p in params]
-    grads = [p.grad.clone() for p in params]
+    grads = left_by_scaler(params, implementation)
     state = copy.deepcopy([dict(optimizer.state[p]) for p in params])
     scaler.step(optimizer)
     scaler.update()
@@ -232,17 +233,44 @@ def test_skipped_step_changes_no_bit(before, implementation, device):
     assert scaler.get_scale() == SCALE / 2
 
 
+def left_by_scaler(params, implementation):
+    """Gradients after GradScaler's step: only read where it leaves the unscaling to ours."""
+    return [p.grad / (1 if implementation == "fused" else SCALE) for p in params]
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients_are_only_read(implementation):
     params, optimizer, scaler, _ = scaled_run(
         warpstep.AdamW, finite, False, steps=1, **IMPLEMENTATIONS[implementation]
     )
     set_grads(params, 1, SCALE)
-    grads = [(p.grad, p.grad.clone()) for p in params]
+    grads = [p.grad for p in params]
+    expected = left_by_scaler(params, implementation)
     scaler.step(optimizer)
-    for p, (grad, bits) in zip(params, grads, strict=True):
+    for p, grad, bits in zip(params, grads, expected, strict=True):
         assert p.grad is grad
         assert torch.equal(grad, bits)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_whether_the_step_unscales_is_as_with_torchs_class(fused):
+    """Also in copies and pickles, after a checkpoint of the other kind, and for groups added."""
+
+    def unscales(optimizer):
+        return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    optimizer = warpstep.AdamW(new_params(), fused=fused)
+    assert unscales(optimizer) == unscales(torch.optim.AdamW(new_params(), fused=fused))
+    assert unscales(optimizer) == bool(fused)
+    optimizer.add_param_group({"params": new_params()[:1]})
+    other = warpstep.AdamW(
+        [{"params": new_params()}, {"params": new_params()[:1]}], fused=not fused
+    )
+    optimizer.load_state_dict(other.state_dict())
+    for twin in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert unscales(twin) == bool(fused)
+    replaced = warpstep.replace(torch.optim.AdamW(new_params(), fused=fused))
+    assert unscales(replaced) == bool(fused)
 
 
 def test_grad_scaler_with_a_view_with_gaps_and_a_float64_parameter():

@@ -32,10 +32,6 @@ class OnePass(torch.optim.Adam):
         plan: how the last step was run, or None before the first. Printing it tells.
     """
 
-    # torch.amp.GradScaler then leaves unscaling and the inf check to the step, with no device
-    # synchronisation. Set to False on instances that step through autograd.
-    _step_supports_amp_scaling = True
-
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
     ema_decay: EmaDecay | None = None
@@ -45,6 +41,7 @@ class OnePass(torch.optim.Adam):
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
+    _unscales: bool = False  # whether torch would have GradScaler leave the unscaling to the step
     _averages_swapped: bool = False
     _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 
@@ -74,7 +71,6 @@ class OnePass(torch.optim.Adam):
         self.ema_dtype = ema_dtype
         self.stats = stats
         self._captured_plans = []
-        self._step_supports_amp_scaling = not differentiable
         # Only what is asked for: groups and state dicts are torch's where nothing is.
         if decay_form is not None:
             self.defaults["decay_form"] = decay_form
@@ -83,6 +79,22 @@ class OnePass(torch.optim.Adam):
         for index, group in enumerate(self.param_groups):
             self._complete_group(group)
             check_group(group, f" (in parameter group {index})")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``GradScaler.step`` leaves the unscaling to this step, with no synchronisation.
+
+        As torch has it: where ``fused=True`` was asked for. Else GradScaler unscales the gradients
+        and looks for infs before it steps or skips, and what is built on that works: Lightning
+        clips only what it has unscaled, accelerate tells skipped steps. And where the step has a
+        clipping to apply, which goes with the scale: it may have left the unscaling to the step, or
+        have been told of no scale where there is one.
+        """
+        return self._unscales or self._clipping is not None
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:  # by torch's constructor
+        self._unscales = value
 
     def _complete_group(self, group: dict[str, Any]) -> None:
         """Adds what a group needs beside torch's keys."""
@@ -276,7 +288,8 @@ class OnePass(torch.optim.Adam):
         Args:
             closure: reevaluates the model and returns the loss; run with gradients enabled.
             zero_grads: leave the gradients zero, written in the same pass; also if the step is
-                skipped for an inf.
+                skipped for an inf. (A ``GradScaler`` calls ``step`` then only with ``fused=True``
+                or after ``clip_grad_norm_``; else use ``zero_grad``.)
 
         Returns:
             What ``closure`` returned, or None.
@@ -300,7 +313,7 @@ class OnePass(torch.optim.Adam):
         super().__setstate__(state)
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
-        self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)
+        self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             self._complete_group(group)
 
@@ -344,8 +357,9 @@ class AdamW(OnePass, torch.optim.AdamW):
     Args:
         params: parameters, named parameters, or dicts of groups, as torch takes them.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
-            torch's. ``foreach`` and ``fused`` choose among torch's implementations; they are taken
-            and kept, and the kernels step all the same (``backend="reference"`` is plain PyTorch).
+            torch's. ``foreach`` and ``fused`` choose among torch's implementations; here kernels
+            step all the same (``backend="reference"`` is plain PyTorch). As in torch,
+            ``fused=True`` has ``GradScaler.step`` leave the unscaling to the step's own pass.
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
             ``float64``); None (default) for each parameter's own, as torch.
         decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``

@@ -6,6 +6,7 @@ pytest.importorskip("accelerate")
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 import warpstep
 from training import (
@@ -79,3 +80,17 @@ def test_accelerate_enabled():
     with calls_taken(STEPS):
         ours = torch_run()
     assert_agree(ours, theirs, STEPS)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, warpstep.AdamW], ids=["torch", "warpstep"])
+def test_accelerate_tells_skipped_steps(cls):
+    """By which its schedulers and transformers' Trainer decide whether to step, too."""
+    Accelerator(cpu=True)
+    param = torch.nn.Parameter(torch.ones(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = AcceleratedOptimizer(cls([param]), scaler=scaler)
+    for value, skipped in ((8.0, False), (float("inf"), True), (4.0, False)):
+        scaler.scale(torch.ones(()))
+        param.grad = torch.full((4,), value)
+        optimizer.step()
+        assert optimizer.step_was_skipped == skipped
