@@ -102,9 +102,19 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
            py::arg("buckets"), py::arg("match_layout"))
       .def("check", &Plan::check)
-      .def("launch", &Plan::launch, py::arg("threads"), py::arg("tensors"), py::kw_only(),
-           py::arg("zero_grads"))
-      .def("increment_versions", &Plan::increment_versions, py::arg("zero_grads"))
+      .def(
+          "launch",
+          [](Plan& plan, int threads, py::object tensors, bool zero_grads, bool unscale_grads) {
+            plan.launch(threads, std::move(tensors), {zero_grads, unscale_grads});
+          },
+          py::arg("threads"), py::arg("tensors"), py::kw_only(), py::arg("zero_grads"),
+          py::arg("unscale_grads"))
+      .def(
+          "increment_versions",
+          [](Plan& plan, bool zero_grads, bool unscale_grads) {
+            plan.increment_versions({zero_grads, unscale_grads});
+          },
+          py::kw_only(), py::arg("zero_grads"), py::arg("unscale_grads"))
       .def(
           "grad_norm",
           [](Plan& plan, std::size_t bucket, bool largest, int threads, py::object out) {
@@ -117,6 +127,7 @@ PYBIND11_MODULE(_native, m) {
       .def("remember_grads", &Plan::remember_grads)
       .def("count_grads", &Plan::count_grads)
       .def("has_shared_grads", &Plan::has_shared_grads)
+      .def("copied_grads", &Plan::copied_grads)
       .def("forget_grads", &Plan::forget_grads)
       .def("compare_grads",
            [](const Plan& plan) {

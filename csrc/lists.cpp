@@ -196,7 +196,8 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (!read_float(grad_scale, device, tail.grad_scale)) return "grad_scale";
   if (!read_float(found_inf, device, tail.found_inf)) return "found_inf";
   tail.steps_advanced = !options.advance_steps;
-  if (options.unscale_grads && tail.grad_scale != nullptr) tail.grads_after = GradsAfter::unscaled;
+  if (options.unscale_grads && tail.grad_scale != nullptr)
+    tail.grads_after = GradsAfter::unscaled_if_taken;
 
   std::int64_t chunk_size = kCpuChunk;
 #ifdef WARPSTEP_CUDA

@@ -186,7 +186,7 @@ Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper
           static_cast<std::uint32_t>(bucket.chunks.size())};
 }
 
-void Plan::launch(int threads, py::object tensors, bool zero_grads) {
+void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
     Bucket& bucket = buckets_[i];
     if (bucket.spec.backend == Backend::external) continue;
@@ -194,7 +194,9 @@ void Plan::launch(int threads, py::object tensors, bool zero_grads) {
     Tail tail{};
     tail.has_ema = bucket.spec.ema.has_value();
     tail.ema = bucket.spec.ema.value_or(Format{});
-    tail.grads_after = zero_grads ? GradsAfter::zeroed : GradsAfter::kept;
+    tail.grads_after = step_tail.zero_grads      ? GradsAfter::zeroed
+                       : step_tail.unscale_grads ? GradsAfter::unscaled
+                                                 : GradsAfter::kept;
     if (!tensors.is_none()) {
       const py::tuple of_bucket = tensors[py::int_(i)];
       tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
@@ -293,15 +295,27 @@ bool Plan::has_grad(const BoundParam& bound) const {
   return bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr;
 }
 
-void Plan::increment_versions(bool zero_grads) {
+py::list Plan::copied_grads() const {
+  py::list pairs;
+  for (const Bucket& bucket : buckets_) {
+    for (std::size_t i = 0; i < bucket.copied_grads.size(); ++i) {
+      pairs.append(py::make_tuple(bucket.copied_from[i], bucket.copied_grads[i]));
+    }
+  }
+  return pairs;
+}
+
+void Plan::increment_versions(const StepTail& tail) {
   const TensorReader& reader = tensor_reader();
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     reader.increment_version(bound.param);
-    if (zero_grads) reader.increment_version(gradient_of(bound.param).ptr());
+    if (tail.zero_grads || tail.unscale_grads) {
+      reader.increment_version(gradient_of(bound.param).ptr());
+    }
   }
   for (Bucket& bucket : buckets_) bucket.held_grads.clear();  // the launches are on their way
-  if (!zero_grads) return;
+  if (!tail.zero_grads) return;
   for (Bucket& bucket : buckets_) {
     for (const py::object& grad : bucket.copied_from) grad.attr("detach")().attr("zero_")();
   }

@@ -32,6 +32,12 @@ struct BucketSpec {
   std::optional<Format> ema;  // of the averages of the weights, where there are any
 };
 
+// The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
+struct StepTail {
+  bool zero_grads = false;
+  bool unscale_grads = false;  // and leave them clipped
+};
+
 // Device memory that Python allocated for a bucket (addresses).
 struct DeviceTables {
   std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
@@ -73,11 +79,15 @@ class Plan {
   // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
   // (grad_scale, found_inf, clip_coef, statistics) a bucket, each None or a tensor on its device,
   // the first two float32, the others float64; or is None.
-  void launch(int threads, py::object tensors, bool zero_grads);
+  void launch(int threads, py::object tensors, const StepTail& tail);
 
-  // Bumps the version counters of the parameters that the last check found gradients for, and with
-  // `zero_grads` of the gradients; zeroes those that a launch has only seen copies of.
-  void increment_versions(bool zero_grads);
+  // Gradients that had to be laid out as their parameters, each with what a launch sees of it (its
+  // own memory, where that was laid out so already).
+  py::list copied_grads() const;
+
+  // Bumps the version counters of the parameters that the last check found gradients for, and of
+  // the gradients if they were written; zeroes those that a launch has only seen copies of.
+  void increment_versions(const StepTail& tail);
 
   // Writes the norm of a bucket's gradients to `out`, float64[2 + chunks] on its device: the sum of
   // squares or the largest magnitude comes first, and the rest is scratch (zeros on entry).

@@ -94,9 +94,9 @@ struct Streams {
       if constexpr (kTail) {
         if (tail.statistics != nullptr) count(sums, before, p.elements[k], g.elements[k]);
         if (tail.grads_after == GradsAfter::zeroed) g.elements[k] = Grad{};
-        if (tail.grads_after == GradsAfter::unscaled) {
+        if (leaves_unscaled(tail, taken)) {
           using G = typename Grad::Compute;
-          warpstep::store(warpstep::load(g.elements[k]) * static_cast<G>(constants.unscale),
+          warpstep::store(warpstep::load(g.elements[k]) * static_cast<G>(constants.grad_left),
                           g.elements[k]);
         }
       }
@@ -116,8 +116,7 @@ struct Streams {
           average<float32>(constants, p, i, aligned.ema);
         }
       }
-      if (tail.grads_after == GradsAfter::zeroed ||
-          (tail.grads_after == GradsAfter::unscaled && taken)) {
+      if (tail.grads_after == GradsAfter::zeroed || leaves_unscaled(tail, taken)) {
         g.store(grad + i, aligned.grad);
       }
     }
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
   }
 
   if (statistics != nullptr) {
-    const double unscale = constants.unscale;
+    const double unscale = shared_constants.unscale;  // in no register until now
     const double totals[kStatistics] = {sum_block(sums.grad) * unscale * unscale,
                                         sum_block(sums.param), sum_block(sums.change),
                                         sum_block(sums.not_finite)};

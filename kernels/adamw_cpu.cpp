@@ -239,10 +239,10 @@ void step_tile(const Constants<typename Recipe::Compute>& constants, const Tail&
   }
   if (tail.grads_after == GradsAfter::zeroed) {
     std::memset(static_cast<void*>(at.grad), 0, count * sizeof(Grad));
-  } else if (tail.grads_after == GradsAfter::unscaled && taken) {
+  } else if (leaves_unscaled(tail, taken)) {
     using G = typename Grad::Compute;
-    const G unscale = static_cast<G>(constants.unscale);
-    for (std::int64_t i = 0; i < count; ++i) store(load(at.grad[i]) * unscale, at.grad[i]);
+    const G left = static_cast<G>(constants.grad_left);
+    for (std::int64_t i = 0; i < count; ++i) store(load(at.grad[i]) * left, at.grad[i]);
   }
 }
 

@@ -21,7 +21,7 @@ STATISTICS = tl.constexpr(4)  # kStatistics of tables.h
 
 # What the rule needs of a tensor at this step; from float64, each rounded once.
 CONSTANTS = (
-    "grad_factor coupled_decay decay step_size eps_hat weight1 weight2 beta1 beta2 "
+    "grad_factor grad_left coupled_decay decay step_size eps_hat weight1 weight2 beta1 beta2 "
     "unscale ema_weight ema_kept form"
 )
 Constants = namedtuple("Constants", CONSTANTS)
@@ -33,8 +33,8 @@ Formats = namedtuple("Formats", "param grad moment compute amsgrad ema")
 # Which parts of the tail there are, beside an average: what a kernel is compiled for. `selective`:
 # the form of some group's decay is l1 or cautious. `skippable`: a step that is not taken has
 # something to do all the same.
-Tail = namedtuple("Tail", "statistics zero_grads selective skippable")
-NO_TAIL = Tail(False, False, False, False)
+Tail = namedtuple("Tail", "statistics zero_grads unscale_grads selective skippable")
+NO_TAIL = Tail(False, False, False, False, False)
 # Decay in tables.h
 COUPLED, L1, CAUTIOUS = (tl.constexpr(form) for form in (0, 3, 4))
 
@@ -87,10 +87,10 @@ def constants_of(hyper, step, grad_scale, clip_coef, T: tl.constexpr):
     unscale = tl.full((), 1, tl.float64)
     if grad_scale is not None:
         unscale = unscale / tl.load(grad_scale).to(tl.float64)
-    grad_factor = unscale
+    grad_left = unscale
     if clip_coef is not None:
-        grad_factor = tl.load(clip_coef) * unscale
-    grad_factor = tl.where((word >> 32 & 255) != 0, -grad_factor, grad_factor)
+        grad_left = tl.load(clip_coef) * unscale
+    grad_factor = tl.where((word >> 32 & 255) != 0, -grad_left, grad_left).to(T)
     coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
     decay = tl.where(form == COUPLED, 0, lr * weight_decay).to(T)
     step_size = (lr / bias_correction1 * bias_correction2_sqrt).to(T)
@@ -98,9 +98,8 @@ def constants_of(hyper, step, grad_scale, clip_coef, T: tl.constexpr):
     betas = ((1 - beta1).to(T), (1 - beta2).to(T), beta1.to(T), beta2.to(T))
     kept = tl.where(t == 1, 0, ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
-    return Constants(
-        grad_factor.to(T), coupled, decay, step_size, eps_hat, *betas, unscale, *ema, form
-    )
+    factors = (grad_factor, grad_left.to(T))
+    return Constants(*factors, coupled, decay, step_size, eps_hat, *betas, unscale, *ema, form)
 
 
 @device_function
@@ -259,6 +258,8 @@ def step_range(
             tl.store(ema_at, elements(average, FORMATS.ema), mask=written)
         if TAIL.zero_grads:
             tl.store(grad_at, tl.zeros((BLOCK,), FORMATS.grad), mask=mask)
+        if TAIL.unscale_grads:
+            tl.store(grad_at, elements(grad * c.grad_left, FORMATS.grad), mask=mask)
         if TAIL.statistics:
             squares += sum_of_squares(grad, mask)
             params += sum_of_squares(after, mask)

@@ -55,7 +55,9 @@ void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t
                int threads) {
   const Tail& tail = launch.tail;
   const bool taken = tail.found_inf == nullptr || *tail.found_inf == 0;
-  const bool only_steps = tail.statistics == nullptr && tail.grads_after != GradsAfter::zeroed;
+  const bool only_steps =
+      tail.statistics == nullptr &&
+      (tail.grads_after == GradsAfter::kept || tail.grads_after == GradsAfter::unscaled_if_taken);
   if (!taken && only_steps) return;
   const StepChunks step_chunks = kernels().find(launch.recipe);
 

@@ -147,6 +147,7 @@ def launch(
     clip_coef: Tensor | None = None,
     statistics: Tensor | None = None,
     zero_grads: bool = False,
+    unscale_grads: bool = False,
 ) -> None:
     """One AdamW step of a table's tensors: one kernel on the current stream, nothing waited for.
 
@@ -161,12 +162,15 @@ def launch(
         clip_coef: float64[1] on the device; the unscaled gradients are multiplied by it.
         statistics: float64[table.programs, 4] on the device: Tail::statistics of tables.h.
         zero_grads: the gradients are left zero.
+        unscale_grads: they are left unscaled and clipped. One of the two at most.
     """
     global launches
     if not grads.any() and statistics is None:
         return
-    skippable = found_inf is not None and (statistics is not None or zero_grads)
-    tail = Tail(statistics is not None, zero_grads, is_selective(hypers), skippable)
+    writes = zero_grads or unscale_grads
+    skippable = found_inf is not None and (statistics is not None or writes)
+    parts = (statistics is not None, zero_grads, unscale_grads)
+    tail = Tail(*parts, is_selective(hypers), skippable)
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
         sizes = [len(hypers) // 8, len(grads)]
         hypers_at, grads_at = table.upload(hypers, grads).split(sizes)

@@ -41,6 +41,7 @@ namespace {
 template <class T>
 struct Constants {
   T grad_factor;
+  T grad_left;      // the same to minimize: of a gradient that is left unscaled
   T coupled_decay;  // weight_decay if coupled, else 0
   T decay;          // of the table above
   T step_size;
@@ -92,6 +93,11 @@ WARPSTEP_FN bool is_taken(const Tail& tail) {
   return tail.found_inf == nullptr || *tail.found_inf == 0;
 }
 
+WARPSTEP_FN bool leaves_unscaled(const Tail& tail, bool taken) {
+  return tail.grads_after == GradsAfter::unscaled ||
+         (tail.grads_after == GradsAfter::unscaled_if_taken && taken);
+}
+
 WARPSTEP_FN bool is_selective(Decay decay) {
   return decay == Decay::l1 || decay == Decay::cautious;
 }
@@ -111,7 +117,8 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<T> c;
-  c.grad_factor = static_cast<T>((hyper.maximize ? -clip_coef : clip_coef) * unscale);
+  c.grad_left = static_cast<T>(clip_coef * unscale);
+  c.grad_factor = hyper.maximize ? -c.grad_left : c.grad_left;
   c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
   c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : lr * hyper.weight_decay);
   c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);

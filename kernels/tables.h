@@ -104,8 +104,13 @@ WARPSTEP_FN ChunkRange chunk_range(const TensorRow& row, std::uint32_t index,
   return {begin, min_of(end, row.numel)};
 }
 
-// What a step leaves in the gradients.
-enum class GradsAfter : std::uint8_t { kept, zeroed, unscaled };
+// What a step leaves in the gradients. `unscaled` ones are clipped, too: what the rule has seen.
+enum class GradsAfter : std::uint8_t {
+  kept,
+  zeroed,
+  unscaled,
+  unscaled_if_taken  // as torch's fused operators
+};
 
 // What training loops do around the step, done in its pass. Zeros mean: nothing of it.
 struct Tail {

@@ -23,6 +23,7 @@ SUITE = [
     "test_conformance.py",
     "test_tail.py",
     "test_tail_edges.py",
+    "test_unscaled_grads.py",
     "test_bits.py",
     "test_formats.py",
     "test_launches.py",

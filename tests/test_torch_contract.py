@@ -29,6 +29,7 @@ OURS_ONLY = {
     "ema_decay": None,
     "ema_dtype": None,
     "stats": False,
+    "unscale_grads": False,
 }
 LR = 0.01
 SHAPES = [(5, 3), (), (17,)]

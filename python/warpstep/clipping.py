@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from warpstep.shards import own_part
+from warpstep.reference import real_view
+from warpstep.shards import own_part, whole
 from warpstep.state import is_plain
 from warpstep.tail import Tail
 
@@ -200,3 +201,10 @@ def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
     if math.isinf(norm_type):
         return together.amax()  # NaN if any is
     return together.sum().sqrt()
+
+
+def share_of_norm(grad: Tensor, norm_type: float) -> Tensor:
+    """One gradient's share of `combined_norm`."""
+    norm = torch.linalg.vector_norm(real_view(grad.detach()), norm_type, dtype=torch.float64)
+    norm = whole(norm)
+    return norm if math.isinf(norm_type) else norm.square()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, reference
-from warpstep.clipping import Clipping, RememberedGrad, combined_norm
+from warpstep.clipping import Clipping, RememberedGrad, combined_norm, share_of_norm
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
@@ -247,12 +247,10 @@ class Plan:
 
     def run(self, optimizer: OnePass, tail: Tail) -> None:
         """Takes the step, after a check that found the plan valid."""
-        if tail.zero_grads and self._has_shared_grads():  # not zeroed before all have been read
-            self.run(optimizer, replace(tail, zero_grads=False))
-            for group in optimizer.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        param.grad.detach().zero_()
+        writes_grads = tail.writes_grads
+        if writes_grads and self._leaves_grads_to_python(tail):
+            self.run(optimizer, replace(tail, zero_grads=False, unscale_grads=False))
+            reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
             return
         # All that can fail, before the first write.
         computed: list[reference.Computed] = []
@@ -274,12 +272,15 @@ class Plan:
                 torch.get_num_threads(),
                 tensors,
                 zero_grads=tail.zero_grads,
+                unscale_grads=writes_grads,
             )
         for index, bucket in self.triton_buckets:
             of_bucket = tensors[index] if tensors is not None else (None,) * 4
             self._run_triton(optimizer, index, bucket, of_bucket, tail)
         if self._native is not None and self.buckets:
-            self._native.increment_versions(tail.zero_grads)
+            self._native.increment_versions(
+                zero_grads=tail.zero_grads, unscale_grads=writes_grads
+            )
         for one in computed:
             reference.store(one.stores)
         for mention in self.repeated:
@@ -288,8 +289,14 @@ class Plan:
         self._reference_sums = {one.param: one.sums for one in computed if one.sums is not None}
         self._has_statistics = tail.statistics
 
-    def _has_shared_grads(self) -> bool:
-        return bool(self.repeated or (self._native and self._native.has_shared_grads()))
+    def _leaves_grads_to_python(self, tail: Tail) -> bool:
+        """Whether kernels must not write gradients, or would write copies of them."""
+        if self.repeated or (self._native and self._native.has_shared_grads()):
+            return True  # not before all have been read
+        if tail.zero_grads or self._native is None:
+            return not tail.zero_grads
+        copied = self._native.copied_grads()
+        return any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
 
     def _computed_by_reference(
         self, optimizer: OnePass, mentions: list[tuple[Tensor, int, str]], tail: Tail
@@ -380,7 +387,7 @@ class Plan:
                 threads = torch.get_num_threads()
                 self._native.grad_norm(index, largest=is_largest, threads=threads, out=out)
             shares.append((largest if is_largest else summed)(out[0], bucket.shards))
-        shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
+        shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
@@ -455,6 +462,7 @@ class Plan:
             clip_coef=clip_coef,
             statistics=statistics,
             zero_grads=tail.zero_grads,
+            unscale_grads=tail.writes_grads and not tail.zero_grads,
         )
         if self._native is None:
             grads_of = [(e.param, e.param.grad) for e in bucket.entries if e.param.grad is not None]
@@ -488,10 +496,3 @@ def publish(optimizer: OnePass, entries: list[Entry]) -> None:
                 if entry.state.get(key) is state.get(key):  # not published for its first mention
                     state[key] = value
         entry.state = optimizer.state[entry.param]
-
-
-def _grad_share(grad: Tensor, norm_type: float) -> Tensor:
-    """One gradient's share of `combined_norm`."""
-    values = reference.real_view(grad.detach())
-    norm = whole(torch.linalg.vector_norm(values, norm_type, dtype=torch.float64))
-    return norm if math.isinf(norm_type) else norm.square()

@@ -6,14 +6,17 @@ kernels/rule.h, with the same variable names; only its fused multiply-adds are t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.shards import own_part
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -61,7 +64,7 @@ def computed(
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
     pairs of a tensor and its new value, for `store`, which rounds each value once. Of a step that
-    is not ``taken`` there are at most the sums and the zeroed gradient.
+    is not ``taken`` there are at most the sums, and the zeroed or unscaled gradient.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
@@ -88,12 +91,8 @@ def computed(
     p, g, m, v = (
         real_view(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
     )
-    raw, unscale = g, None
-    if tail.grad_scale is not None:
-        unscale = 1 / tail.grad_scale.to(g.device, torch.float64)
-        g = g * unscale.to(compute)
-    if tail.clip_coef is not None:
-        g = g * tail.clip_coef.to(g.device, compute)
+    raw = g
+    g = unscaled(g, tail)
     if group["maximize"]:
         g = -g
     form, weight_decay = decay_form(group), group["weight_decay"]
@@ -128,19 +127,55 @@ def computed(
     stores = [(state["step"], new_step), (param, after), *stores] if taken else []
     if tail.zero_grads:
         stores.append((grad, torch.zeros_like(real_view(grad))))
+    elif tail.writes_grads:
+        part = distinct(grad)
+        stores.append((part, unscaled(real_view(part).to(compute), tail)))
     if not tail.statistics:
         return Computed(param, stores)
+
+    scale = tail.grad_scale
 
     def sum_of_squares(x: Tensor) -> Tensor:
         return x.double().square().sum()
 
     sums = [
-        sum_of_squares(raw) * (1 if unscale is None else unscale**2),
+        sum_of_squares(raw) * (1 if scale is None else (1 / scale.to(raw.device).double()) ** 2),
         sum_of_squares(after),
         sum_of_squares(after.double() - p),
         (~raw.isfinite()).sum(),
     ]
     return Computed(param, stores, torch.stack([s.double() for s in sums]))
+
+
+def unscaled(grad: Tensor, tail: Tail) -> Tensor:
+    """A gradient's numbers without GradScaler's scale, and clipped."""
+    if tail.grad_scale is not None:
+        grad = grad * (1 / tail.grad_scale.to(grad.device, torch.float64)).to(grad.dtype)
+    if tail.clip_coef is not None:
+        grad = grad * tail.clip_coef.to(grad.device, grad.dtype)
+    return grad
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """A view of a tensor's elements, one of those that share their memory by ``expand``."""
+    for dim, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+@torch.no_grad()
+def leave(grads: Iterable[Tensor | None], tail: Tail) -> None:
+    """Leaves gradients, each once, as ``tail`` says: zero, or unscaled and clipped."""
+    for grad in {id(grad): grad for grad in grads if grad is not None}.values():
+        part = distinct(own_part(grad.detach()))
+        values = real_view(part)
+        if tail.zero_grads:
+            values = torch.zeros_like(values)
+        else:
+            values = unscaled(values.to(torch.promote_types(values.dtype, torch.float32)), tail)
+        store([(part, values)])
+        increment_version(grad)  # a shard has a counter of its own
 
 
 @torch.no_grad()

@@ -28,7 +28,14 @@ class Tail:
     found_inf: Tensor | None = None  # anything but zero: the step is not taken
     clip_coef: Tensor | None = None  # of the unscaled gradients
     zero_grads: bool = False
+    unscale_grads: bool = False  # and leave them clipped; zero_grads goes first
     statistics: bool = False
+
+    @property
+    def writes_grads(self) -> bool:
+        """Whether gradients are other than they were, afterwards."""
+        has_factor = self.grad_scale is not None or self.clip_coef is not None
+        return self.zero_grads or (self.unscale_grads and has_factor)
 
     @property
     def needs_tensors(self) -> bool:
