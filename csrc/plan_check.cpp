@@ -117,8 +117,7 @@ Plan::Unchanged Plan::compare_grads() const {
 
 const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {
   PyObject* const own = own_part_of(grad, bound.layout);
-  TensorView view;
-  return own != nullptr && tensor_reader().read(own, view) ? view.data : nullptr;
+  return own == nullptr ? nullptr : tensor_reader().address_of(own);
 }
 
 std::size_t Plan::count_grads() const {

@@ -64,6 +64,13 @@ class TensorReader {
   }
   bool is_grad(PyObject* grad, PyObject* param) const;
 
+  // Where the elements begin; null where that cannot be told.
+  const void* address_of(PyObject* tensor) const {
+    if (const TorchHandles::Handle handle = handle_of(tensor)) return handles_->address_of(handle);
+    TensorView view;
+    return read_exchanged(tensor, view) ? view.data : nullptr;
+  }
+
   // Counts the writes to a tensor's memory.
   std::int64_t version_of(PyObject* tensor) const;
   void increment_version(PyObject* tensor) const;

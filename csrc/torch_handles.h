@@ -46,6 +46,12 @@ class TorchHandles {
   // it could run Python. Never runs Python itself, so that any thread can read.
   bool read(Handle tensor, TensorView& view) const;
 
+  // Where its elements begin; null where it has no such memory.
+  const void* address_of(Handle tensor) const {
+    void* address = nullptr;
+    return functions_.get_data_ptr(tensor, &address) == 0 ? address : nullptr;
+  }
+
   // Null if there is none.
   Handle grad_of(Handle tensor) const {
     const Handle grad = functions_.grad(*tensor);

@@ -393,8 +393,11 @@ def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
     """All of it at once compiles, computes as IEEE says, and spills nothing."""
     backend, arch, warp_size = (int(x) if x.isdigit() else x for x in target.split())
     gpu = kernel.GPUTarget(backend, arch, warp_size)
-    everything = kernel.Tail(True, True, True, True)
-    codes = [kernel.compile_for(gpu, recipe, everything)]
+    whole = kernel.Tail(True, True, False, True, True)
+    codes = [
+        kernel.compile_for(gpu, recipe, tail)
+        for tail in (whole, whole._replace(zero_grads=False, unscale_grads=True))
+    ]
     codes += [kernel.compile_grad_norm_for(gpu, recipe, largest) for largest in (False, True)]
     for code in codes:
         if backend == "hip":

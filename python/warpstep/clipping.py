@@ -151,8 +151,8 @@ def clip_grad_norm(
     if scale is not None and scaler is not None:
         report_found_inf(scaler, optimizer, (~total_norm.isfinite()).float())
     # A tensor over a tensor: a number over one is its reciprocal's multiple, rounded twice.
-    ratio = torch.full_like(total_norm, max_norm) / (total_norm + 1e-6)
-    coef = ratio.clamp(max=1.0)  # NaN stays, as in torch
+    coef = torch.full_like(total_norm, max_norm).div_(total_norm + 1e-6)
+    coef.clamp_(max=1.0)  # NaN stays, as in torch
     if before is not None:
         coef = coef * before.coef.to(coef.device, non_blocking=True)
     optimizer._forget_clipping()

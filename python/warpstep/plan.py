@@ -278,9 +278,7 @@ class Plan:
             of_bucket = tensors[index] if tensors is not None else (None,) * 4
             self._run_triton(optimizer, index, bucket, of_bucket, tail)
         if self._native is not None and self.buckets:
-            self._native.increment_versions(
-                zero_grads=tail.zero_grads, unscale_grads=writes_grads
-            )
+            self._native.increment_versions(zero_grads=tail.zero_grads, unscale_grads=writes_grads)
         for one in computed:
             reference.store(one.stores)
         for mention in self.repeated:
