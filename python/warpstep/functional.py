@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from warpstep import backends, lists, reference
+from warpstep import backends, lists, reference, signals
 from warpstep.hypers import check_group
 from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
@@ -67,7 +66,6 @@ def run(
     if streams[0] and isinstance(streams[0][0], Tensor):
         chosen = backends.choose(requested, streams[0][0].device)
         if chosen in ("cpu", "cuda") and _launch(streams, options, chosen, dispatched) is None:
-            _bump(streams, options)
             return
     _check(streams, options)
     _step_sorted(streams, options, requested)
@@ -92,22 +90,10 @@ def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) 
         unscale_grads=options.unscale_grads,
         dispatched=dispatched,
         always=True,
+        count_writes=True,
         threads=torch.get_num_threads(),
     )
     return reason
-
-
-def _bump(streams: Streams, options: Options) -> None:
-    """Tells autograd what has been written."""
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = streams
-    written = [*params, *exp_avgs, *exp_avg_sqs]
-    if options.amsgrad:
-        written += max_exp_avg_sqs
-    if options.advance_steps:
-        written += state_steps
-    if options.unscale_grads and options.grad_scale is not None:
-        written += grads
-    increment_version(written)
 
 
 def _check(streams: Streams, options: Options) -> None:
@@ -188,13 +174,12 @@ def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
 
     # What can fail comes first.
     computed = [_compute(streams, i, options) for i in by_reference]
-    for (backend, _), some in by_kernel.items():
-        reason = _launch(some, options, backend, dispatched=True)
-        if reason is not None:
-            raise RuntimeError(f"the {backend!r} backend did not take checked tensors: {reason}")
-        _bump(some, options)
-    for one_computed in computed:
-        reference.store(one_computed.stores)
+    with signals.deferred():
+        reference.store(computed)
+        for (backend, _), some in by_kernel.items():
+            reason = _launch(some, options, backend, dispatched=True)
+            if reason is not None:
+                raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 
 
 def _has_kernel(backend: str, one: Streams, options: Options) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
-from warpstep import checkpoint
+from warpstep import checkpoint, signals
 from warpstep.backends import requested_backend
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
@@ -51,6 +52,7 @@ class OnePass(torch.optim.Adam):
     plan: Plan | None = None
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
+    _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
     _averages_swapped: bool = False
     _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
@@ -81,6 +83,7 @@ class OnePass(torch.optim.Adam):
         self.ema_dtype = ema_dtype
         self.stats = stats
         self._captured_plans = []
+        self._turn = threading.RLock()
         self._step_supports_amp_scaling = not differentiable
         # Only what is asked for: groups and state dicts are torch's where nothing is.
         if decay_form is not None:
@@ -106,64 +109,85 @@ class OnePass(torch.optim.Adam):
 
     @_disable_dynamo
     def _step(self, zero_grads: bool = False) -> None:
+        with self._turn:
+            self._step_now(zero_grads)
+
+    def _step_now(self, zero_grads: bool) -> None:
         if self._averages_swapped:
             raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
         capturing = self._check_capture()
         if capturing and callable(self.ema_decay):
             raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
         self._update_ema_decay()
-        plan = self._valid_plan(capturing)
+        tail, plan = self._tail(zero_grads), self.plan
+        reason: str | None = "there is none yet"
+        if plan is not None and plan.checked_by_native:
+            reason = self._run(plan, tail, capturing)
+        if reason is None:
+            return
+        plan = self._new_plan(reason, capturing)
         if plan is None:
             if zero_grads or self._clipping is not None:
                 raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
             _torch_step(self)
             return
+        reason = self._run(plan, tail, capturing)
+        if reason is not None and tail.measured_grads is not None and self._clipping is not None:
+            self._clipping.raise_changed(plan.count_grads(self))
+        if reason is not None:
+            raise RuntimeError(f"a new plan is stale at once: {reason}")
+
+    def _tail(self, zero_grads: bool) -> Tail:
+        """What surrounds the step that is asked for."""
         # Set and deleted by GradScaler around its call of step().
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         tail = Tail(grad_scale, found_inf, zero_grads=zero_grads, statistics=self.stats)
         clipping = self._clipping
-        if clipping is not None and clipping.still_holds(plan.count_grads()):
+        if clipping is not None and clipping.still_holds():
             scale = clipping.grad_scale if clipping.grad_scale is not None else grad_scale
             tail = replace(
                 tail,
                 grad_scale=scale,
                 total_norm=clipping.total_norm,
                 max_norm=clipping.max_norm,
+                measured_grads=clipping.compare()[0],
             )
-        plan.run(self, tail)
-        self._ema_steps += 1
-        self._forget_clipping()
-        if capturing and plan not in self._captured_plans:
-            self._captured_plans.append(plan)
+        return tail
 
-    def _valid_plan(self, capturing: bool = False) -> Plan | None:
-        """The plan, made anew if it is stale, its inputs gathered; None for torch's own step."""
-        plan = self.plan
-        reason = "there is none yet"
-        if plan is not None and plan.checked_by_native:
-            reason = plan.stale(self) or ""
-        if reason:
-            if any(group["differentiable"] for group in self.param_groups):
-                return None
-            if capturing:
-                raise RuntimeError(
-                    f"step() is being captured in a graph and needs a new plan ({reason}): take "
-                    "a step on the same parameters and state before capturing"
-                )
-            self.plan = None  # never a stale one, should the next line raise
-            plan = Plan(self)
-            if plan.checked_by_native and (reason := plan.stale(self) or ""):
-                raise RuntimeError(f"a new plan is stale at once: {reason}")
-            self.plan = plan
-        assert plan is not None
-        return plan
+    def _run(self, plan: Plan, tail: Tail, capturing: bool) -> str | None:
+        """Takes the step by a plan and counts it; or says why the plan is stale."""
+        at_once = plan.is_one_call and not callable(self.ema_decay)
+        with nullcontext() if at_once else signals.deferred():
+            reason = plan.step(self, tail)
+            if reason is None:
+                self._ema_steps += 1
+                self._forget_clipping()
+                if capturing and plan not in self._captured_plans:
+                    self._captured_plans.append(plan)
+        return reason
+
+    def _new_plan(self, reason: str, capturing: bool = False) -> Plan | None:
+        """A plan in place of one that is stale for that reason; None for torch's own step."""
+        if any(group["differentiable"] for group in self.param_groups):
+            return None
+        if capturing:
+            raise RuntimeError(
+                f"step() is being captured in a graph and needs a new plan ({reason}): take "
+                "a step on the same parameters and state before capturing"
+            )
+        self.plan = None  # never a stale one, should the next line raise
+        self.plan = Plan(self)
+        return self.plan
 
     def _plan_of_grads(self) -> Plan | None:
         """The plan, with gradients gathered and remembered; nothing else is looked at."""
         plan = self.plan
-        if plan is None or not plan.checked_by_native or plan.stale_grads(self):
-            plan = self._valid_plan()
+        reason: str | None = "there is none yet"
+        if plan is not None and plan.checked_by_native:
+            reason = plan.stale_grads(self)
+        if reason is not None:
+            plan = self._new_plan(reason)
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
         return plan
@@ -216,6 +240,16 @@ class OnePass(torch.optim.Adam):
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
             raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
+        with self._turn:
+            return self._clip(max_norm, norm_type, error_if_nonfinite, scaler)
+
+    def _clip(
+        self,
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Tensor:
         scale = defer_unscale(scaler, self)
         if scale is None and self._clipping is not None and self._clipping.compare()[1] > 0:
             scale = self._clipping.grad_scale  # clipped before: the scaler was told, not they
@@ -226,7 +260,7 @@ class OnePass(torch.optim.Adam):
                 scaler.unscale_(self)
             params = [p for group in self.param_groups for p in group["params"]]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        total_norm = plan.grad_norm(norm_type)
+        total_norm = plan.grad_norm(self, norm_type)
         if scale is not None:
             total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
         if error_if_nonfinite and not total_norm.isfinite():
@@ -238,16 +272,17 @@ class OnePass(torch.optim.Adam):
             )
         if scale is not None and scaler is not None:
             report_found_inf(scaler, self, (~total_norm.isfinite()).float())
-        self._clipping = plan.clipping(total_norm, max_norm)
+        self._clipping = plan.clipping(self, total_norm, max_norm)
         self._clipping.grad_scale = scale
         return total_norm.float()
 
     def _forget_clipping(self) -> None:
         """Drops a clipping, and lets go of the gradients that it or its attempt held."""
-        for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
-            if plan is not None:
-                plan.forget_grads()
-        self._clipping = None
+        with self._turn:
+            for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
+                if plan is not None:
+                    plan.forget_grads()
+            self._clipping = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets all gradients, and forgets a clipping that no step has applied."""
@@ -291,7 +326,8 @@ class OnePass(torch.optim.Adam):
         Raises:
             RuntimeError: ``stats=True`` was not asked for, or no step has been taken since.
         """
-        found = self.plan.statistics() if self.stats and self.plan is not None else None
+        plan = self.plan
+        found = plan.statistics(self) if self.stats and plan is not None else None
         if found is None:
             raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
         return found
@@ -334,6 +370,7 @@ class OnePass(torch.optim.Adam):
         super().__setstate__(state)
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
+        self.__dict__.setdefault("_turn", threading.RLock())
         self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)
         for group in self.param_groups:
             self._complete_group(group)

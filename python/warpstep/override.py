@@ -88,6 +88,7 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
             unscale_grads=True,
             dispatched=True,
             always=False,
+            count_writes=False,
             threads=threads(),
         )
         if reason is None:

@@ -6,6 +6,7 @@ kernels/rule.h, with the same variable names; only its fused multiply-adds are t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.state import is_plain
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -34,7 +36,7 @@ class Computed:
     """A step of one parameter, worked out and not yet stored."""
 
     param: Tensor
-    stores: list[tuple[Tensor, Tensor]]  # a tensor, and its new value
+    stores: list[tuple[Tensor, Tensor | None]]  # a tensor, and its new value; None for zeros
     sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/tables.h
 
 
@@ -125,10 +127,11 @@ def computed(
         weight = (1 - kept).to(average.device, compute)
         new["ema"] = torch.lerp(average, after.to(compute), weight)
 
-    stores = [(state[key], new[key]) for key in new]
-    stores = [(state["step"], new_step), (param, after), *stores] if taken else []
+    stores: list[tuple[Tensor, Tensor | None]] = []
+    if taken:
+        stores = [(state["step"], new_step), (param, after), *((state[k], new[k]) for k in new)]
     if tail.zero_grads:
-        stores.append((grad, torch.zeros_like(real_view(grad))))
+        stores.append((grad, None))
     if not tail.statistics:
         return Computed(param, stores)
 
@@ -145,7 +148,40 @@ def computed(
 
 
 @torch.no_grad()
-def store(values: list[tuple[Tensor, Tensor]]) -> None:
-    """Writes what `computed` returned, rounding each value to its tensor's dtype."""
+def store(steps: list[Computed]) -> None:
+    """Writes what `computed` returned, rounding each value to its tensor's dtype: all or nothing.
+
+    Tensors that may refuse to be written come first, and get their values back where one does.
+    """
+    values = [pair for one in steps for pair in one.stores]
+    reluctant = [pair for pair in values if may_refuse(pair[0])]
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor, value in reluctant:
+            before = tensor.detach().clone()
+            _write(tensor, value)
+            written.append((tensor, before))
+    except BaseException:
+        for tensor, before in written:
+            _write(tensor, before)
+        raise
     for tensor, value in values:
-        tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
+        if not may_refuse(tensor):
+            _write(tensor, value)
+
+
+def may_refuse(tensor: Tensor) -> bool:
+    """Whether a write may raise: subclasses may, and elements that share memory do."""
+    shares = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return shares or not is_plain(tensor)
+
+
+def _write(tensor: Tensor, value: Tensor | None) -> None:
+    # What was made in inference mode is written in inference mode only.
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        if value is None:
+            tensor.zero_()
+        elif tensor.is_complex() and not value.is_complex():
+            tensor.copy_(torch.view_as_complex(value))
+        else:
+            tensor.copy_(value)

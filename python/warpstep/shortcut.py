@@ -74,6 +74,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
                 unscale_grads=True,
                 dispatched=False,
                 always=False,
+                count_writes=False,
                 threads=threads(),
             )
             if reason is None:

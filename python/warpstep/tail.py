@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Tail:
     max_norm: float = 0.0
     zero_grads: bool = False
     statistics: bool = False
+    measured_grads: int | None = None  # how many gradients total_norm is of
 
     @property
     def needs_tensors(self) -> bool:
@@ -83,26 +84,34 @@ class Clipping:
         for param, grad, version in self.others:
             remembered += 1
             kept += param.grad is grad
-            unwritten += param.grad is grad and grad._version == version
+            unwritten += param.grad is grad and version_of(grad) == version
         return remembered, kept, unwritten
 
-    def still_holds(self, grads_now: int) -> bool:
+    def still_holds(self) -> bool:
         """Whether the gradients are those that were measured; False if they were all replaced.
 
         Raises RuntimeError where some are and some are not, or where one was written to: what was
         measured is then no longer there, and what is there was not measured.
         """
         remembered, kept, unwritten = self.compare()
-        if kept == 0:
-            return False
-        if unwritten == remembered == grads_now:
-            return True
+        if kept > 0 and unwritten < remembered:
+            self.raise_changed(remembered)
+        return kept > 0
+
+    def raise_changed(self, grads_now: int) -> NoReturn:
+        """Raises RuntimeError: the gradients, ``grads_now`` of them, are not what was measured."""
+        remembered, kept, unwritten = self.compare()
         raise RuntimeError(
             f"gradients changed between clip_grad_norm_() and step(): of the {remembered} that "
             f"were measured, {remembered - kept} were replaced and {kept - unwritten} written to, "
             f"and there are {grads_now} now. Clip right before the step, after everything else "
             "that writes gradients; or forget the clipping with zero_grad()."
         )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to; 0 for an inference tensor, where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def defer_unscale(scaler: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
@@ -168,13 +177,19 @@ class Statistics:
     nonfinite: Tensor
 
 
-def statistics_of(params: list[Tensor], tables: list[Tensor]) -> Statistics:
-    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h)."""
+def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
+    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h).
+
+    Rows of parameters that are no more (None) are left out.
+    """
     device = tables[0].device
     sums = torch.cat([table.to(device, non_blocking=True) for table in tables])
+    alive = [param for param in params if param is not None]
+    if len(alive) < len(params):
+        sums = sums[[row for row, param in enumerate(params) if param is not None]]
     norms = sums[:, :3].sqrt().float()
     counts = sums[:, 3].clamp(min=-1).to(torch.int64)
-    return Statistics(params, norms[:, 0], norms[:, 1], norms[:, 2], counts)
+    return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)
 
 
 @contextmanager
