@@ -82,7 +82,8 @@ def test_swapped_tensors_are_still_possible():
 
 
 # While one thread steps, another replaces what is stepped. Memory of this size goes back to the
-# system when it is freed, so that whoever reads it then dies.
+# system when it is freed, so that whoever reads it then dies. (No `p.grad = None` here: beside a
+# thread that reads `p.grad`, it crashes torch 2.13 itself, which frees the old one without the GIL.)
 RACE = """
 import sys, threading, time, torch, warpstep
 torch.manual_seed(0)
@@ -102,9 +103,6 @@ def disturb():
     while not done:
         for i, p in enumerate(params):
             if what.startswith("grads"):
-                p.grad = torch.randn(p.shape)
-            elif what.startswith("zero_grad"):
-                optimizer.zero_grad()
                 p.grad = torch.randn(p.shape)
             elif what.startswith("state"):
                 optimizer.state[p]["exp_avg"] = torch.zeros(p.shape)
@@ -140,7 +138,7 @@ print("steps", count)
 
 
 @pytest.mark.parametrize(
-    "what", ["grads", "zero_grad", "state", "load", "lists", "grads-in-parts", "state-in-parts"]
+    "what", ["grads", "state", "load", "lists", "grads-in-parts", "state-in-parts"]
 )
 @pytest.mark.parametrize("torch_abi", ["1", "0"])
 def test_another_thread_replaces_what_is_being_stepped(what, torch_abi):
