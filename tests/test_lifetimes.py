@@ -82,8 +82,8 @@ def test_swapped_tensors_are_still_possible():
 
 
 # While one thread steps, another replaces what is stepped. Memory of this size goes back to the
-# system when it is freed, so that whoever reads it then dies. (No `p.grad = None` here: beside a
-# thread that reads `p.grad`, it crashes torch 2.13 itself, which frees the old one without the GIL.)
+# system when it is freed, so that whoever reads it then dies. (No `p.grad = None` here: in a thread
+# beside one that reads `p.grad`, it crashes torch 2.13 itself, which then frees without the GIL.)
 RACE = """
 import sys, threading, time, torch, warpstep
 torch.manual_seed(0)
