@@ -102,9 +102,7 @@ def run(kind, make, at=None, anew=False):
         for step in range(STEPS):
             if step == at:
                 optimizer = warpstep.replace(optimizer)
-                assert isinstance(
-                    optimizer, warpstep.AdamW if kind is CLASSES[0] else warpstep.Adam
-                )
+                assert type(optimizer) is getattr(warpstep, kind.__name__)
                 if anew:
                     scheduler = restored(make, optimizer, scheduler)
             step_all(optimizer, scheduler)
