@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dyn
 from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, signals
+from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import requested_backend
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
@@ -24,14 +25,12 @@ from warpstep.tail import (
     Tail,
     defer_unscale,
     report_found_inf,
-    swapped,
 )
 
 Betas = tuple[float | Tensor, float | Tensor]
-EmaDecay = float | Callable[[int], float]
 
 
-class OnePass(torch.optim.Adam):
+class OnePass(Averaging):
     """What AdamW and Adam share: the step by a plan, and a state dict that keeps its dtypes.
 
     Attributes:
@@ -46,16 +45,12 @@ class OnePass(torch.optim.Adam):
 
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
-    ema_decay: EmaDecay | None = None
-    ema_dtype: torch.dtype | None = None
     stats: bool = False
     plan: Plan | None = None
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
     _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
-    _averages_swapped: bool = False
-    _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 
     def _set_options(
         self,
@@ -192,14 +187,6 @@ class OnePass(torch.optim.Adam):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
         return plan
 
-    def _update_ema_decay(self) -> None:
-        if callable(self.ema_decay):
-            decay, before = self.ema_decay(self._ema_steps), self.defaults["ema_decay"]
-            for group in self.param_groups:
-                if group["ema_decay"] == before:  # else it has its own, or none
-                    group["ema_decay"] = decay
-            self.defaults["ema_decay"] = decay
-
     @_disable_dynamo
     def clip_grad_norm_(
         self,
@@ -288,34 +275,6 @@ class OnePass(torch.optim.Adam):
         """Resets all gradients, and forgets a clipping that no step has applied."""
         self._forget_clipping()
         super().zero_grad(set_to_none)
-
-    def ema_parameters(self) -> dict[Tensor, Tensor]:
-        """Each parameter's average; the parameter itself where it has had no step yet.
-
-        After each step, ``ema <- ema_decay * ema + (1 - ema_decay) * p``, beginning as p after the
-        first: :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn``.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages.
-        """
-        kept = self._kept_averages()
-        params = (param for group in self.param_groups for param in group["params"])
-        return {param: kept.get(param, param.detach()) for param in params}
-
-    def _kept_averages(self) -> dict[Tensor, Tensor]:
-        averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]
-        if not averaged:
-            raise RuntimeError("no averages are kept: construct the optimizer with ema_decay=")
-        states = {p: self.state.get(p) or {} for group in averaged for p in group["params"]}
-        return {param: state["ema"] for param, state in states.items() if "ema" in state}
-
-    def swap_ema(self) -> AbstractContextManager[None]:
-        """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
-
-        Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
-        raises. The parameters' values are kept in a copy meanwhile.
-        """
-        return swapped(self, self._kept_averages())
 
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.

@@ -14,7 +14,7 @@ from torch import Tensor
 from warpstep.state import describe
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.averages import Averaging
     from warpstep.plan import Plan
 
 
@@ -193,7 +193,7 @@ def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statisti
 
 
 @contextmanager
-def swapped(optimizer: OnePass, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped(optimizer: Averaging, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
     if optimizer._averages_swapped:
         raise RuntimeError("swap_ema() inside swap_ema()")
