@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from warpstep import backends, lists, reference
+from warpstep import backends, lists, modes, reference
 from warpstep.hypers import check_group
 from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
@@ -238,8 +238,10 @@ def _enter(
     operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
 ) -> None:
     streams = [g if isinstance(g, list) else list(g) for g in given]
-    if lists.is_watched():  # tracers and modes are to see an operator
-        getattr(torch.ops.warpstep, operator)(*streams, **options)
+    if modes.is_watched():  # tracers and modes are to see an operator
+        # By name: torch would try to read the tensor as a number first.
+        overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        getattr(getattr(torch.ops.warpstep, operator), overload)(*streams, **options)
     else:
         run(streams, Options(coupled=operator == "adam_", **options), backend)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
-from warpstep import checkpoint
+from warpstep import checkpoint, modes, watched
 from warpstep.backends import requested_backend
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
@@ -112,7 +112,8 @@ class OnePass(torch.optim.Adam):
         if capturing and callable(self.ema_decay):
             raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
         self._update_ema_decay()
-        plan = self._valid_plan(capturing)
+        # A launch would go past whoever looks at operators.
+        plan = watched.plan(self) if modes.are_active() else self._valid_plan(capturing)
         if plan is None:
             if zero_grads or self._clipping is not None:
                 raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
@@ -160,7 +161,13 @@ class OnePass(torch.optim.Adam):
         return plan
 
     def _plan_of_grads(self) -> Plan | None:
-        """The plan, with gradients gathered and remembered; nothing else is looked at."""
+        """The plan, with gradients gathered and remembered; nothing else is looked at.
+
+        None where torch's own clipping is to do it: its operations are seen by modes, and by
+        autograd.
+        """
+        if modes.are_active():
+            return None
         plan = self.plan
         if plan is None or not plan.checked_by_native or plan.stale_grads(self):
             plan = self._valid_plan()

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.shards import own_part
+from warpstep.state import is_plain
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -26,7 +28,7 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, 0)
+    return x.masked_fill(~x.isfinite(), 0)
 
 
 @dataclass
@@ -45,13 +47,15 @@ def computed(
     state: dict[str, Tensor],
     group: dict[str, Any],
     tail: Tail | None = None,
-    taken: bool = True,
+    taken: bool | Tensor = True,
+    on_host: bool = True,
 ) -> Computed:
     """One step of AdamW, or of Adam with coupled decay, on one parameter: what to store, and where.
 
     ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``,
-    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``
-    no value is read on the host. ::
+    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``,
+    or without ``on_host``, no value is read on the host, nor is that of a tensor that has none (on
+    the meta device, or fake). ::
 
         g <- grad / grad_scale, clipped;  -g to maximize;  g + weight_decay * p if coupled
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
@@ -61,7 +65,8 @@ def computed(
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
     pairs of a tensor and its new value, for `store`, which rounds each value once. Of a step that
-    is not ``taken`` there are at most the sums and the zeroed gradient.
+    is not ``taken`` there are at most the sums and the zeroed gradient; if ``taken`` is a tensor,
+    what is stored is chosen by it.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
@@ -72,7 +77,7 @@ def computed(
     def value(hyper: Any) -> Number:
         if not isinstance(hyper, Tensor):
             return float(hyper)
-        if group["capturable"]:
+        if group["capturable"] or not on_host or not is_plain(own_part(hyper)):
             return hyper.to(param.device, torch.float64, non_blocking=True).squeeze()
         return float(hyper)
 
@@ -85,9 +90,8 @@ def computed(
     eps_hat = group["eps"] * bias_correction2_sqrt
 
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
-    p, g, m, v = (
-        real_view(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
-    )
+    streams = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+    p, g, m, v = (real_view(t.detach()).to(compute) for t in streams)
     raw, unscale = g, None
     if tail.grad_scale is not None:
         unscale = 1 / tail.grad_scale.to(g.device, torch.float64)
@@ -115,18 +119,27 @@ def computed(
         multiple = lr / group["base_lr"] if form == "independent" else lr
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
-            d = torch.where(p.sign() * update.sign() < 0, 0, d)
+            d = d.masked_fill(p.sign() * update.sign() < 0, 0)
         update = multiple * weight_decay * d + update
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        if isinstance(taken, Tensor):
+            return torch.where(taken, new.to(old.dtype), old)
+        return new if taken else old
+
     # What is stored of it, rounded: the average and the statistics see that.
-    after = (p - update).to(real_dtype(param.dtype)) if taken else real_view(param)
+    after = chosen((p - update).to(real_dtype(param.dtype)), real_view(param.detach()))
     if group.get("ema_decay") is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
         weight = (1 - kept).to(average.device, compute)
         new["ema"] = torch.lerp(average, after.to(compute), weight)
 
-    stores = [(state[key], new[key]) for key in new]
-    stores = [(state["step"], new_step), (param, after), *stores] if taken else []
+    stores = []
+    if taken is not False:
+        stores = [(state[key], chosen(new[key], real_view(state[key]))) for key in new]
+        step_after = chosen(new_step, state["step"])
+        stores = [(state["step"], step_after), (param, after), *stores]
     if tail.zero_grads:
         stores.append((grad, torch.zeros_like(real_view(grad))))
     if not tail.statistics:
@@ -148,4 +161,5 @@ def computed(
 def store(values: list[tuple[Tensor, Tensor]]) -> None:
     """Writes what `computed` returned, rounding each value to its tensor's dtype."""
     for tensor, value in values:
-        tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
+        # Detached: a graph that was traced from this is replayed outside of no_grad.
+        tensor.detach().copy_(torch.view_as_complex(value) if tensor.is_complex() else value)

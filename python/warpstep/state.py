@@ -26,7 +26,8 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 
     Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not, nor are
-    lazily negated or conjugated ones, whose memory holds other numbers.
+    what torch.func's transforms wrap, or lazily negated or conjugated ones, whose memory holds other
+    numbers.
     """
     kind = type(tensor)
     plain = (
@@ -34,6 +35,8 @@ def is_plain(tensor: Tensor) -> bool:
         or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # a mere subclass
     )
     if not plain or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return not (tensor.is_neg() or tensor.is_conj())
 
