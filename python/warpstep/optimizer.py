@@ -338,7 +338,8 @@ class OnePass(torch.optim.Adam):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        with torch.device("cpu"):  # torch makes a tensor of a step that is a number, where that is
+            super().__setstate__(state)
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
         self._step_supports_amp_scaling = not any(g["differentiable"] for g in self.param_groups)

@@ -123,6 +123,19 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
             )
 
 
+def check_device_for_fused(name: str, param: Tensor) -> None:
+    """Raises, as torch does, where ``fused=True`` is asked for on a device that has no kernels."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    supported = _get_fused_kernels_supported_devices()
+    if param.device.type not in supported:
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported "
+            f"devices: {supported} but {param.dtype} and {param.device.type}: {name}. Leave out "
+            "`fused`, or move the parameters first."
+        )
+
+
 def completed(
     name: str,
     param: Tensor,
