@@ -10,8 +10,7 @@ from torch.nn import Parameter
 import warpstep
 from environment import EMULATED
 from test_functional import HYPERS, assert_same, clones, flat, streams
-from warpstep import modes
-from warpstep import override, shortcut
+from warpstep import modes, override, shortcut
 from warpstep.backends import BackendUnavailableError
 
 SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2

@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     mapped: bool
 
     def at(self, index: int) -> Tensor:
+        """What one entry of the batch sees of it."""
         return self.tensor[index] if self.mapped else self.tensor
 
 
@@ -49,7 +50,8 @@ def rule(operator: Callable[..., None]) -> Callable[..., None]:
             if not options.get("amsgrad", False):
                 streams[4] = []
             for call, numbers in _calls(streams, scalars, options):
-                operator(*call, **{**options, **numbers})
+                if any(call):  # a batch may have no entry
+                    operator(*call, **{**options, **numbers})
 
     return batched
 
@@ -92,7 +94,8 @@ def _check(
     advances = options.get("advance_steps", True)
     unscales = options.get("unscale_grads", False) and options.get("grad_scale") is not None
     for i in range(len(streams[0])):
-        mapped = next((f"{NAMES[s]}[{i}]" for s in needed if streams[s][i].mapped), of_scalars)
+        of_lists = (f"{NAMES[s]}[{i}]" for s in needed if streams[s][i].mapped)
+        mapped = of_scalars or next(of_lists, "")
         for s in needed if mapped else ():
             written = s != 5 or (advances and of_scalars)
             if not streams[s][i].mapped and written and (s != 1 or unscales):

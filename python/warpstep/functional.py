@@ -238,7 +238,8 @@ def _enter(
     operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
 ) -> None:
     streams = [g if isinstance(g, list) else list(g) for g in given]
-    if modes.is_watched():  # tracers and modes are to see an operator
+    # Tracers and modes are to see an operator; without a tensor there is none to call.
+    if any(streams) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.
         overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
         getattr(getattr(torch.ops.warpstep, operator), overload)(*streams, **options)
@@ -283,8 +284,9 @@ def adamw_(
 
     Everything is checked before anything is written. The host's cost is a C++ loop over the
     tensors; a GPU is not waited for. On CUDA the tables of lists that come again are kept on the
-    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile`` this
-    is the operator ``torch.ops.warpstep.adamw_``.
+    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile``, modes
+    and transforms this is the operator ``torch.ops.warpstep.adamw_``. Under ``torch.vmap`` all that
+    is written needs the batch dimension, except step counters that the batch shares.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).

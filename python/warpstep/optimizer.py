@@ -112,7 +112,6 @@ class OnePass(torch.optim.Adam):
         if capturing and callable(self.ema_decay):
             raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
         self._update_ema_decay()
-        # A launch would go past whoever looks at operators.
         plan = watched.plan(self) if modes.are_active() else self._valid_plan(capturing)
         if plan is None:
             if zero_grads or self._clipping is not None:
@@ -161,13 +160,7 @@ class OnePass(torch.optim.Adam):
         return plan
 
     def _plan_of_grads(self) -> Plan | None:
-        """The plan, with gradients gathered and remembered; nothing else is looked at.
-
-        None where torch's own clipping is to do it: its operations are seen by modes, and by
-        autograd.
-        """
-        if modes.are_active():
-            return None
+        """The plan, with gradients gathered and remembered; nothing else is looked at."""
         plan = self.plan
         if plan is None or not plan.checked_by_native or plan.stale_grads(self):
             plan = self._valid_plan()
@@ -227,11 +220,11 @@ class OnePass(torch.optim.Adam):
         if scale is None and self._clipping is not None and self._clipping.compare()[1] > 0:
             scale = self._clipping.grad_scale  # clipped before: the scaler was told, not they
         self._forget_clipping()
-        plan = self._plan_of_grads()
+        plan = None if modes.are_active() else self._plan_of_grads()
         if plan is None:
             if scaler is not None and scaler.is_enabled() and scale is not None:
                 scaler.unscale_(self)
-            params = [p for group in self.param_groups for p in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"] if p.numel() > 0]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         total_norm = plan.grad_norm(norm_type)
         if scale is not None:

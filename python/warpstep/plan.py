@@ -327,8 +327,7 @@ class Plan:
         if self.buckets[index].backend == "triton":
             counts: Tensor = self.buckets[index].tables.chunk_counts
             return counts
-        counts = self._native.chunk_counts(index)
-        return torch.tensor(counts, dtype=torch.int64, device="cpu")
+        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64, device="cpu")
 
     def _statistics_table(self, index: int) -> Tensor:
         """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
@@ -431,11 +430,8 @@ class Plan:
         copies = [match_layout(own_part(param), own_part(grad)) for param, grad in both]
         rest = iter(copies)
         # An empty tensor's gradient has no address; any but 0 makes its step count.
-        grads = torch.tensor(
-            [0 if e.param.grad is None else next(rest).data_ptr() or 1 for e in entries],
-            dtype=torch.int64,
-            device="cpu",
-        )
+        addresses = [0 if e.param.grad is None else next(rest).data_ptr() or 1 for e in entries]
+        grads = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return grads, pack_groups(optimizer.param_groups), copies
 
     def _run_triton(

@@ -26,8 +26,8 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 
     Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not, nor are
-    what torch.func's transforms wrap, or lazily negated or conjugated ones, whose memory holds other
-    numbers.
+    tensors inside a transform of torch.func, or lazily negated or conjugated ones, whose memory
+    holds other numbers.
     """
     kind = type(tensor)
     plain = (

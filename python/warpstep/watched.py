@@ -93,7 +93,10 @@ class WatchedPlan(Plan):
 
 
 def plan(optimizer: OnePass) -> WatchedPlan | None:
-    """A plan for ``optimizer``'s next step; None for torch's own step, as of OnePass._valid_plan."""
+    """A plan for ``optimizer``'s next step, while `modes.are_active`: a launch would go past them.
+
+    None for torch's own step, as of OnePass._valid_plan.
+    """
     if any(group["differentiable"] for group in optimizer.param_groups):
         return None
     optimizer.plan = None
