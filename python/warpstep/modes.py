@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
-from torch._C import _len_torch_function_stack as _function_modes
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._device import DeviceContext
 
 
@@ -15,16 +15,16 @@ def are_active() -> bool:
     that counts operators, missing in the graph that ``make_fx`` records. A default device is a mode
     too, which concerns only operators that make tensors.
     """
-    return bool(
-        _len_torch_dispatch_stack()
-        or _functorch.peek_interpreter_stack() is not None
-        or (_function_modes() and _has_watching_function_mode())
-        or _get_tracing_state()
+    return (  # asked at each step: some 25 ns each
+        _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _is_tracing()
+        or (_len_torch_function_stack() > 0 and _has_watching_function_mode())
     )
 
 
 def _has_watching_function_mode() -> bool:
-    modes = map(torch._C._get_function_stack_at, range(_function_modes()))
+    modes = map(torch._C._get_function_stack_at, range(_len_torch_function_stack()))
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
