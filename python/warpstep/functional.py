@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep import backends, lists, reference, signals
+from warpstep import backends, lists, modes, reference, signals
 from warpstep.hypers import check_group
 from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
@@ -223,8 +223,11 @@ def _enter(
     operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
 ) -> None:
     streams = [g if isinstance(g, list) else list(g) for g in given]
-    if lists.is_watched():  # tracers and modes are to see an operator
-        getattr(torch.ops.warpstep, operator)(*streams, **options)
+    # Tracers and modes are to see an operator; without a tensor there is none to call.
+    if any(streams) and modes.is_watched():
+        # By name: torch would try to read the tensor as a number first.
+        overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        getattr(getattr(torch.ops.warpstep, operator), overload)(*streams, **options)
     else:
         run(streams, Options(coupled=operator == "adam_", **options), backend)
 
@@ -266,8 +269,9 @@ def adamw_(
 
     Everything is checked before anything is written. The host's cost is a C++ loop over the
     tensors; a GPU is not waited for. On CUDA the tables of lists that come again are kept on the
-    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile`` this
-    is the operator ``torch.ops.warpstep.adamw_``.
+    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile``, modes
+    and transforms this is the operator ``torch.ops.warpstep.adamw_``. Under ``torch.vmap`` all that
+    is written needs the batch dimension, except step counters that the batch shares.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).

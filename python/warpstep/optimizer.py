@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
-from warpstep import checkpoint, signals
+from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import requested_backend
 from warpstep.hypers import check_group
@@ -116,11 +116,12 @@ class OnePass(Averaging):
         self._update_ema_decay()
         tail, plan = self._tail(zero_grads), self.plan
         reason: str | None = "there is none yet"
-        if plan is not None and plan.checked_by_native:
+        is_watched = modes.are_active()
+        if plan is not None and plan.checked_by_native and not is_watched:
             reason = self._run(plan, tail, capturing)
         if reason is None:
             return
-        plan = self._new_plan(reason, capturing)
+        plan = self._new_plan(reason, capturing, watched.WatchedPlan if is_watched else Plan)
         if plan is None:
             if zero_grads or self._clipping is not None:
                 raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
@@ -162,7 +163,9 @@ class OnePass(Averaging):
                     self._captured_plans.append(plan)
         return reason
 
-    def _new_plan(self, reason: str, capturing: bool = False) -> Plan | None:
+    def _new_plan(
+        self, reason: str, capturing: bool = False, kind: type[Plan] = Plan
+    ) -> Plan | None:
         """A plan in place of one that is stale for that reason; None for torch's own step."""
         if any(group["differentiable"] for group in self.param_groups):
             return None
@@ -172,7 +175,7 @@ class OnePass(Averaging):
                 "a step on the same parameters and state before capturing"
             )
         self.plan = None  # never a stale one, should the next line raise
-        self.plan = Plan(self)
+        self.plan = kind(self)
         return self.plan
 
     def _plan_of_grads(self) -> Plan | None:
@@ -241,11 +244,11 @@ class OnePass(Averaging):
         if scale is None and self._clipping is not None and self._clipping.compare()[1] > 0:
             scale = self._clipping.grad_scale  # clipped before: the scaler was told, not they
         self._forget_clipping()
-        plan = self._plan_of_grads()
+        plan = None if modes.are_active() else self._plan_of_grads()
         if plan is None:
             if scaler is not None and scaler.is_enabled() and scale is not None:
                 scaler.unscale_(self)
-            params = [p for group in self.param_groups for p in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"] if p.numel() > 0]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         total_norm = plan.grad_norm(self, norm_type)
         if scale is not None:
@@ -326,7 +329,8 @@ class OnePass(Averaging):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        with torch.device("cpu"):  # torch makes a tensor of a step that is a number, where that is
+            super().__setstate__(state)
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_turn", threading.RLock())

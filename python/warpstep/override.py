@@ -197,6 +197,11 @@ def enable() -> None:
     whose tensors have layouts that differ, go to torch's kernel: ``warpstep.status()`` counts them
     by reason. Calling it again changes nothing.
 
+    A kernel that someone else registers for these operators while this is enabled may hold ours
+    (``torch.library.get_kernel``), to pass calls on. After ``disable()`` it cannot: torch raises
+    "SafeKernelFunction has been invalidated". Register it before ``enable()``, or take it off
+    before ``disable()``.
+
     Raises:
         BackendUnavailableError: there is no native module, or torch cannot hand over its own
             kernels; nothing has been changed then.

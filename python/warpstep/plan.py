@@ -22,6 +22,7 @@ from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
 from warpstep.state import (
     MOMENTS,
+    check_device_for_fused,
     check_gradient,
     completed,
     is_walkable,
@@ -181,6 +182,8 @@ class Plan:
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
         check_gradient(entry.name, param, grad)
+        if group["fused"] and not entry.state:
+            check_device_for_fused(entry.name, param)
         requested = "reference" if group["fused"] is False else optimizer.backend
         chosen = backends.choose(requested, param.device)
 
@@ -380,7 +383,7 @@ class Plan:
         if self.buckets[index].backend == "triton":
             counts: Tensor = self.buckets[index].tables.chunk_counts
             return counts
-        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64)
+        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64, device="cpu")
 
     def _statistics_table(self, index: int) -> Tensor:
         """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
@@ -411,7 +414,7 @@ class Plan:
                 tables.append(summed(sums, bucket.shards))
         for entry in self.python_only:
             params.append(place_of(optimizer, entry))
-            none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
+            none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device="cpu")
             tables.append(whole(self._reference_sums.get(entry, none))[None])
         return statistics_of(params, tables) if tables else None
 
@@ -421,10 +424,11 @@ class Plan:
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
         """
         others = [grad for _, _, grad in with_grads(optimizer, self.python_only)]
+        none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
         if self._native is None or norm_type not in (2.0, math.inf):
             grads = [grad for _, _, grad in with_grads(optimizer, self._in_buckets())]
-            norm = torch.nn.utils.get_total_norm([whole(g) for g in (*grads, *others)], norm_type)
-            return norm.double()
+            grads = [whole(grad) for grad in (*grads, *others)]
+            return torch.nn.utils.get_total_norm(grads, norm_type).double() if grads else none
         for bucket in self.cuda_buckets:
             bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         shares = []
@@ -440,7 +444,7 @@ class Plan:
                 self._native.grad_norm(index, largest=is_largest, threads=threads, out=out)
             shares.append((largest if is_largest else summed)(out[0], bucket.shards))
         shares += [_grad_share(grad, norm_type) for grad in others if grad.numel() > 0]
-        return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
+        return combined_norm(shares, norm_type) if shares else none
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers and remembers them."""
@@ -487,10 +491,8 @@ class Plan:
             for entry, param, grad in with_grads(optimizer, entries)
         }
         # An empty tensor's gradient has no address; any but 0 makes its step count.
-        grads = torch.tensor(
-            [(found[e][2].data_ptr() or 1) if e in found else 0 for e in entries],
-            dtype=torch.int64,
-        )
+        addresses = [(found[e][2].data_ptr() or 1) if e in found else 0 for e in entries]
+        grads = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         return grads, pack_groups(optimizer.param_groups), list(found.values())
 
     def _run_triton(

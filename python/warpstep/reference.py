@@ -15,6 +15,7 @@ from torch import Tensor
 
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.shards import own_part
 from warpstep.state import is_plain
 from warpstep.tail import Tail
 
@@ -28,7 +29,7 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, 0)
+    return x.masked_fill(~x.isfinite(), 0)
 
 
 @dataclass
@@ -47,13 +48,15 @@ def computed(
     state: dict[str, Tensor],
     group: dict[str, Any],
     tail: Tail | None = None,
-    taken: bool = True,
+    taken: bool | Tensor = True,
+    on_host: bool = True,
 ) -> Computed:
     """One step of AdamW, or of Adam with coupled decay, on one parameter: what to store, and where.
 
     ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``,
-    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``
-    no value is read on the host. ::
+    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``,
+    or without ``on_host``, no value is read on the host, nor is that of a tensor that has none (on
+    the meta device, or fake). ::
 
         g <- grad / grad_scale, clipped;  -g to maximize;  g + weight_decay * p if coupled
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
@@ -63,7 +66,8 @@ def computed(
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
     pairs of a tensor and its new value, for `store`, which rounds each value once. Of a step that
-    is not ``taken`` there are at most the sums and the zeroed gradient.
+    is not ``taken`` there are at most the sums and the zeroed gradient; if ``taken`` is a tensor,
+    what is stored is chosen by it.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
@@ -74,7 +78,7 @@ def computed(
     def value(hyper: Any) -> Number:
         if not isinstance(hyper, Tensor):
             return float(hyper)
-        if group["capturable"]:
+        if group["capturable"] or not on_host or not is_plain(own_part(hyper)):
             return hyper.to(param.device, torch.float64, non_blocking=True).squeeze()
         return float(hyper)
 
@@ -87,9 +91,8 @@ def computed(
     eps_hat = group["eps"] * bias_correction2_sqrt
 
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
-    p, g, m, v = (
-        real_view(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
-    )
+    streams = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+    p, g, m, v = (real_view(t.detach()).to(compute) for t in streams)
     raw, unscale = g, None
     if tail.grad_scale is not None:
         unscale = 1 / tail.grad_scale.to(g.device, torch.float64)
@@ -117,10 +120,16 @@ def computed(
         multiple = lr / group["base_lr"] if form == "independent" else lr
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
-            d = torch.where(p.sign() * update.sign() < 0, 0, d)
+            d = d.masked_fill(p.sign() * update.sign() < 0, 0)
         update = multiple * weight_decay * d + update
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        if isinstance(taken, Tensor):
+            return torch.where(taken, new.to(old.dtype), old)
+        return new if taken else old
+
     # What is stored of it, rounded: the average and the statistics see that.
-    after = (p - update).to(real_dtype(param.dtype)) if taken else real_view(param)
+    after = chosen((p - update).to(real_dtype(param.dtype)), real_view(param.detach()))
     if group.get("ema_decay") is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
@@ -128,8 +137,10 @@ def computed(
         new["ema"] = torch.lerp(average, after.to(compute), weight)
 
     stores: list[tuple[Tensor, Tensor | None]] = []
-    if taken:
-        stores = [(state["step"], new_step), (param, after), *((state[k], new[k]) for k in new)]
+    if taken is not False:
+        stores = [(state[key], chosen(new[key], real_view(state[key]))) for key in new]
+        step_after = chosen(new_step, state["step"])
+        stores = [(state["step"], step_after), (param, after), *stores]
     if tail.zero_grads:
         stores.append((grad, None))
     if not tail.statistics:
@@ -159,15 +170,15 @@ def store(steps: list[Computed]) -> None:
     try:
         for tensor, value in reluctant:
             before = tensor.detach().clone()
-            _write(tensor, value)
+            write(tensor, value)
             written.append((tensor, before))
     except BaseException:
         for tensor, before in written:
-            _write(tensor, before)
+            write(tensor, before)
         raise
     for tensor, value in values:
         if not may_refuse(tensor):
-            _write(tensor, value)
+            write(tensor, value)
 
 
 def may_refuse(tensor: Tensor) -> bool:
@@ -176,7 +187,8 @@ def may_refuse(tensor: Tensor) -> bool:
     return shares or not is_plain(tensor)
 
 
-def _write(tensor: Tensor, value: Tensor | None) -> None:
+def write(tensor: Tensor, value: Tensor | None) -> None:
+    """Writes one value of `Computed.stores`."""
     # What was made in inference mode is written in inference mode only.
     with torch.inference_mode() if tensor.is_inference() else nullcontext():
         if value is None:
