@@ -64,7 +64,8 @@ template <class Function>
 void look_on_threads(int threads, std::size_t count, const Function& look) {
   constexpr std::size_t kRun = 128, kWorthThreads = 512;
   const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
-  run_on_threads(count < kWorthThreads ? 1 : threads, runs, [&](std::uint32_t run) {
+  static Sharing sharing;
+  run_on_threads(count < kWorthThreads ? 1 : threads, runs, sharing, [&](std::uint32_t run) {
     for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) look(i);
   });
 }
