@@ -25,9 +25,10 @@ class Case:
     evenly over that many parameter groups, each with its own learning rate. `offset` displaces the
     parameters by so many elements from an aligned address. `after_backward` times the step right
     after a backward pass, when other data fill the caches and torch's threads still spin, and not
-    as one of several steps in a row. `compiled_on` says on which devices torch.compile joins in:
-    it takes from seconds to minutes a case. `sequence` names what a competitor runs inside the
-    clock (bench/sequences.py).
+    as one of several steps in a row. `beside_busy_core` times it while another process keeps a core
+    busy, as data loaders do: threads that share work then wait for the scheduler. `compiled_on`
+    says on which devices torch.compile joins in: it takes from seconds to minutes a case.
+    `sequence` names what a competitor runs inside the clock (bench/sequences.py).
     """
 
     id: str
@@ -37,6 +38,7 @@ class Case:
     groups: int = 1
     offset: int = 0
     after_backward: bool = False
+    beside_busy_core: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiled_on: tuple[str, ...] = ()
     quick: bool = False
@@ -149,6 +151,12 @@ def _sequences(id: str, shapes: Shapes) -> tuple[Case, ...]:
     return tuple(Case(f"{id}/{s}", "tail", shapes, quick=True, sequence=s) for s in sequences)
 
 
+def _beside_busy_core(id: str, shapes: Shapes, quick: bool = False) -> Case:
+    """What the threads of a step cost where one of them has to wait for a core."""
+    id = f"{id}/busy-core"
+    return Case(id, "busy-core", shapes, beside_busy_core=True, devices=CPU, quick=quick)
+
+
 CPU, CUDA = ("cpu",), ("cuda",)
 BOTH = (*CPU, *CUDA)
 
@@ -184,6 +192,10 @@ CASES: tuple[Case, ...] = (
     Case("host-100", "host", equal(100, 1), quick=True),
     Case("host-1000", "host", equal(1000, 1), quick=True),
     Case("host-10000", "host", equal(10_000, 1)),
+    # The same where another process has one of the cores.
+    *(_beside_busy_core(f"host-{n}", equal(n, 1), n == 1000) for n in (300, 400, 1000, 3000)),
+    _beside_busy_core("400x1024", equal(400, 1024)),
+    _beside_busy_core("2000x256", equal(2000, 256)),
     # Time against the number of tensors.
     *(
         Case(f"tensors-{n}", "sweep-tensors", equal(n, 1024))

@@ -6,9 +6,12 @@ import datetime
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,8 +68,35 @@ def free_bytes(device: str) -> int:
     return int(available * 0.8)
 
 
+# It ends with its parent, however that ends.
+KEEP_BUSY = """
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(100_000):
+        pass
+"""
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """While another process computes, and nothing else, on whichever core the system gives it."""
+    command = [sys.executable, "-c", KEEP_BUSY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has begun
+            yield
+        finally:
+            process.kill()
+
+
 class Others:
-    """How much of the machine other processes take: `cores()` since this was made, on Linux."""
+    """How much of the machine other processes take: `cores()` since this was made, on Linux.
+
+    This process's children are no others, once they have ended.
+    """
 
     def __init__(self) -> None:
         self.start = self._seconds()
@@ -81,14 +111,16 @@ class Others:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float] | None:
-        """Seconds of work of all processes, of this one, and on the clock."""
+        """Seconds of work of all processes, of this one with its children, and on the clock."""
         try:
             line = Path("/proc/stat").read_text().splitlines()[0]
         except OSError:
             return None
         user, nice, system, _, _, irq, soft_irq, stolen = map(int, line.split()[1:9])
         ticks = user + nice + system + irq + soft_irq + stolen
-        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own = time.process_time() + children.ru_utime + children.ru_stime
+        return ticks / os.sysconf("SC_CLK_TCK"), own, time.monotonic()
 
 
 def commit() -> str | None:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -15,7 +15,7 @@ import torch
 
 from bench.cases import ITEMSIZE, STREAMS_READ, STREAMS_WRITTEN, Case
 from bench.competitors import LR, OURS, Competitor, Groups, one_line
-from bench.machine import Others
+from bench.machine import Others, busy_core
 from bench.sequences import Step, surroundings
 from warpstep import backends
 
@@ -73,17 +73,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its 10th and 90th percentile."""
+    """A median with its 10th and 90th percentile, and the mean, which rare long samples raise."""
 
     median: float
     p10: float
     p90: float
+    mean: float
 
 
 def spread(samples: Sequence[float]) -> Spread:
     """The spread of some samples."""
     at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    return Spread(*torch.tensor(samples, dtype=torch.float64).quantile(at).tolist())
+    values = torch.tensor(samples, dtype=torch.float64)
+    return Spread(*values.quantile(at).tolist(), values.mean().item())
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
@@ -292,7 +294,7 @@ def measure(
     result = Result(case, times, [], copy.kind)
     others = Others()
     start = clock()
-    with quiet():
+    with quiet(), busy_core() if case.beside_busy_core else nullcontext():
         for done in range(effort.most if entries else 0):
             if done >= effort.least and clock() - start > effort.seconds * 1e9:
                 break

@@ -83,7 +83,11 @@ def times(row: pd.Series) -> str:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, the first column to the left, without the columns that are empty."""
+    """A Markdown table, the first column to the left, without the columns that are empty. Nothing
+    where there are no lines.
+    """
+    if not lines:
+        return ""
     kept = [i for i in range(len(header)) if i == 0 or any(line[i] for line in lines)]
     rules = [":--" if i == 0 else "--:" for i in kept]
     rows = [[header[i] for i in kept], rules, *([line[i] or "-" for i in kept] for line in lines)]
@@ -185,14 +189,33 @@ def tail(results: Results) -> str:
     return table(["Tensors of", "Inside the clock", "warpstep", "against", "ratio"], lines)
 
 
-TABLES = {"summary": summary, "host": host, "tail": tail}
+def busy_core(results: Results) -> str:
+    """Beside a process that keeps a core busy: medians and means, since waits are rare and long."""
+    rows = results.rows[(results.rows["family"] == "busy-core") & results.rows["step_us"].notna()]
+    lines = []
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        if not {OURS, BASELINE} <= set(by_id.index):
+            continue
+        cells = []
+        for column in ("step_us", "step_us_mean"):
+            mine, torchs = (float(by_id.loc[id][column]) for id in (OURS, BASELINE))
+            mark = f" {SLOWER}" if mine > torchs else ""
+            cells += [duration(mine), duration(torchs), f"{torchs / mine:.1f}x{mark}"]
+        lines.append([str(case).removesuffix("/busy-core"), *cells])
+    header = ["Beside a busy core", "warpstep", "fused", "ratio"]
+    return table([*header, "warpstep, mean", "fused, mean", "ratio of means"], lines)
+
+
+TABLES = {"summary": summary, "host": host, "busy-core": busy_core, "tail": tail}
 
 
 def blocks(results: list[Results]) -> dict[str, str]:
-    """The text of each block: every machine's table under its conditions."""
+    """The text of each block: under its conditions the table of every machine that has one."""
+    tables = {name: [(r, make(r)) for r in results] for name, make in TABLES.items()}
     return {
-        name: "\n\n".join(f"{conditions(r)}\n\n{make(r)}" for r in results)
-        for name, make in TABLES.items()
+        name: "\n\n".join(f"{conditions(r)}\n\n{text}" for r, text in of_block if text)
+        for name, of_block in tables.items()
     }
 
 

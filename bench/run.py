@@ -54,6 +54,7 @@ class Row:
     step_us: float | None = None
     step_us_p10: float | None = None
     step_us_p90: float | None = None
+    step_us_mean: float | None = None
     host_us: float | None = None
     device_us: float | None = None
     ratio: float | None = None
@@ -87,8 +88,8 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         return line
     step = spread(times.step)
     line.rounds = len(times.step)
-    line.step_us, line.step_us_p10, line.step_us_p90 = (
-        t / 1e3 for t in (step.median, step.p10, step.p90)
+    line.step_us, line.step_us_p10, line.step_us_p90, line.step_us_mean = (
+        t / 1e3 for t in (step.median, step.p10, step.p90, step.mean)
     )
     if times.device:
         line.host_us = spread(times.host).median / 1e3

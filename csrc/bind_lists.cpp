@@ -15,7 +15,8 @@ void bind_lists(py::module_& m) {
              py::list exp_avg_sqs, py::list max_exp_avg_sqs, py::list state_steps, py::object lr,
              double beta1, double beta2, double weight_decay, double eps, bool amsgrad,
              bool maximize, py::object grad_scale, py::object found_inf, bool coupled, bool cuda,
-             bool advance_steps, bool unscale_grads, bool dispatched, bool always, int threads) {
+             bool advance_steps, bool unscale_grads, bool dispatched, bool always,
+             bool count_writes, int threads) {
             ListOptions options{};
             options.hyper.beta1.value = beta1;
             options.hyper.beta2.value = beta2;
@@ -29,6 +30,7 @@ void bind_lists(py::module_& m) {
             options.unscale_grads = unscale_grads;
             options.dispatched = dispatched;
             options.always = always;
+            options.count_writes = count_writes;
             options.threads = threads;
             const TensorLists lists{params,      grads,           exp_avgs,
                                     exp_avg_sqs, max_exp_avg_sqs, state_steps};
@@ -39,7 +41,7 @@ void bind_lists(py::module_& m) {
           py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("eps"),
           py::arg("amsgrad"), py::arg("maximize"), py::arg("grad_scale"), py::arg("found_inf"),
           py::arg("coupled"), py::arg("cuda"), py::arg("advance_steps"), py::arg("unscale_grads"),
-          py::arg("dispatched"), py::arg("always"), py::arg("threads"));
+          py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"));
 }
 
 }  // namespace warpstep

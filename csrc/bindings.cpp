@@ -43,6 +43,28 @@ float* float_stream(py::handle tensor, std::int64_t count) {
   return static_cast<float*>(view.data);
 }
 
+// Null for an object that is still being made.
+Plan* plan_of(PyObject* object) {
+  const auto holder = reinterpret_cast<py::detail::instance*>(object)->get_value_and_holder();
+  return holder.holder_constructed() ? holder.value_ptr<Plan>() : nullptr;
+}
+
+// A plan refers to its optimizer's objects, and they may refer back to it: Python's garbage
+// collector has to see through it.
+void let_collector_see_plans(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
+    Py_VISIT(Py_TYPE(self));
+    const Plan* const plan = plan_of(self);
+    return plan != nullptr ? plan->traverse(visit, arg) : 0;
+  };
+  type.tp_clear = [](PyObject* self) -> int {
+    if (Plan* const plan = plan_of(self)) plan->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -96,12 +118,23 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("backend"), py::arg("param"), py::arg("grad"), py::arg("moment"),
            py::arg("amsgrad"), py::arg("ema"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, const std::vector<int>&, const std::vector<BucketSpec>&,
                     py::object>(),
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
            py::arg("buckets"), py::arg("match_layout"))
+      .def(
+          "step",
+          [](Plan& plan, py::handle state, py::handle param_groups, int threads, py::object tensors,
+             bool zero_grads, std::ptrdiff_t expected_grads) {
+            return plan.step(state, param_groups, threads, std::move(tensors),
+                             {zero_grads, false, expected_grads});
+          },
+          py::arg("state"), py::arg("param_groups"), py::arg("threads"), py::arg("tensors"),
+          py::kw_only(), py::arg("zero_grads"), py::arg("expected_grads"))
       .def("check", &Plan::check)
+      .def("keep_alive", &Plan::keep_alive)
+      .def("let_go", &Plan::let_go)
       .def(
           "launch",
           [](Plan& plan, int threads, py::object tensors, bool zero_grads, bool unscale_grads) {
@@ -109,12 +142,6 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("threads"), py::arg("tensors"), py::kw_only(), py::arg("zero_grads"),
           py::arg("unscale_grads"))
-      .def(
-          "increment_versions",
-          [](Plan& plan, bool zero_grads, bool unscale_grads) {
-            plan.increment_versions({zero_grads, unscale_grads});
-          },
-          py::kw_only(), py::arg("zero_grads"), py::arg("unscale_grads"))
       .def(
           "grad_norm",
           [](Plan& plan, std::size_t bucket, bool largest, int threads, py::object out) {

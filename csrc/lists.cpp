@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "adamw_cpu.h"
@@ -183,6 +184,20 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   return nullptr;
 }
 
+// Tells autograd what will be written.
+void ListStepper::count_writes(const TensorLists& lists, const ListOptions& options,
+                               const Tail& tail) {
+  const auto count = [](const py::list& list) {
+    for (py::handle tensor : list) tensor_reader().increment_version(tensor.ptr());
+  };
+  count(lists.params);
+  count(lists.exp_avgs);
+  count(lists.exp_avg_sqs);
+  if (options.amsgrad) count(lists.max_exp_avg_sqs);
+  if (options.advance_steps) count(lists.state_steps);
+  if (tail.grads_after != GradsAfter::kept) count(lists.grads);
+}
+
 const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
                               py::handle found_inf, ListOptions options) {
   std::vector<Bucket> buckets;
@@ -206,9 +221,22 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   for (Bucket& bucket : buckets) {
     cut_chunks(bucket.rows, chunk_size, bucket.chunks, bucket.batches);
   }
-  if (options.cuda) return launch_cuda(buckets, options, tail, device);
-
-  py::gil_scoped_release release;
+  if (options.cuda) return launch_cuda(lists, buckets, options, tail, device);
+  std::int64_t elements = 0;
+  for (const Bucket& bucket : buckets) {
+    for (const TensorRow& row : bucket.rows) elements += row.numel;
+  }
+  const bool is_brief = elements <= kBriefElements;
+  Keeper keeper;  // other threads may change the lists
+  if (!is_brief || !tensor_reader().uses_handles()) {
+    for (const py::list& list : {lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs,
+                                 lists.max_exp_avg_sqs, lists.state_steps}) {
+      for (py::handle tensor : list) keeper.keep(tensor.ptr());
+    }
+  }
+  if (options.count_writes) count_writes(lists, options, tail);
+  std::optional<py::gil_scoped_release> release;
+  if (!is_brief) release.emplace();
   for (const Bucket& bucket : buckets) {
     const Launch launch{bucket.recipe,
                         tail,
@@ -302,8 +330,9 @@ std::shared_ptr<ListStepper::Resident> ListStepper::make_resident(const Bucket& 
   }
 }
 
-const char* ListStepper::launch_cuda(std::vector<Bucket>& buckets, const ListOptions& options,
-                                     const Tail& tail, dlpack::Device device) {
+const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucket>& buckets,
+                                     const ListOptions& options, const Tail& tail,
+                                     dlpack::Device device) {
   void* const stream = tensor_reader().current_stream(device);
   const bool capturing = cuda_is_capturing(stream);
   std::vector<std::shared_ptr<Resident>> residents;
@@ -319,6 +348,7 @@ const char* ListStepper::launch_cuda(std::vector<Bucket>& buckets, const ListOpt
     }
     residents.push_back(std::move(resident));
   }
+  if (options.count_writes) count_writes(lists, options, tail);
   for (std::size_t i = 0; i < buckets.size(); ++i) {
     const Bucket& bucket = buckets[i];
     Resident& resident = *residents[i];
@@ -348,8 +378,8 @@ const char* ListStepper::launch_cuda(std::vector<Bucket>& buckets, const ListOpt
   return nullptr;
 }
 #else
-const char* ListStepper::launch_cuda(std::vector<Bucket>&, const ListOptions&, const Tail&,
-                                     dlpack::Device) {
+const char* ListStepper::launch_cuda(const TensorLists&, std::vector<Bucket>&, const ListOptions&,
+                                     const Tail&, dlpack::Device) {
   return "the native module was built without CUDA";
 }
 #endif

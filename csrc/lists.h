@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "keeper.h"
 #include "tables.h"
 #include "tensor_reader.h"
 
@@ -28,6 +29,7 @@ struct ListOptions {
   bool unscale_grads;  // write the gradients back, divided by grad_scale
   bool dispatched;     // through torch's dispatcher, which leaves no subclass and nothing lazy
   bool always;         // even where uploading tables costs more than the launch saves
+  bool count_writes;   // increment the version counters of what is written
   int threads;
 };
 
@@ -71,8 +73,9 @@ class ListStepper {
   std::shared_ptr<Resident> find(const Bucket& bucket, dlpack::Device device);
   std::shared_ptr<Resident> make_resident(const Bucket& bucket, dlpack::Device device);
   bool is_seen_again(const Bucket& bucket);
-  const char* launch_cuda(std::vector<Bucket>& buckets, const ListOptions& options,
-                          const Tail& tail, dlpack::Device device);
+  static void count_writes(const TensorLists& lists, const ListOptions& options, const Tail& tail);
+  const char* launch_cuda(const TensorLists& lists, std::vector<Bucket>& buckets,
+                          const ListOptions& options, const Tail& tail, dlpack::Device device);
 
   py::object upload_, use_;
   std::size_t resident_bytes_;

@@ -42,8 +42,7 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < param_groups.size(); ++g) {
     py::dict group = param_groups[g];
-    py::object params = group["params"];
-    kept_.append(params);
+    const py::object params = group["params"];
     groups_.push_back({params.ptr(),
                        static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr())),
                        py::bool_(group["amsgrad"]),
@@ -55,7 +54,6 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
       BoundParam bound;
       bound.param = param.ptr();
       bound.assignment = assignments.at(next++);
-      kept_.append(param);
       if (bound.assignment >= 0) bind_param(state[param], bound, g);
       params_.push_back(bound);
     }
@@ -67,11 +65,10 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   }
 
   for (auto [param, tensors] : state) {
-    kept_.append(param);
     const std::size_t first = bound_items_.size();
     if (PyDict_Check(tensors.ptr())) {
       for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(tensors)) {
-        kept_.append(name);
+        names_.append(name);
         bound_items_.push_back({name.ptr(), tensor.ptr()});
       }
     }
@@ -141,6 +138,7 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
 
   if (bucket.rows.empty()) bucket.device = param.device;
   bound.row = static_cast<std::uint32_t>(bucket.rows.size());
+  bucket.elements += numel;
   bucket.rows.push_back(row);
 }
 
@@ -186,7 +184,62 @@ Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper
           static_cast<std::uint32_t>(bucket.chunks.size())};
 }
 
+const char* Plan::step(py::handle state, py::handle param_groups, int threads, py::object tensors,
+                       const StepTail& tail) {
+  if (const char* why = check(state, param_groups, threads)) return why;
+  const auto expected = static_cast<std::size_t>(tail.expected_grads);
+  if (tail.expected_grads >= 0 && count_grads() != expected) {
+    return "gradients came or went after their norm was taken";
+  }
+  launch(threads, std::move(tensors), tail);
+  if (tail.expected_grads >= 0) forget_grads();  // a clipping is applied once
+  return nullptr;
+}
+
+void Plan::keep_alive() {
+  for (const BoundParam& bound : params_) {
+    if (bound.assignment < 0) continue;
+    keeper_.keep(bound.param);
+    for (PyObject* tensor : bound.state) keeper_.keep(tensor);
+    if (bound.seen == looks_ && has_grad(bound)) keeper_.keep_grad_of(bound.param);
+  }
+}
+
+void Plan::let_go() {
+  keeper_.clear();
+  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+}
+
+bool Plan::is_brief() const {
+  std::int64_t elements = 0;
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.spec.backend == Backend::cpu) elements += bucket.elements;
+  }
+  return elements <= kBriefElements;
+}
+
 void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
+  struct LetGo {
+    Plan& plan;
+    ~LetGo() { plan.let_go(); }
+  } const at_the_end{*this};
+  const bool brief = is_brief();
+  // Without handles, incrementing a version counter runs Python.
+  const bool runs_others = !brief || !tensor_reader().uses_handles();
+  if (runs_others && keeper_.is_empty()) keep_alive();
+  // What is zeroed after all gradients have been read, and those that were only read as copies.
+  std::vector<py::object> zeroed_after;
+  const bool zeroes_after = step_tail.zero_grads && has_shared_grads();
+  if (step_tail.zero_grads) {
+    for (const Bucket& bucket : buckets_) {
+      zeroed_after.insert(zeroed_after.end(), bucket.copied_from.begin(), bucket.copied_from.end());
+    }
+  }
+  for (const BoundParam& bound : params_) {
+    if (zeroes_after && has_grad(bound)) zeroed_after.push_back(gradient_of(bound.param));
+  }
+  increment_versions(step_tail.zero_grads || step_tail.unscale_grads);
+
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
     Bucket& bucket = buckets_[i];
     if (bucket.spec.backend == Backend::external) continue;
@@ -194,9 +247,9 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     Tail tail{};
     tail.has_ema = bucket.spec.ema.has_value();
     tail.ema = bucket.spec.ema.value_or(Format{});
-    tail.grads_after = step_tail.zero_grads      ? GradsAfter::zeroed
-                       : step_tail.unscale_grads ? GradsAfter::unscaled
-                                                 : GradsAfter::kept;
+    tail.grads_after = step_tail.zero_grads && !zeroes_after              ? GradsAfter::zeroed
+                       : step_tail.unscale_grads && !step_tail.zero_grads ? GradsAfter::unscaled
+                                                                          : GradsAfter::kept;
     if (!tensors.is_none()) {
       const py::tuple of_bucket = tensors[py::int_(i)];
       tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
@@ -206,16 +259,18 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     }
     const Launch launch = launch_of(bucket, tail, hypers_for(bucket));
     if (bucket.spec.backend == Backend::cpu) {
-      launch_cpu(bucket, launch, threads);
+      launch_cpu(bucket, launch, threads, brief);
     } else {
       launch_cuda(bucket, launch);
     }
   }
+  for (const py::object& grad : zeroed_after) grad.attr("detach")().attr("zero_")();
 }
 
-void Plan::launch_cpu(Bucket& bucket, const Launch& launch, int threads) {
+void Plan::launch_cpu(Bucket& bucket, const Launch& launch, int threads, bool is_brief) {
   const auto batches = static_cast<std::uint32_t>(bucket.batches.size() - 1);
-  py::gil_scoped_release release;
+  std::optional<py::gil_scoped_release> release;
+  if (!is_brief) release.emplace();
   adamw_cpu(launch, bucket.batches.data(), batches, threads);
   ++launch_counts().cpu;
 }
@@ -305,19 +360,12 @@ py::list Plan::copied_grads() const {
   return pairs;
 }
 
-void Plan::increment_versions(const StepTail& tail) {
+void Plan::increment_versions(bool grads_too) {
   const TensorReader& reader = tensor_reader();
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     reader.increment_version(bound.param);
-    if (tail.zero_grads || tail.unscale_grads) {
-      reader.increment_version(gradient_of(bound.param).ptr());
-    }
-  }
-  for (Bucket& bucket : buckets_) bucket.held_grads.clear();  // the launches are on their way
-  if (!tail.zero_grads) return;
-  for (Bucket& bucket : buckets_) {
-    for (const py::object& grad : bucket.copied_from) grad.attr("detach")().attr("zero_")();
+    if (grads_too) reader.increment_grad_version(bound.param);
   }
 }
 
@@ -348,6 +396,49 @@ py::bytes Plan::grad_table(std::size_t index) const {
 
 py::bytes Plan::hyper_table(std::size_t index) {
   return bytes_of_table(hypers_for(buckets_.at(index)));
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  const auto visit_all = [&](const std::vector<py::object>& objects) {
+    for (const py::object& object : objects) Py_VISIT(object.ptr());
+    return 0;
+  };
+  Py_VISIT(names_.ptr());
+  Py_VISIT(match_layout_.ptr());
+  for (const BoundGroup& group : groups_) {
+    for (const py::object& flag : group.flags) Py_VISIT(flag.ptr());
+    if (const int stop = visit_all(group.kept)) return stop;
+  }
+  for (const BoundParam& bound : params_) {
+    Py_VISIT(bound.layout.mesh.ptr());
+    Py_VISIT(bound.layout.placements.ptr());
+  }
+  for (const Bucket& bucket : buckets_) {
+    for (const auto* grads : {&bucket.held_grads, &bucket.copied_grads, &bucket.copied_from}) {
+      if (const int stop = visit_all(*grads)) return stop;
+    }
+  }
+  for (const RememberedGrad& remembered : remembered_) {
+    Py_VISIT(remembered.param.ptr());
+    Py_VISIT(remembered.grad.ptr());
+  }
+  return 0;
+}
+
+// Objects are let go of last: what that sets off finds a plan that is stale.
+void Plan::clear() {
+  const auto groups = std::move(groups_);
+  const auto params = std::move(params_);
+  const auto buckets = std::move(buckets_);
+  const auto remembered = std::move(remembered_);
+  groups_.clear();
+  params_.clear();
+  buckets_.clear();
+  remembered_.clear();
+  states_.clear();
+  names_ = py::list();
+  match_layout_ = py::none();
+  keeper_.clear();
 }
 
 }  // namespace warpstep

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "keeper.h"
 #include "shards.h"
 #include "tables.h"
 #include "tensor_reader.h"
@@ -35,7 +36,9 @@ struct BucketSpec {
 // The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
 struct StepTail {
   bool zero_grads = false;
-  bool unscale_grads = false;  // and leave them clipped
+  bool unscale_grads = false;  // and leave them clipped; where none is shared or copied
+  // How many gradients there must be, where their norm was taken before; else -1.
+  std::ptrdiff_t expected_grads = -1;
 };
 
 // Device memory that Python allocated for a bucket (addresses).
@@ -43,11 +46,15 @@ struct DeviceTables {
   std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
 };
 
-// NOTE [how long gradients live]
-// `grads` are addresses, good until the next check. `copied_grads` (laid out as their parameters)
-// and `copied_from` (what they are copies of) live until then, `held_grads` until the launch.
-// `remembered_` is what a clipping has measured: the gradients themselves, until a step has used it
-// or forget_grads() is called.
+// NOTE [what is kept alive]
+// A plan keeps neither parameters nor state alive: what a program lets go of is freed at once, and
+// what is at its address then is compared like everything else. Gradients are known by address,
+// good until Python runs: `step` checks and launches with none of it between, holding the GIL.
+// Where it lets go of the GIL (a launch that takes long), or Python runs between `check` and
+// `launch`, `keeper_` owns what was found until the launch has ended. `copied_grads` (laid out as
+// their parameters) and `copied_from` (what they are copies of) live until the next check,
+// `held_grads` until the launch. `remembered_` is what a clipping has measured: the gradients
+// themselves, until a step has used it or forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
@@ -55,9 +62,17 @@ class Plan {
   Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
        const std::vector<BucketSpec>& buckets, py::object match_layout);
 
+  // Takes the step of the C++ backends' buckets: check, then launch. Returns null, or why nothing
+  // was done. No signal handler and no other Python thread comes between.
+  const char* step(py::handle state, py::handle param_groups, int threads, py::object tensors,
+                   const StepTail& tail);
+
   // Compares everything with what was bound and gathers gradients and hyper-parameters. Returns
   // null, or why the plan is stale. Writes no tensor. Up to `threads` threads look.
   const char* check(py::handle state, py::handle param_groups, int threads);
+  // Owns what a check has found until the next launch, for callers that run Python in between.
+  void keep_alive();
+  void let_go();
 
   // Gathers gradients only, for their norm. Returns as `check` does.
   const char* gather_grads(py::handle param_groups, int threads);
@@ -73,21 +88,17 @@ class Plan {
   void forget_grads();
   // How many gradients were gathered last.
   std::size_t count_grads() const;
-  // Whether two parameters have one gradient, so that one must not zero it for the other.
+  // Whether gradients share memory, so that one must not be zeroed before the other is read.
   bool has_shared_grads() const;
-
-  // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
-  // (grad_scale, found_inf, clip_coef, statistics) a bucket, each None or a tensor on its device,
-  // the first two float32, the others float64; or is None.
-  void launch(int threads, py::object tensors, const StepTail& tail);
-
   // Gradients that had to be laid out as their parameters, each with what a launch sees of it (its
   // own memory, where that was laid out so already).
   py::list copied_grads() const;
 
-  // Bumps the version counters of the parameters that the last check found gradients for, and of
-  // the gradients if they were written; zeroes those that a launch has only seen copies of.
-  void increment_versions(const StepTail& tail);
+  // Runs the buckets of the C++ backends, after a successful check. `tensors` has an entry
+  // (grad_scale, found_inf, clip_coef, statistics) a bucket, each None or a tensor on its device,
+  // the first two float32, the others float64; or is None. Version counters of what is written are
+  // incremented first, for external buckets too.
+  void launch(int threads, py::object tensors, const StepTail& tail);
 
   // Writes the norm of a bucket's gradients to `out`, float64[2 + chunks] on its device: the sum of
   // squares or the largest magnitude comes first, and the rest is scratch (zeros on entry).
@@ -103,11 +114,16 @@ class Plan {
   py::bytes grad_table(std::size_t bucket) const;
   py::bytes hyper_table(std::size_t bucket);
 
+  // For Python's garbage collector: everything that a plan owns; and letting go of it for good.
+  int traverse(visitproc visit, void* argument) const;
+  void clear();
+
  private:
   struct Bucket {
     BucketSpec spec{};
     dlpack::Device device{};  // its first parameter's
     std::vector<TensorRow> rows;
+    std::int64_t elements = 0;  // of all rows
     std::vector<void*> grads;
     std::vector<py::object> held_grads;  // that Python was asked for, alive until they are used
     // Of match_layout, alive until the next step; and what they were copied from.
@@ -120,7 +136,7 @@ class Plan {
   };
 
   struct BoundParam {
-    PyObject* param = nullptr;  // kept alive by `kept_`
+    PyObject* param = nullptr;  // alive once check_groups() has found it in its place
     int assignment = no_state;
     std::uint32_t row = 0;
     Format format{};
@@ -136,7 +152,7 @@ class Plan {
 
   // One entry of the optimizer's state.
   struct BoundState {
-    PyObject* param;            // kept alive by `kept_`
+    PyObject* param;            // alive once it is found among the state's keys
     std::size_t first, count;   // its items, in bound_items_
     PyObject* found = nullptr;  // what holds them: of the last check
   };
@@ -150,7 +166,7 @@ class Plan {
     // The group's items when it was last read: while the same objects are there, so are their
     // values.
     std::vector<PyObject*> items;
-    std::vector<py::object> kept;  // keeps `items` alive
+    std::vector<py::object> kept;  // keeps those alive that were read
   };
 
   // A hyper-parameter that is a tensor: read, or pointed to, for each bucket.
@@ -184,7 +200,9 @@ class Plan {
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(Bucket& bucket);
   Launch launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper>& hypers);
-  void launch_cpu(Bucket& bucket, const Launch& launch, int threads);
+  bool is_brief() const;  // see kBriefElements
+  void increment_versions(bool grads_too);
+  void launch_cpu(Bucket& bucket, const Launch& launch, int threads, bool is_brief);
   void launch_cuda(Bucket& bucket, const Launch& launch);
   void grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out);
   bool has_grad(const BoundParam& bound) const;
@@ -199,18 +217,20 @@ class Plan {
   // The state dict in its own order. Its tensors are not kept alive: state that is moved away is
   // freed at once.
   std::vector<BoundState> states_;
-  std::vector<std::pair<PyObject*, PyObject*>> bound_items_;  // names (kept alive) and tensors
+  std::vector<std::pair<PyObject*, PyObject*>> bound_items_;  // names and tensors
   struct RememberedGrad {
-    const BoundParam* bound;
+    py::object param;
     py::object grad;
+    const BoundParam* bound;
     std::int64_t version;
     const void* address;  // `grad.data = other` counts no write
   };
 
   std::vector<RememberedGrad> remembered_;
+  Keeper keeper_;
   std::uint64_t looks_ = 0;
   py::object match_layout_;
-  py::list kept_;  // keeps alive what is bound by pointer
+  py::list names_;  // keeps the names in bound_items_ alive
 };
 
 // Kernels launched since the module was loaded.

@@ -64,7 +64,8 @@ template <class Function>
 void look_on_threads(int threads, std::size_t count, const Function& look) {
   constexpr std::size_t kRun = 128, kWorthThreads = 512;
   const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
-  run_on_threads(count < kWorthThreads ? 1 : threads, runs, [&](std::uint32_t run) {
+  static Sharing sharing;
+  run_on_threads(count < kWorthThreads ? 1 : threads, runs, sharing, [&](std::uint32_t run) {
     for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) look(i);
   });
 }
@@ -73,6 +74,7 @@ void look_on_threads(int threads, std::size_t count, const Function& look) {
 
 const char* Plan::check(py::handle state, py::handle param_groups, int threads) {
   tensor_scalars_.clear();
+  keeper_.clear();
   threads = looking_threads(threads);
   // The groups first: reading them can run Python, which could change what is looked at then.
   if (const char* why = check_groups(param_groups.ptr(), Scope::everything)) return why;
@@ -81,6 +83,7 @@ const char* Plan::check(py::handle state, py::handle param_groups, int threads) 
 }
 
 const char* Plan::gather_grads(py::handle param_groups, int threads) {
+  keeper_.clear();
   if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
   return check_tensors(Scope::grads, looking_threads(threads));
 }
@@ -92,12 +95,14 @@ void Plan::remember_grads() {
     py::object grad = gradient_of(bound.param);
     const std::int64_t version = tensor_reader().version_of(grad.ptr());
     const void* const address = address_of_grad(grad.ptr(), bound);
-    remembered_.push_back({&bound, std::move(grad), version, address});
+    remembered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
+                           version, address});
   }
 }
 
 void Plan::forget_grads() {
   remembered_.clear();
+  keeper_.clear();
   for (Bucket& bucket : buckets_) bucket.held_grads.clear();
 }
 
@@ -106,11 +111,10 @@ Plan::Unchanged Plan::compare_grads() const {
   const TensorReader& reader = tensor_reader();
   for (const RememberedGrad& remembered : remembered_) {
     PyObject* const grad = remembered.grad.ptr();
-    const BoundParam& bound = *remembered.bound;
-    if (!reader.is_grad(grad, bound.param)) continue;
+    if (!reader.is_grad(grad, remembered.param.ptr())) continue;
     ++found.kept;
     found.unwritten += reader.version_of(grad) == remembered.version &&
-                       address_of_grad(grad, bound) == remembered.address;
+                       address_of_grad(grad, *remembered.bound) == remembered.address;
   }
   return found;
 }
@@ -129,14 +133,18 @@ std::size_t Plan::count_grads() const {
 }
 
 bool Plan::has_shared_grads() const {
-  std::vector<const void*> all;
+  std::vector<std::pair<const char*, const char*>> all;  // begin and end of each
   for (const Bucket& bucket : buckets_) {
+    const std::uint32_t element = bytes_of(bucket.spec.recipe.grad);
     for (std::size_t i = 0; i < bucket.rows.size(); ++i) {
-      if (bucket.grads[i] != nullptr && bucket.rows[i].numel > 0) all.push_back(bucket.grads[i]);
+      const auto* const begin = static_cast<const char*>(bucket.grads[i]);
+      const std::int64_t numel = bucket.rows[i].numel;
+      if (begin != nullptr && numel > 0) all.emplace_back(begin, begin + numel * element);
     }
   }
   std::sort(all.begin(), all.end());
-  return std::adjacent_find(all.begin(), all.end()) != all.end();
+  const auto overlap = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(all.begin(), all.end(), overlap) != all.end();
 }
 
 // NOTE [what of the state is compared]
@@ -232,6 +240,7 @@ const char* Plan::check_tensors(Scope scope, int threads) {
   });
   for (const BoundParam& bound : params_) {
     if (bound.seen == looks_) continue;
+    if (keeper_.is_empty()) keep_alive();  // Python may run now
     if (const char* why = look_at(bound, scope, Look::thorough)) return why;
   }
   return nullptr;
@@ -380,7 +389,11 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
   PyObject *key, *value;
   for (Py_ssize_t i = 0; settled && PyDict_Next(group, &i, &key, &value);) {
     bound.items.insert(bound.items.end(), {key, value});
-    bound.kept.push_back(py::reinterpret_borrow<py::object>(value));
+    // Numbers, flags, words and betas; what else a group holds is not the plan's to keep alive.
+    if (PyFloat_Check(value) || PyLong_Check(value) || PyUnicode_Check(value) ||
+        PyTuple_Check(value)) {
+      bound.kept.push_back(py::reinterpret_borrow<py::object>(value));
+    }
   }
   return nullptr;
 }

@@ -15,6 +15,18 @@ const Names& names() {
   return all;
 }
 
+// torch.distributed's class, once someone has imported it; null before: there is no DTensor then.
+PyTypeObject* dtensor_type() {
+  static PyTypeObject* type = nullptr;  // kept for good, as Python keeps the module
+  if (type != nullptr) return type;
+  static PyObject* const name = PyUnicode_InternFromString("torch.distributed.tensor");
+  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
+  py::object found = module ? py::getattr(module, "DTensor", py::none()) : py::none();
+  if (PyType_Check(found.ptr())) type = reinterpret_cast<PyTypeObject*>(found.release().ptr());
+  PyErr_Clear();
+  return type;
+}
+
 // Null where there is no such attribute, or `object` is null.
 py::object attribute(PyObject* object, PyObject* name) {
   if (object == nullptr) return {};
@@ -32,6 +44,8 @@ bool equal(const py::object& a, const py::object& b) {
 }  // namespace
 
 ShardLayout layout_of(PyObject* tensor) {
+  PyTypeObject* const type = dtensor_type();
+  if (type == nullptr || tensor == nullptr || !PyType_IsSubtype(Py_TYPE(tensor), type)) return {};
   const py::object spec = attribute(tensor, names().spec);
   ShardLayout layout{attribute(spec.ptr(), names().mesh),
                      attribute(spec.ptr(), names().placements)};

@@ -128,6 +128,16 @@ void TensorReader::increment_version(PyObject* tensor) const {
   increment(py::handle(tensor));
 }
 
+void TensorReader::increment_grad_version(PyObject* param) const {
+  const TorchHandles::Handle handle = handle_of(param);
+  const TorchHandles::Handle grad = handle != nullptr ? handles_->grad_of(handle) : nullptr;
+  if (grad == nullptr) return increment_version(gradient_of(param).ptr());
+  try {
+    handles_->bump_version(grad);
+  } catch (const std::exception&) {  // an inference tensor has no counter, which is no error
+  }
+}
+
 void* TensorReader::current_stream(dlpack::Device device) const {
   void* stream = nullptr;
   if (device.type != dlpack::cpu &&

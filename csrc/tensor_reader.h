@@ -71,9 +71,19 @@ class TensorReader {
     return read_exchanged(tensor, view) ? view.data : nullptr;
   }
 
+  // A handle that keeps a gradient alive that is read in place, until it is dropped; null for
+  // others.
+  TorchHandles::Handle keep_grad(PyObject* param) const {
+    const TorchHandles::Handle handle = handle_of(param);
+    const TorchHandles::Handle grad = handle != nullptr ? handles_->grad_of(handle) : nullptr;
+    return grad != nullptr ? handles_->keep(grad) : nullptr;
+  }
+  void drop(TorchHandles::Handle kept) const { handles_->drop(kept); }
+
   // Counts the writes to a tensor's memory.
   std::int64_t version_of(PyObject* tensor) const;
   void increment_version(PyObject* tensor) const;
+  void increment_grad_version(PyObject* param) const;
 
   // Called for tensors that will be read soon, these bring into the caches what will be looked at:
   // first the object, a while later what it points to, and so on. Hints only.

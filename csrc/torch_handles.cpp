@@ -107,6 +107,7 @@ bool TorchHandles::find_functions(Functions& functions) {
          find("aoti_torch_get_device_type", functions.get_device_type) &&
          find("aoti_torch_get_device_index", functions.get_device_index) &&
          find("aoti_torch_is_defined", functions.is_defined) &&
+         find("aoti_torch_new_tensor_handle", functions.new_handle) &&
          find("aoti_torch_delete_tensor_object", functions.delete_handle) &&
          // c10::TensorImpl::grad() const
          find("_ZNK3c1010TensorImpl4gradEv", functions.grad) &&
@@ -206,6 +207,10 @@ bool TorchHandles::answers_as_expected() const {
   param.attr("grad") = grad;
   const Handle found = grad_of(handle);
   if (found == nullptr || *found != *of(grad.ptr())) return false;
+  const Handle kept = keep(found);
+  const bool keeps = kept != nullptr && kept != found && *kept == *found;
+  if (keeps) drop(kept);
+  if (!keeps) return false;
 
   const auto version = param.attr("_version").cast<std::int64_t>();
   if (version_of(handle) != version) return false;

@@ -59,6 +59,14 @@ class TorchHandles {
     return functions_.is_defined(grad, &defined) == 0 && defined ? grad : nullptr;
   }
 
+  // A handle that keeps the tensor alive, to be dropped with the GIL held; null where memory is
+  // short.
+  Handle keep(Handle tensor) const {
+    Handle kept = nullptr;
+    return functions_.new_handle(tensor, &kept) == 0 ? kept : nullptr;
+  }
+  void drop(Handle kept) const { functions_.delete_handle(kept); }
+
   // Counts the writes to a tensor's memory.
   std::int64_t version_of(Handle tensor) const { return functions_.version(tensor); }
   void bump_version(Handle tensor) const { functions_.bump_version(tensor); }
@@ -92,6 +100,7 @@ class TorchHandles {
     int (*get_device_type)(Handle, std::int32_t*);
     int (*get_device_index)(Handle, std::int32_t*);
     int (*is_defined)(Handle, bool*);
+    int (*new_handle)(Handle, Handle*);
     int (*delete_handle)(Handle);
     Handle (*grad)(const void* body);
     std::int64_t (*version)(Handle);

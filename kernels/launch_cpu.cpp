@@ -63,7 +63,8 @@ void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t
 
   // Which thread steps an element does not change its bits.
   if (batch_count < kCpuBatchesWorthThreads) threads = 1;
-  run_on_threads(threads, batch_count,
+  static Sharing sharing;
+  run_on_threads(threads, batch_count, sharing,
                  [&](std::uint32_t i) { step_chunks(launch, batches[i], batches[i + 1]); });
 
   // Every chunk has read its tensor's step counter by now.
@@ -77,7 +78,8 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
   // As many elements as a batch of the step has at most.
   constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
   const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
-  run_on_threads(threads, runs, [&](std::uint32_t run) {
+  static Sharing sharing;
+  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
     const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
     for (std::uint32_t i = run * kRun; i < last; ++i) {
       partials[i] = kernels().chunk_norm(kind, launch, i);
@@ -94,7 +96,8 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
 void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
                        std::int64_t count, int threads) {
   const auto runs = static_cast<std::uint32_t>((count + kCpuBatchMax - 1) / kCpuBatchMax);
-  run_on_threads(threads, runs, [&](std::uint32_t run) {
+  static Sharing sharing;
+  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
     const std::int64_t i = run * kCpuBatchMax;
     kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
                             std::min(kCpuBatchMax, count - i));

@@ -63,15 +63,17 @@ class TensorTable:
         if (self.device.type == "cpu") != INTERPRETED:
             found = f"{self.device} with TRITON_INTERPRET {'set' if INTERPRETED else 'not set'}"
             raise RuntimeError(f"{found} at import: set it for the CPU, and for the CPU alone")
-        numels = torch.tensor([p.numel() for p in params])
+        host = torch.device("cpu")  # named, so that a default device is not taken
+        numels = torch.tensor([p.numel() for p in params], device=host)
         counts = ((numels + CHUNK - 1) // CHUNK).clamp(min=1)
-        tensors = torch.arange(len(params)).repeat_interleave(counts)
-        indices = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
+        tensors = torch.arange(len(params), device=host).repeat_interleave(counts)
+        indices = torch.arange(len(tensors), device=host) - (counts.cumsum(0) - counts)[tensors]
         none = [None] * len(params)
         moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs or none)
         streams = (params, *moments, emas or none, steps)
         addresses = [[0 if t is None else t.data_ptr() for t in stream] for stream in streams]
-        columns = [*map(torch.tensor, addresses), numels, torch.tensor(groups), counts]
+        rows = [torch.tensor(column, device=host) for column in (*addresses, groups)]
+        columns = [*rows[:-1], numels, rows[-1], counts]
 
         self.programs = len(tensors)
         self.chunk_counts = counts

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ pytest.importorskip("matplotlib")
 from bench import measure, report  # noqa: E402
 from bench.cases import CASES, Case, equal, gpt2, resnet50, select, vit  # noqa: E402
 from bench.competitors import BASELINE, COMPETITORS, OURS, that_fit  # noqa: E402
-from bench.machine import slug  # noqa: E402
+from bench.machine import Others, busy_core, slug  # noqa: E402
 from bench.run import Row, row, write  # noqa: E402
 
 BY_ID = {competitor.id: competitor for competitor in COMPETITORS}
@@ -110,6 +113,42 @@ def test_a_competitor_that_fails_is_left_out_with_its_reason():
     assert row(result, BY_ID[BASELINE]).step_us > 0
 
 
+def test_the_mean_shows_what_the_median_does_not():
+    spread = measure.spread([1.0, 1.0, 1.0, 1.0, 96.0])
+    assert (spread.median, spread.mean) == (1.0, 20.0)
+
+
+def test_beside_a_busy_core_another_process_computes_and_is_no_stranger():
+    """It has ended when its time is over, and its work then counts as the benchmark's own."""
+    _, before, _ = Others._seconds()
+    own = time.process_time()
+    with busy_core():
+        time.sleep(1)
+    used_here = time.process_time() - own
+    _, after, _ = Others._seconds()
+    assert after - before - used_here > 0.1  # seconds: it may have had to share a core
+
+
+def test_a_case_beside_a_busy_core_is_measured_beside_one(monkeypatch):
+    begun = []
+
+    @contextmanager
+    def noted():
+        begun.append("busy")
+        yield
+        begun.append("over")
+
+    monkeypatch.setattr(measure, "busy_core", noted)
+    effort = measure.Effort(2, 2, 0)
+    case = Case("tiny", "busy-core", equal(3, 1), beside_busy_core=True)
+    for each in (case, replace(case, beside_busy_core=False)):
+        measure.measure(each, [BY_ID[OURS]], "cpu", effort=effort, say=begun.append)
+    assert [word for word in begun if not word.startswith("warming")] == [
+        *("busy", "round 1", "round 2", "over"),
+        *("round 1", "round 2"),
+    ]
+
+
 def test_slug_is_a_plain_folder_name():
     name = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 2}
     assert slug(name) == "cpu-intel-xeon-cpu-2-20ghz-2-cores"
@@ -135,6 +174,7 @@ def line(case: str, family: str, competitor: str, tensors: int, **more: object) 
     measured: dict[str, object] = {
         "rounds": 7,
         "step_us": 250.0,
+        "step_us_mean": 300.0,
         "ratio": 1.0,
         "ratio_p10": 0.9,
         "ratio_p90": 1.1,
@@ -164,6 +204,8 @@ def results(tmp_path):
         *(line(f"host-{n}", "host", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
         *(line(f"t-{n}", "sweep-tensors", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
         *(line(f"e-{n}", "sweep-elements", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
+        line("b-10/busy-core", "busy-core", OURS, 10, step_us_mean=5000.0),
+        line("b-10/busy-core", "busy-core", BASELINE, 10, step_us=500.0),
     ]
     save(folder / "a-cpu", MACHINE, rows)
     save(folder / "b-gpu", MACHINE | {"device": "cuda", "name": "A GPU"}, rows)
@@ -174,17 +216,19 @@ def results(tmp_path):
 def test_report_fills_the_blocks_gpu_first_with_losses_and_conditions(results):
     text = "\n".join(
         f"<!-- bench:begin {name} -->\nold\n<!-- bench:end {name} -->\nkept"
-        for name in ("summary", "host")
+        for name in ("summary", "host", "busy-core", "tail")
     )
     blocks = report.blocks(report.load(results))
     filled = report.insert(text, blocks)
     assert filled.index("A GPU") < filled.index("A CPU")
     assert "Unfinished" not in filled
     assert "old" not in filled
-    assert filled.count("kept") == 2
+    assert filled.count("kept") == 4
     assert "0.90x ▼" in filled
     assert "optimi" in filled
     assert "compiled: too long" in filled
+    assert "| b-10 | 250 µs | 500 µs | 2.0x | 5 ms | 300 µs | 0.1x ▼ |" in filled
+    assert blocks["tail"] == ""  # no machine has measured it
     assert report.insert(filled, blocks) == filled
 
 

@@ -27,6 +27,7 @@ SUITE = [
     "test_bits.py",
     "test_formats.py",
     "test_launches.py",
+    "test_fake_tensors.py",
 ]
 
 pytestmark = [

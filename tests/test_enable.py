@@ -10,8 +10,7 @@ from torch.nn import Parameter
 import warpstep
 from environment import EMULATED
 from test_functional import HYPERS, assert_same, clones, flat, streams
-from warpstep import lists as native_lists
-from warpstep import override, shortcut
+from warpstep import modes, override, shortcut
 from warpstep.backends import BackendUnavailableError
 
 SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2
@@ -472,4 +471,4 @@ def test_the_shortcut_knows_this_torch():
     if torch.__version__.startswith("2.13"):
         with warpstep.enabled():
             assert sys.modules["torch.optim.adam"]._fused_adam.__module__ == shortcut.__name__
-    assert not native_lists.is_watched()
+    assert not modes.is_watched()

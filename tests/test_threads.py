@@ -1,9 +1,11 @@
 """The CPU's threads: torch's, or our own where torch's do not come along."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import Parameter
 
 import warpstep
 
+ROOT = Path(__file__).parent.parent
 COUNT = 2**20 + 3
 
 
@@ -116,3 +119,66 @@ def test_all_is_done_whatever_the_threads(threads):
         assert torch.equal(stepped(), expected)
     finally:
         torch.set_num_threads(before)
+
+
+# Whether subnormal numbers count as zero is a thread's own setting, which torch changes on the
+# calling thread alone. Bits are drawn and compared as integers, to which the setting does nothing.
+FLUSH = """
+import torch, warpstep
+
+def bits(*tensors):
+    return [t.detach().view(torch.int32).tolist() for t in tensors]
+
+def step(threads, flush):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    subnormal = torch.randint(1, 2**23, (4, {count}), generator=generator, dtype=torch.int32)
+    param, grad, exp_avg, exp_avg_sq = subnormal.view(torch.float32)
+    param = torch.nn.Parameter(param)
+    param.grad = grad
+    optimizer = warpstep.AdamW([param], lr=1e-3, backend="cpu")
+    optimizer.state[param] = dict(
+        step=torch.tensor(3.0), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
+    )
+    assert torch.set_flush_denormal(flush)
+    norm = optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    torch.set_flush_denormal(False)
+    return bits(norm, param, exp_avg, exp_avg_sq)
+
+alone = {{flush: step(1, flush) for flush in (False, True)}}
+assert all(kept != flushed for kept, flushed in zip(*alone.values()))
+print(all(step(2, flush) == alone[flush] for _ in range(5) for flush in alone))
+"""
+
+
+@pytest.mark.parametrize("torch_abi", ["0", "1"])
+def test_all_threads_flush_subnormal_numbers_if_the_calling_one_does(torch_abi):
+    done = subprocess.run(
+        [sys.executable, "-c", FLUSH.format(count=COUNT)],
+        env={**os.environ, "WARPSTEP_TORCH_ABI": torch_abi},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.fixture(scope="module")
+def sharing_program(tmp_path_factory):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    program = tmp_path_factory.mktemp("sharing") / "sharing"
+    sources = [ROOT / "tests" / "sharing.cpp", ROOT / "kernels" / "threads.cpp"]
+    options = ["-std=c++17", "-O1", "-pthread", "-I", ROOT / "kernels"]
+    subprocess.run([compiler, *options, *sources, "-o", program], check=True)
+    return program
+
+
+@pytest.mark.parametrize(
+    "case", ["rare_waits", "every_wait", "large_work", "sizes", "late_helper", "held_up_caller"]
+)
+def test_sharing_never_costs_more_than_it_saves(sharing_program, case):
+    done = subprocess.run([sharing_program, case], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

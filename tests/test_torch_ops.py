@@ -136,6 +136,14 @@ def test_modes_see_the_operator():
     assert seen == ["warpstep.adamw_.default"]
 
 
+def test_nothing_to_step():
+    """Under a mode too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with TorchDispatchMode():
+        adamw_([], [], [], [], [], [], **HYPERS)
+
+
 def test_fake_tensors():
     """Under FakeTensorMode nothing is computed, and nothing fails."""
     from torch._subclasses.fake_tensor import FakeTensorMode

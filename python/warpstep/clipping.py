@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from warpstep import modes
 from warpstep.reference import real_view
 from warpstep.shards import own_part, whole
 from warpstep.state import is_plain
@@ -43,17 +44,20 @@ class Clipping:
             unwritten += is_kept and other.is_unwritten()
         return remembered, kept, unwritten
 
-    def still_holds(self, grads_now: int) -> bool:
+    def still_holds(self) -> bool:
         """Whether the gradients are those that were measured; False if they were all replaced.
 
         Raises RuntimeError where some are and some are not, or where one was written to: what was
         measured is then no longer there, and what is there was not measured.
         """
         remembered, kept, unwritten = self.compare()
-        if kept == 0:
-            return False
-        if unwritten == remembered == grads_now:
-            return True
+        if kept > 0 and unwritten < remembered:
+            self.raise_changed(remembered)
+        return kept > 0
+
+    def raise_changed(self, grads_now: int) -> NoReturn:
+        """Raises RuntimeError: the gradients, ``grads_now`` of them, are not what was measured."""
+        remembered, kept, unwritten = self.compare()
         raise RuntimeError(
             f"gradients changed after clip_grad_norm_(): of the {remembered} that were measured, "
             f"{remembered - kept} were replaced and {kept - unwritten} written to, and there are "
@@ -76,7 +80,9 @@ class Clipping:
                 "before it. No parameter has been changed; zero_grad() forgets the clipping."
             )
         scale = tail.grad_scale if self.grad_scale is None else self.grad_scale
-        return replace(tail, grad_scale=scale, clip_coef=self.coef)
+        return replace(
+            tail, grad_scale=scale, clip_coef=self.coef, measured_grads=self.compare()[0]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +95,8 @@ class RememberedGrad:
     address: int
 
     @classmethod
-    def of(cls, param: Tensor) -> RememberedGrad:
-        """The gradient that ``param`` has now."""
-        grad = param.grad
-        assert grad is not None
+    def of(cls, param: Tensor, grad: Tensor) -> RememberedGrad:
+        """``param``'s gradient, as it is now."""
         return cls(param, grad, *_version_and_address(grad))
 
     def is_unwritten(self) -> bool:
@@ -122,20 +126,22 @@ def clip_grad_norm(
     if not max_norm >= 0:
         raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
     scale = defer_unscale(scaler, optimizer)
-    plan = optimizer._plan_of_grads()
+    plan = None if modes.are_active() else optimizer._plan_of_grads()
     if plan is None:
         optimizer._forget_clipping()
         if scaler is not None and scale is not None:
             scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = [p for g in optimizer.param_groups for p in g["params"] if p.numel() > 0]
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
     before = optimizer._clipping
-    if before is not None and not before.still_holds(plan.count_grads()):
+    if before is not None and not before.still_holds():
         before = None
+    if before is not None and before.compare()[0] != plan.count_grads(optimizer):
+        before.raise_changed(plan.count_grads(optimizer))
     if before is not None and before.grad_scale is not None:  # the scaler was told, not they
         scale = before.grad_scale if scale is None else before.grad_scale * scale
 
-    total_norm = plan.grad_norm(norm_type)
+    total_norm = plan.grad_norm(optimizer, norm_type)
     if scale is not None:
         total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
     if before is not None:
@@ -156,7 +162,7 @@ def clip_grad_norm(
     if before is not None:
         coef = coef * before.coef.to(coef.device, non_blocking=True)
     optimizer._forget_clipping()
-    optimizer._clipping = plan.clipping(coef, scale)
+    optimizer._clipping = plan.clipping(optimizer, coef, scale)
     return total_norm.float()
 
 

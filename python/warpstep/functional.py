@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from warpstep import backends, lists, reference
+from warpstep import backends, lists, modes, reference, signals
 from warpstep.hypers import check_group
 from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
@@ -67,7 +66,6 @@ def run(
     if streams[0] and isinstance(streams[0][0], Tensor):
         chosen = backends.choose(requested, streams[0][0].device)
         if chosen in ("cpu", "cuda") and _launch(streams, options, chosen, dispatched) is None:
-            _bump(streams, options)
             return
     _check(streams, options)
     _step_sorted(streams, options, requested)
@@ -92,22 +90,10 @@ def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) 
         unscale_grads=options.unscale_grads,
         dispatched=dispatched,
         always=True,
+        count_writes=True,
         threads=torch.get_num_threads(),
     )
     return reason
-
-
-def _bump(streams: Streams, options: Options) -> None:
-    """Tells autograd what has been written."""
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = streams
-    written = [*params, *exp_avgs, *exp_avg_sqs]
-    if options.amsgrad:
-        written += max_exp_avg_sqs
-    if options.advance_steps:
-        written += state_steps
-    if options.unscale_grads and options.grad_scale is not None:
-        written += grads
-    increment_version(written)
 
 
 def _check(streams: Streams, options: Options) -> None:
@@ -188,13 +174,12 @@ def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
 
     # What can fail comes first.
     computed = [_compute(streams, i, options) for i in by_reference]
-    for (backend, _), some in by_kernel.items():
-        reason = _launch(some, options, backend, dispatched=True)
-        if reason is not None:
-            raise RuntimeError(f"the {backend!r} backend did not take checked tensors: {reason}")
-        _bump(some, options)
-    for one_computed in computed:
-        reference.store(one_computed.stores)
+    with signals.deferred():
+        reference.store(computed)
+        for (backend, _), some in by_kernel.items():
+            reason = _launch(some, options, backend, dispatched=True)
+            if reason is not None:
+                raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 
 
 def _has_kernel(backend: str, one: Streams, options: Options) -> bool:
@@ -238,8 +223,11 @@ def _enter(
     operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
 ) -> None:
     streams = [g if isinstance(g, list) else list(g) for g in given]
-    if lists.is_watched():  # tracers and modes are to see an operator
-        getattr(torch.ops.warpstep, operator)(*streams, **options)
+    # Tracers and modes are to see an operator; without a tensor there is none to call.
+    if any(streams) and modes.is_watched():
+        # By name: torch would try to read the tensor as a number first.
+        overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        getattr(getattr(torch.ops.warpstep, operator), overload)(*streams, **options)
     else:
         run(streams, Options(coupled=operator == "adam_", **options), backend)
 
@@ -281,8 +269,9 @@ def adamw_(
 
     Everything is checked before anything is written. The host's cost is a C++ loop over the
     tensors; a GPU is not waited for. On CUDA the tables of lists that come again are kept on the
-    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile`` this
-    is the operator ``torch.ops.warpstep.adamw_``.
+    device; in a graph capture, take such a step once eagerly before. Under ``torch.compile``, modes
+    and transforms this is the operator ``torch.ops.warpstep.adamw_``. Under ``torch.vmap`` all that
+    is written needs the batch dimension, except step counters that the batch shares.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).

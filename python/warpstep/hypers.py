@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from warpstep import modes
+from warpstep.state import is_plain
+
 # How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
 DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
 
@@ -23,14 +26,14 @@ def check_group(group: dict[str, Any], where: str) -> None:
 
     lr, eps and weight_decay are at least 0, betas in [0, 1), ema_decay in [0, 1]; none is NaN.
     Tensors have one element; the values of those on an accelerator are not read, which would wait
-    for it.
+    for it, nor are those of any where a mode is active, as they may have none.
     """
 
     def check(key: str, label: str, value: Any, below_one: bool = False) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Tensor {key} must be 1-element{where}")
-            if value.device.type != "cpu":
+            if value.device.type != "cpu" or modes.are_active() or not is_plain(value):
                 return
         try:
             valid = value >= 0.0 and not (below_one and value >= 1.0)

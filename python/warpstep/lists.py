@@ -38,13 +38,3 @@ def stepper() -> Any:
     if module is None:
         raise backends.BackendUnavailableError(reason)
     return module.ListStepper(upload=_upload, use=_use, resident_bytes=RESIDENT_BYTES)
-
-
-def is_watched() -> bool:
-    """Whether someone looks at the operators that are called: a tracer, a compiler, a mode."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-    )

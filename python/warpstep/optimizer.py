@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import ParamsT
 
-from warpstep import checkpoint
+from warpstep import checkpoint, modes, signals, watched
+from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import requested_backend
 from warpstep.clipping import Clipping, clip_grad_norm
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
 from warpstep.recipes import FORMATS
-from warpstep.tail import Statistics, Tail, swapped
+from warpstep.tail import Statistics, Tail
 
 Betas = tuple[float | Tensor, float | Tensor]
-EmaDecay = float | Callable[[int], float]
 
 
-class OnePass(torch.optim.Adam):
+class OnePass(Averaging):
     """What AdamW and Adam share: the step by a plan, and a state dict that keeps its dtypes.
 
     Attributes:
@@ -34,17 +35,14 @@ class OnePass(torch.optim.Adam):
 
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
-    ema_decay: EmaDecay | None = None
-    ema_dtype: torch.dtype | None = None
     stats: bool = False
     unscale_grads: bool = False
     plan: Plan | None = None
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
+    _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
     _unscales: bool = False  # whether torch would have GradScaler leave the unscaling to the step
-    _averages_swapped: bool = False
-    _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 
     def _set_options(
         self,
@@ -74,6 +72,7 @@ class OnePass(torch.optim.Adam):
         self.stats = stats
         self.unscale_grads = unscale_grads
         self._captured_plans = []
+        self._turn = threading.RLock()
         # Only what is asked for: groups and state dicts are torch's where nothing is.
         if decay_form is not None:
             self.defaults["decay_form"] = decay_form
@@ -114,18 +113,37 @@ class OnePass(torch.optim.Adam):
 
     @_disable_dynamo
     def _step(self, zero_grads: bool = False) -> None:
+        with self._turn:
+            self._step_now(zero_grads)
+
+    def _step_now(self, zero_grads: bool) -> None:
         if self._averages_swapped:
             raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
         capturing = self._check_capture()
         if capturing and callable(self.ema_decay):
             raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
         self._update_ema_decay()
-        plan = self._valid_plan(capturing)
+        tail, plan = self._tail(zero_grads), self.plan
+        reason: str | None = "there is none yet"
+        is_watched = modes.are_active()
+        if plan is not None and plan.checked_by_native and not is_watched:
+            reason = self._run(plan, tail, capturing)
+        if reason is None:
+            return
+        plan = self._new_plan(reason, capturing, watched.WatchedPlan if is_watched else Plan)
         if plan is None:
             if zero_grads or self._clipping is not None:
                 raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
             _torch_step(self)
             return
+        reason = self._run(plan, tail, capturing)
+        if reason is not None and tail.measured_grads is not None and self._clipping is not None:
+            self._clipping.raise_changed(plan.count_grads(self))
+        if reason is not None:
+            raise RuntimeError(f"a new plan is stale at once: {reason}")
+
+    def _tail(self, zero_grads: bool) -> Tail:
+        """What surrounds the step that is asked for."""
         # Set and deleted by GradScaler around its call of step().
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
@@ -136,52 +154,48 @@ class OnePass(torch.optim.Adam):
             unscale_grads=self.unscale_grads,
             statistics=self.stats,
         )
-        if self._clipping is not None and self._clipping.still_holds(plan.count_grads()):
+        if self._clipping is not None and self._clipping.still_holds():
             tail = self._clipping.added_to(tail, self)
-        plan.run(self, tail)
-        self._ema_steps += 1
-        self._forget_clipping()
-        if capturing and plan not in self._captured_plans:
-            self._captured_plans.append(plan)
+        return tail
 
-    def _valid_plan(self, capturing: bool = False) -> Plan | None:
-        """The plan, made anew if it is stale, its inputs gathered; None for torch's own step."""
-        plan = self.plan
-        reason = "there is none yet"
-        if plan is not None and plan.checked_by_native:
-            reason = plan.stale(self) or ""
-        if reason:
-            if any(group["differentiable"] for group in self.param_groups):
-                return None
-            if capturing:
-                raise RuntimeError(
-                    f"step() is being captured in a graph and needs a new plan ({reason}): take "
-                    "a step on the same parameters and state before capturing"
-                )
-            self.plan = None  # never a stale one, should the next line raise
-            plan = Plan(self)
-            if plan.checked_by_native and (reason := plan.stale(self) or ""):
-                raise RuntimeError(f"a new plan is stale at once: {reason}")
-            self.plan = plan
-        assert plan is not None
-        return plan
+    def _run(self, plan: Plan, tail: Tail, capturing: bool) -> str | None:
+        """Takes the step by a plan and counts it; or says why the plan is stale."""
+        at_once = plan.is_one_call(tail) and not callable(self.ema_decay)
+        with nullcontext() if at_once else signals.deferred():
+            reason = plan.step(self, tail)
+            if reason is None:
+                self._ema_steps += 1
+                self._forget_clipping()
+                if capturing and plan not in self._captured_plans:
+                    self._captured_plans.append(plan)
+        return reason
+
+    def _new_plan(
+        self, reason: str, capturing: bool = False, kind: type[Plan] = Plan
+    ) -> Plan | None:
+        """A plan in place of one that is stale for that reason; None for torch's own step."""
+        if any(group["differentiable"] for group in self.param_groups):
+            return None
+        if capturing:
+            raise RuntimeError(
+                f"step() is being captured in a graph and needs a new plan ({reason}): take "
+                "a step on the same parameters and state before capturing"
+            )
+        self.plan = None  # never a stale one, should the next line raise
+        self.plan = kind(self)
+        return self.plan
 
     def _plan_of_grads(self) -> Plan | None:
-        """The plan, with gradients gathered and remembered; nothing else is looked at."""
+        """The plan, with gradients gathered; nothing else is looked at."""
         plan = self.plan
-        if plan is None or not plan.checked_by_native or plan.stale_grads(self):
-            plan = self._valid_plan()
+        reason: str | None = "there is none yet"
+        if plan is not None and plan.checked_by_native:
+            reason = plan.stale_grads(self)
+        if reason is not None:
+            plan = self._new_plan(reason)
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
                 raise RuntimeError(f"a new plan is stale at once: {reason}")
         return plan
-
-    def _update_ema_decay(self) -> None:
-        if callable(self.ema_decay):
-            decay, before = self.ema_decay(self._ema_steps), self.defaults["ema_decay"]
-            for group in self.param_groups:
-                if group["ema_decay"] == before:  # else it has its own, or none
-                    group["ema_decay"] = decay
-            self.defaults["ema_decay"] = decay
 
     @_disable_dynamo
     def clip_grad_norm_(
@@ -227,47 +241,22 @@ class OnePass(torch.optim.Adam):
                 or was written to since the clipping before; or ``scaler`` has stepped already. A
                 clipping before it stays in force then.
         """
-        return clip_grad_norm(self, float(max_norm), float(norm_type), error_if_nonfinite, scaler)
+        norms = float(max_norm), float(norm_type)
+        with self._turn:
+            return clip_grad_norm(self, *norms, error_if_nonfinite, scaler)
 
     def _forget_clipping(self) -> None:
         """Drops a clipping, and lets go of the gradients that it or its attempt held."""
-        for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
-            if plan is not None:
-                plan.forget_grads()
-        self._clipping = None
+        with self._turn:
+            for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
+                if plan is not None:
+                    plan.forget_grads()
+            self._clipping = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets all gradients, and forgets a clipping that no step has applied."""
         self._forget_clipping()
         super().zero_grad(set_to_none)
-
-    def ema_parameters(self) -> dict[Tensor, Tensor]:
-        """Each parameter's average; the parameter itself where it has had no step yet.
-
-        After each step, ``ema <- ema_decay * ema + (1 - ema_decay) * p``, beginning as p after the
-        first: :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn``.
-
-        Raises:
-            RuntimeError: the optimizer keeps no averages.
-        """
-        kept = self._kept_averages()
-        params = (param for group in self.param_groups for param in group["params"])
-        return {param: kept.get(param, param.detach()) for param in params}
-
-    def _kept_averages(self) -> dict[Tensor, Tensor]:
-        averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]
-        if not averaged:
-            raise RuntimeError("no averages are kept: construct the optimizer with ema_decay=")
-        states = {p: self.state.get(p) or {} for group in averaged for p in group["params"]}
-        return {param: state["ema"] for param, state in states.items() if "ema" in state}
-
-    def swap_ema(self) -> AbstractContextManager[None]:
-        """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
-
-        Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
-        raises. The parameters' values are kept in a copy meanwhile.
-        """
-        return swapped(self, self._kept_averages())
 
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.
@@ -278,7 +267,8 @@ class OnePass(torch.optim.Adam):
         Raises:
             RuntimeError: ``stats=True`` was not asked for, or no step has been taken since.
         """
-        found = self.plan.statistics() if self.stats and self.plan is not None else None
+        plan = self.plan
+        found = plan.statistics(self) if self.stats and plan is not None else None
         if found is None:
             raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
         return found
@@ -320,9 +310,11 @@ class OnePass(torch.optim.Adam):
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        with torch.device("cpu"):  # torch makes a tensor of a step that is a number, where that is
+            super().__setstate__(state)
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
+        self.__dict__.setdefault("_turn", threading.RLock())
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             self._complete_group(group)

@@ -88,6 +88,7 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
             unscale_grads=True,
             dispatched=True,
             always=False,
+            count_writes=False,
             threads=threads(),
         )
         if reason is None:
@@ -195,6 +196,11 @@ def enable() -> None:
     unscaled); results differ by a few roundings a step. Calls that warpstep has no kernel for, or
     whose tensors have layouts that differ, go to torch's kernel: ``warpstep.status()`` counts them
     by reason. Calling it again changes nothing.
+
+    A kernel that someone else registers for these operators while this is enabled may hold ours
+    (``torch.library.get_kernel``), to pass calls on. After ``disable()`` it cannot: torch raises
+    "SafeKernelFunction has been invalidated". Register it before ``enable()``, or take it off
+    before ``disable()``.
 
     Raises:
         BackendUnavailableError: there is no native module, or torch cannot hand over its own

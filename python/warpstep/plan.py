@@ -6,7 +6,9 @@ The native module compares a plan with the optimizer at each step and says when 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
 from warpstep.state import (
     MOMENTS,
+    check_device_for_fused,
     check_gradient,
     completed,
     is_walkable,
@@ -36,17 +39,33 @@ if TYPE_CHECKING:
 NO_STATE, PYTHON_ONLY = -1, -2
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A parameter that has a gradient or a state, with what its step needs."""
 
-    param: Tensor
     group: int
+    index: int  # in its group
     name: str
+    param: Any  # while a plan is made: later it is found by its place, and not kept alive
     state: dict[str, Any]
     backend: str = "reference"
     recipe: Recipe | None = None
     new_state: dict[str, Any] | None = None  # to be merged into the state
+
+
+def place_of(optimizer: OnePass, entry: Entry) -> Tensor | None:
+    """The parameter in an entry's place; None where the optimizer has none there any more."""
+    groups = optimizer.param_groups
+    if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
+        param: Tensor = groups[entry.group]["params"][entry.index]
+        return param
+    return None
+
+
+def with_grads(optimizer: OnePass, entries: Iterable[Entry]) -> list[tuple[Entry, Tensor, Tensor]]:
+    """Those entries whose parameter has a gradient, with both."""
+    placed = ((entry, place_of(optimizer, entry)) for entry in entries)
+    return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
 
 
 @dataclass
@@ -89,11 +108,13 @@ class Plan:
     exception the optimizer is as it was.
     """
 
+    @torch.inference_mode(False)  # state is for steps outside, too
+    @torch.no_grad()
     def __init__(self, optimizer: OnePass) -> None:
         self.buckets: list[Bucket] = []
         # The reference's parameters; and second mentions of a parameter, stepped after its first.
-        self.python_only: list[tuple[Tensor, int, str]] = []
-        self.repeated: list[tuple[Tensor, int, str]] = []
+        self.python_only: list[Entry] = []
+        self.repeated: list[Entry] = []
         groups = optimizer.param_groups
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
@@ -110,7 +131,7 @@ class Plan:
                     assignments.append(NO_STATE)
                     continue
                 name = parameter_name(groups, g, i)
-                entry = Entry(param, g, name, state or {})
+                entry = Entry(g, i, name, param, state or {})
                 repeated = id(param) in seen
                 try:
                     self._prepare(optimizer, entry, repeated)
@@ -122,14 +143,14 @@ class Plan:
                 seen.add(id(param))
                 if entry.backend == "reference":
                     assignments.append(PYTHON_ONLY)
-                    (self.repeated if repeated else self.python_only).append((param, g, name))
+                    (self.repeated if repeated else self.python_only).append(entry)
                 else:
                     assignments.append(self._bucket_of(entry))
                 entries.append(entry)
         # A parameter that is met twice shares its first entry's state.
         publish(optimizer, entries)
 
-        self._reference_sums: dict[Tensor, Tensor] = {}
+        self._reference_sums: dict[Entry, Tensor] = {}
         self._has_statistics = False
         self._native: Any = None
         module, _ = backends.native()
@@ -151,9 +172,9 @@ class Plan:
             )
         for index, bucket in enumerate(self.buckets):
             self._fill_tables(index, bucket)
-        # Not to keep alive state that a framework moves away.
+        # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
-            entry.state, entry.new_state = {}, None
+            entry.param, entry.state, entry.new_state = None, {}, None
         self.cuda_buckets = [b for b in self.buckets if b.device.type == b.backend == "cuda"]
         self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
 
@@ -162,6 +183,8 @@ class Plan:
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
         check_gradient(entry.name, param, grad)
+        if group["fused"] and not entry.state:
+            check_device_for_fused(entry.name, param)
         chosen = backends.choose(optimizer.backend, param.device)
 
         amsgrad = bool(group["amsgrad"])
@@ -239,23 +262,13 @@ class Plan:
         """Whether ``stale`` can tell; else a plan serves one step only."""
         return self._native is not None
 
-    def stale(self, optimizer: OnePass) -> str | None:
-        """Why this plan no longer describes the optimizer, or None. Gathers the step's inputs."""
-        state, groups, threads = optimizer.state, optimizer.param_groups, torch.get_num_threads()
-        reason: str | None = self._native.check(state, groups, threads)
-        return reason
+    def is_one_call(self, tail: Tail) -> bool:
+        """Whether the native module takes the whole step, so that no signal can come between."""
+        others = self.python_only or self.repeated or self.triton_buckets
+        return self._native is not None and not others and not tail.unscales
 
-    def run(self, optimizer: OnePass, tail: Tail) -> None:
-        """Takes the step, after a check that found the plan valid."""
-        writes_grads = tail.writes_grads
-        if writes_grads and self._leaves_grads_to_python(tail):
-            self.run(optimizer, replace(tail, zero_grads=False, unscale_grads=False))
-            reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
-            return
-        # All that can fail, before the first write.
-        computed: list[reference.Computed] = []
-        if self.python_only:
-            computed = self._computed_by_reference(optimizer, self.python_only, tail)
+    def step(self, optimizer: OnePass, tail: Tail) -> str | None:
+        """Takes the step; or says why the plan does not hold any more, and nothing is changed."""
         tensors: list[tuple[Tensor | None, ...]] | None = None
         if tail.needs_tensors:
             tensors = [
@@ -267,51 +280,98 @@ class Plan:
             bucket.use_tables_on(stream)
             if tail.clip_coef is not None and tail.clip_coef.is_cuda:
                 tail.clip_coef.record_stream(stream)  # it is let go of after the launch
-        if self._native is not None:
-            self._native.launch(
+        reason: str | None
+        if self.is_one_call(tail):
+            reason = self._native.step(
+                optimizer.state,
+                optimizer.param_groups,
                 torch.get_num_threads(),
                 tensors,
                 zero_grads=tail.zero_grads,
-                unscale_grads=writes_grads,
+                expected_grads=-1 if tail.measured_grads is None else tail.measured_grads,
             )
-        for index, bucket in self.triton_buckets:
-            of_bucket = tensors[index] if tensors is not None else (None,) * 4
-            self._run_triton(optimizer, index, bucket, of_bucket, tail)
-        if self._native is not None and self.buckets:
-            self._native.increment_versions(zero_grads=tail.zero_grads, unscale_grads=writes_grads)
-        for one in computed:
-            reference.store(one.stores)
-        for mention in self.repeated:
-            for one in self._computed_by_reference(optimizer, [mention], tail):
-                reference.store(one.stores)
-        self._reference_sums = {one.param: one.sums for one in computed if one.sums is not None}
-        self._has_statistics = tail.statistics
+        else:
+            reason = self._step_in_parts(optimizer, tail, tensors)
+        if reason is None:
+            self._has_statistics = tail.statistics
+        return reason
 
-    def _leaves_grads_to_python(self, tail: Tail) -> bool:
+    @torch.inference_mode(False)
+    @torch.no_grad()  # which the line above turns off
+    def _step_in_parts(
+        self, optimizer: OnePass, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
+    ) -> str | None:
+        """The step where Python runs or launches some of it. The caller keeps signals away."""
+        threads = torch.get_num_threads()
+        if self._native is not None:
+            reason: str | None = self._native.check(
+                optimizer.state, optimizer.param_groups, threads
+            )
+            if reason is not None:
+                return reason
+        if tail.measured_grads not in (None, self.count_grads(optimizer)):
+            return "gradients came or went after their norm was taken"
+        later = self._writes_grads_later(optimizer, tail)
+        in_pass = replace(tail, zero_grads=False, unscale_grads=False) if later else tail
+        if self._native is not None:
+            self._native.keep_alive()
+        try:
+            # All that can fail, before the first write.
+            stepped = with_grads(optimizer, self.python_only)
+            computed = self._computed_by_reference(optimizer, stepped, in_pass)
+            for index, bucket in self.triton_buckets:
+                of_bucket = tensors[index] if tensors is not None else (None,) * 4
+                self._run_triton(optimizer, index, bucket, of_bucket, in_pass)
+            reference.store(computed)
+            if self._native is not None:
+                zeroes, unscales = in_pass.zero_grads, in_pass.unscales
+                self._native.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
+            for mention in with_grads(optimizer, self.repeated):
+                reference.store(self._computed_by_reference(optimizer, [mention], in_pass))
+        finally:
+            if self._native is not None:
+                self._native.let_go()
+        if later:  # all have been read
+            reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
+        self._reference_sums = {
+            entry: one.sums
+            for (entry, _, _), one in zip(stepped, computed, strict=True)
+            if one.sums is not None
+        }
+        return None
+
+    def _writes_grads_later(self, optimizer: OnePass, tail: Tail) -> bool:
         """Whether kernels must not write gradients, or would write copies of them."""
-        if self.repeated or (self._native and self._native.has_shared_grads()):
-            return True  # not before all have been read
-        if tail.zero_grads or self._native is None:
-            return not tail.zero_grads
+        if not (tail.zero_grads or tail.unscales):
+            return False
+        if self._native is None or tail.zero_grads:
+            return not tail.zero_grads or self._has_shared_grads(optimizer)
         copied = self._native.copied_grads()
-        return any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
+        are_copies = any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
+        return are_copies or self._has_shared_grads(optimizer)
+
+    def _has_shared_grads(self, optimizer: OnePass) -> bool:
+        if self._native is not None:
+            return bool(self.repeated or self._native.has_shared_grads())
+        grads = [own_part(grad) for _, _, grad in with_grads(optimizer, self._in_buckets())]
+        runs = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in grads if g.numel() > 0)
+        overlap = any(after[0] < one[1] for one, after in itertools.pairwise(runs))
+        return bool(self.repeated) or overlap
 
     def _computed_by_reference(
-        self, optimizer: OnePass, mentions: list[tuple[Tensor, int, str]], tail: Tail
+        self, optimizer: OnePass, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
     ) -> list[reference.Computed]:
         """Checks and steps parameters that the native module does not look at."""
         entries = []
-        for param, group, name in mentions:
-            if param.grad is not None:
-                entry = Entry(param, group, name, optimizer.state.get(param) or {})
-                self._prepare(optimizer, entry)
-                entries.append(entry)
+        for planned, param, _ in mentions:
+            state = optimizer.state.get(param) or {}
+            entry = Entry(planned.group, planned.index, planned.name, param, state)
+            self._prepare(optimizer, entry)
+            entries.append(entry)
         publish(optimizer, entries)
         taken = not entries or tail.found_inf is None or tail.found_inf.item() == 0
         computed = []
-        for entry in entries:
-            grad = entry.param.grad
-            assert grad is not None
+        for entry, (_, _, grad) in zip(entries, mentions, strict=True):
             group_of = optimizer.param_groups[entry.group]
             one = reference.computed(entry.param, grad, entry.state, group_of, tail, taken)
             computed.append(one)
@@ -328,7 +388,7 @@ class Plan:
         if self.buckets[index].backend == "triton":
             counts: Tensor = self.buckets[index].tables.chunk_counts
             return counts
-        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64)
+        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64, device="cpu")
 
     def _statistics_table(self, index: int) -> Tensor:
         """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
@@ -340,37 +400,40 @@ class Plan:
             bucket.stream = None  # it does not know of them
         return bucket.statistics
 
-    def statistics(self) -> Statistics | None:
+    def _in_buckets(self) -> Iterator[Entry]:
+        return (entry for bucket in self.buckets for entry in bucket.entries)
+
+    def statistics(self, optimizer: OnePass) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
         if not self._has_statistics:
             return None
-        params: list[Tensor] = []
+        params: list[Tensor | None] = []
         tables: list[Tensor] = []
         for bucket in self.buckets:
             if bucket.statistics is not None:
-                params += [entry.param for entry in bucket.entries]
+                params += [place_of(optimizer, entry) for entry in bucket.entries]
                 # In the order of the chunks: the same bits each time. Unsafe: lengths are not read.
                 sums = torch.segment_reduce(
                     bucket.statistics, "sum", lengths=bucket.chunk_counts, axis=0, unsafe=True
                 )
                 tables.append(summed(sums, bucket.shards))
-        for param, _, _ in self.python_only:
-            params.append(param)
-            none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
-            tables.append(whole(self._reference_sums.get(param, none))[None])
+        for entry in self.python_only:
+            params.append(place_of(optimizer, entry))
+            none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device="cpu")
+            tables.append(whole(self._reference_sums.get(entry, none))[None])
         return statistics_of(params, tables) if tables else None
 
-    def grad_norm(self, norm_type: float) -> Tensor:
+    def grad_norm(self, optimizer: OnePass, norm_type: float) -> Tensor:
         """The norm of all gradients as they are, after they were gathered. float64.
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
         """
-        entries = [entry for bucket in self.buckets for entry in bucket.entries]
-        others = [param.grad for param, _, _ in self.python_only if param.grad is not None]
+        others = [grad for _, _, grad in with_grads(optimizer, self.python_only)]
+        none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
         if self._native is None or norm_type not in (2.0, math.inf):
-            grads = [entry.param.grad for entry in entries if entry.param.grad is not None]
-            norm = torch.nn.utils.get_total_norm([whole(g) for g in (*grads, *others)], norm_type)
-            return norm.double()
+            grads = [grad for _, _, grad in with_grads(optimizer, self._in_buckets())]
+            grads = [whole(grad) for grad in (*grads, *others)]
+            return torch.nn.utils.get_total_norm(grads, norm_type).double() if grads else none
         for bucket in self.cuda_buckets:
             bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         shares = []
@@ -386,7 +449,7 @@ class Plan:
                 self._native.grad_norm(index, largest=is_largest, threads=threads, out=out)
             shares.append((largest if is_largest else summed)(out[0], bucket.shards))
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
-        return combined_norm(shares, norm_type) if shares else torch.tensor(0.0).double()
+        return combined_norm(shares, norm_type) if shares else none
 
     def stale_grads(self, optimizer: OnePass) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers them."""
@@ -394,14 +457,12 @@ class Plan:
         reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
         return reason
 
-    def clipping(self, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
+    def clipping(self, optimizer: OnePass, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
         if self._native is not None:
             self._native.remember_grads()
-        elsewhere = [param for param, _, _ in self.python_only]
-        if self._native is None:
-            elsewhere += [entry.param for bucket in self.buckets for entry in bucket.entries]
-        others = [RememberedGrad.of(param) for param in elsewhere if param.grad is not None]
+        elsewhere = [*self.python_only, *(() if self._native else self._in_buckets())]
+        others = [RememberedGrad.of(p, grad) for _, p, grad in with_grads(optimizer, elsewhere)]
         return Clipping(coef, grad_scale, self if self._native else None, others)
 
     def compare_grads(self) -> tuple[int, int, int]:
@@ -414,29 +475,32 @@ class Plan:
         if self._native is not None:
             self._native.forget_grads()
 
-    def count_grads(self) -> int:
+    def count_grads(self, optimizer: OnePass) -> int:
         """How many parameters have a gradient, of those that are stepped once."""
-        others = sum(param.grad is not None for param, _, _ in self.python_only)
+        others = len(with_grads(optimizer, self.python_only))
         if self._native is not None:
             return others + int(self._native.count_grads())
-        entries = (entry for bucket in self.buckets for entry in bucket.entries)
-        return others + sum(entry.param.grad is not None for entry in entries)
+        return others + len(with_grads(optimizer, self._in_buckets()))
 
-    def _triton_inputs(self, optimizer: OnePass, index: int) -> tuple[Tensor, bytes, list[Tensor]]:
-        """Gradients' addresses, hyper-parameters, and copies to be kept until the launch."""
+    def _triton_inputs(
+        self, optimizer: OnePass, index: int
+    ) -> tuple[Tensor, bytes, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Gradients' addresses and hyper-parameters.
+
+        Without the native module also parameters, their gradients, and these laid out as them.
+        """
         if self._native is not None:
             grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
             return grads, self._native.hyper_table(index), []
         entries = self.buckets[index].entries
-        both = [(e.param, e.param.grad) for e in entries if e.param.grad is not None]
-        copies = [match_layout(own_part(param), own_part(grad)) for param, grad in both]
-        rest = iter(copies)
+        found = {
+            entry: (param, grad, match_layout(own_part(param), own_part(grad)))
+            for entry, param, grad in with_grads(optimizer, entries)
+        }
         # An empty tensor's gradient has no address; any but 0 makes its step count.
-        grads = torch.tensor(
-            [0 if e.param.grad is None else next(rest).data_ptr() or 1 for e in entries],
-            dtype=torch.int64,
-        )
-        return grads, pack_groups(optimizer.param_groups), copies
+        addresses = [(found[e][2].data_ptr() or 1) if e in found else 0 for e in entries]
+        grads = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        return grads, pack_groups(optimizer.param_groups), list(found.values())
 
     def _run_triton(
         self,
@@ -448,7 +512,7 @@ class Plan:
     ) -> None:
         kernel, _ = backends.triton_kernel()
         assert kernel is not None
-        grads, hypers, copies = self._triton_inputs(optimizer, index)
+        grads, hypers, found = self._triton_inputs(optimizer, index)
         grad_scale, found_inf, clip_coef, statistics = of_bucket
         kernel.launch(
             bucket.tables,
@@ -460,14 +524,13 @@ class Plan:
             clip_coef=clip_coef,
             statistics=statistics,
             zero_grads=tail.zero_grads,
-            unscale_grads=tail.writes_grads and not tail.zero_grads,
+            unscale_grads=tail.unscales,
         )
         if self._native is None:
-            grads_of = [(e.param, e.param.grad) for e in bucket.entries if e.param.grad is not None]
-            increment_version([param for param, _ in grads_of])
+            increment_version([param for param, _, _ in found])
             if tail.zero_grads:
-                increment_version([grad for _, grad in grads_of])
-                for (_, grad), seen in zip(grads_of, copies, strict=True):
+                increment_version([grad for _, grad, _ in found])
+                for _, grad, seen in found:
                     if seen.data_ptr() != own_part(grad).data_ptr():
                         grad.zero_()
 

@@ -7,6 +7,7 @@ kernels/rule.h, with the same variable names; only its fused multiply-adds are t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.autograd.graph import increment_version
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
 from warpstep.shards import own_part
+from warpstep.state import is_plain
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -29,7 +31,7 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, 0)
+    return x.masked_fill(~x.isfinite(), 0)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Computed:
     """A step of one parameter, worked out and not yet stored."""
 
     param: Tensor
-    stores: list[tuple[Tensor, Tensor]]  # a tensor, and its new value
+    stores: list[tuple[Tensor, Tensor | None]]  # a tensor, and its new value; None for zeros
     sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/tables.h
 
 
@@ -48,13 +50,15 @@ def computed(
     state: dict[str, Tensor],
     group: dict[str, Any],
     tail: Tail | None = None,
-    taken: bool = True,
+    taken: bool | Tensor = True,
+    on_host: bool = True,
 ) -> Computed:
     """One step of AdamW, or of Adam with coupled decay, on one parameter: what to store, and where.
 
     ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``,
-    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``
-    no value is read on the host. ::
+    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``,
+    or without ``on_host``, no value is read on the host, nor is that of a tensor that has none (on
+    the meta device, or fake). ::
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
@@ -64,7 +68,8 @@ def computed(
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
     pairs of a tensor and its new value, for `store`, which rounds each value once. Of a step that
-    is not ``taken`` there are at most the sums, and the zeroed or unscaled gradient.
+    is not ``taken`` there are at most the sums and the zeroed or unscaled gradient; if ``taken`` is
+    a tensor, what is stored is chosen by it.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
@@ -75,7 +80,7 @@ def computed(
     def value(hyper: Any) -> Number:
         if not isinstance(hyper, Tensor):
             return float(hyper)
-        if group["capturable"]:
+        if group["capturable"] or not on_host or not is_plain(own_part(hyper)):
             return hyper.to(param.device, torch.float64, non_blocking=True).squeeze()
         return float(hyper)
 
@@ -88,9 +93,8 @@ def computed(
     eps_hat = group["eps"] * bias_correction2_sqrt
 
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
-    p, g, m, v = (
-        real_view(t).to(compute) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
-    )
+    streams = (param, grad, state["exp_avg"], state["exp_avg_sq"])
+    p, g, m, v = (real_view(t.detach()).to(compute) for t in streams)
     raw = g
     g = unscaled(g, tail)
     if group["maximize"]:
@@ -113,22 +117,31 @@ def computed(
         multiple = lr / group["base_lr"] if form == "independent" else lr
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
-            d = torch.where(p.sign() * update.sign() < 0, 0, d)
+            d = d.masked_fill(p.sign() * update.sign() < 0, 0)
         update = multiple * weight_decay * d + update
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        if isinstance(taken, Tensor):
+            return torch.where(taken, new.to(old.dtype), old)
+        return new if taken else old
+
     # What is stored of it, rounded: the average and the statistics see that.
-    after = (p - update).to(real_dtype(param.dtype)) if taken else real_view(param)
+    after = chosen((p - update).to(real_dtype(param.dtype)), real_view(param.detach()))
     if group.get("ema_decay") is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
         weight = (1 - kept).to(average.device, compute)
         new["ema"] = torch.lerp(average, after.to(compute), weight)
 
-    stores = [(state[key], new[key]) for key in new]
-    stores = [(state["step"], new_step), (param, after), *stores] if taken else []
+    stores: list[tuple[Tensor, Tensor | None]] = []
+    if taken is not False:
+        stores = [(state[key], chosen(new[key], real_view(state[key]))) for key in new]
+        step_after = chosen(new_step, state["step"])
+        stores = [(state["step"], step_after), (param, after), *stores]
     if tail.zero_grads:
-        stores.append((grad, torch.zeros_like(real_view(grad))))
-    elif tail.writes_grads:
-        part = distinct(grad)
+        stores.append((grad, None))
+    elif tail.unscales:
+        part = distinct(grad.detach())
         stores.append((part, unscaled(real_view(part).to(compute), tail)))
     if not tail.statistics:
         return Computed(param, stores)
@@ -168,18 +181,54 @@ def distinct(tensor: Tensor) -> Tensor:
 def leave(grads: Iterable[Tensor | None], tail: Tail) -> None:
     """Leaves gradients, each once, as ``tail`` says: zero, or unscaled and clipped."""
     for grad in {id(grad): grad for grad in grads if grad is not None}.values():
-        part = distinct(own_part(grad.detach()))
-        values = real_view(part)
+        part = own_part(grad.detach())
         if tail.zero_grads:
-            values = torch.zeros_like(values)
+            write(part, None)
         else:
-            values = unscaled(values.to(torch.promote_types(values.dtype, torch.float32)), tail)
-        store([(part, values)])
-        increment_version(grad)  # a shard has a counter of its own
+            part = distinct(part)
+            values = real_view(part)
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            write(part, unscaled(values, tail))
+        if own_part(grad) is not grad:
+            increment_version(grad)  # a sharded tensor has a counter of its own
 
 
 @torch.no_grad()
-def store(values: list[tuple[Tensor, Tensor]]) -> None:
-    """Writes what `computed` returned, rounding each value to its tensor's dtype."""
+def store(steps: list[Computed]) -> None:
+    """Writes what `computed` returned, rounding each value to its tensor's dtype: all or nothing.
+
+    Tensors that may refuse to be written come first, and get their values back where one does.
+    """
+    values = [pair for one in steps for pair in one.stores]
+    reluctant = [pair for pair in values if may_refuse(pair[0])]
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor, value in reluctant:
+            before = tensor.detach().clone()
+            write(tensor, value)
+            written.append((tensor, before))
+    except BaseException:
+        for tensor, before in written:
+            write(tensor, before)
+        raise
     for tensor, value in values:
-        tensor.copy_(torch.view_as_complex(value) if tensor.is_complex() else value)
+        if not may_refuse(tensor):
+            write(tensor, value)
+
+
+def may_refuse(tensor: Tensor) -> bool:
+    """Whether a write may raise: subclasses may, and elements that share memory do."""
+    shares = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return shares or not is_plain(tensor)
+
+
+def write(tensor: Tensor, value: Tensor | None) -> None:
+    """Writes one value of `Computed.stores`."""
+    # What was made in inference mode is written in inference mode only.
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        if value is None:
+            tensor.zero_()
+        elif tensor.is_complex() and not value.is_complex():
+            tensor.copy_(torch.view_as_complex(value))
+        else:
+            tensor.copy_(value)

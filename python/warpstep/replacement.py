@@ -1,8 +1,10 @@
-"""``warpstep.replace(optimizer)``: a live torch optimizer, carried on by warpstep's kernels."""
+"""``warpstep.replace(optimizer)``: a live torch optimizer gets warpstep's class and kernels."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import weakref
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,36 +15,35 @@ from warpstep.plan import parameter_name
 from warpstep.state import MOMENTS, describe
 
 _CLASSES: dict[type, type[OnePass]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
+# The type of a variable may be Adam where its value is an AdamW: then the value's class decides.
+@overload
+def replace(optimizer: torch.optim.AdamW) -> AdamW: ...  # type: ignore[overload-overlap]
+@overload
+def replace(optimizer: torch.optim.Adam) -> Adam: ...
 def replace(optimizer: torch.optim.Adam) -> OnePass:
-    """A ``warpstep.AdamW`` or ``Adam`` that goes on where ``optimizer`` stands.
+    """Makes a live torch optimizer a ``warpstep.AdamW`` or ``Adam``, in place.
 
-    It has the same Parameters in the same groups, with all that the groups hold (names, initial_lr
-    and keys that torch does not know included), and the very same state tensors, not copies; the
-    next step's hyper-parameters, moments and step counts are those that ``optimizer``'s would have
-    had. Hooks are shared too: a hook's handle removes it from both.
+    It stays the same object and gets another class. So whatever holds it goes on with it, at any
+    moment of a run: learning rate schedulers (those inside a ``SequentialLR`` too), a
+    ``torch.amp.GradScaler``, hooks and their handles, the wrappers of training libraries. The
+    groups, the state and its tensors stay as they are; the next step's hyper-parameters, moments
+    and step counts are those that torch's step would have had.
 
-    The two share parameters and state from then on, so step with one of them only. ``optimizer``
-    itself is not changed, and can still be used if the new one is never stepped. What holds
-    ``optimizer`` goes on holding it: make learning rate schedulers anew, with the new optimizer
-    (their ``state_dict`` can be loaded), or set ``scheduler.optimizer``; and replace before
-    ``torch.amp.GradScaler`` has unscaled its gradients.
+    Nothing has to be made anew. (A learning rate scheduler that is made anew changes the rate when
+    it is made, also with torch's optimizers: load its state dict, and after that the optimizer's.)
+    The way back to torch's class is a state dict.
+
+    Whoever has kept the method ``optimizer.step`` has kept torch's, and steps with torch: replace
+    before that. Where accelerate trains in float16, that is before ``accelerator.prepare``.
 
     Args:
         optimizer: a ``torch.optim.AdamW`` or ``torch.optim.Adam`` itself, of no derived class. It
             may have any ``fused`` and ``foreach``: the kernels step it all the same.
 
     Returns:
-        The new optimizer, with ``backend="auto"``.
+        ``optimizer`` itself, with ``backend="auto"``.
 
     Raises:
         TypeError: it is of another class, its ``step`` was replaced, or its parameters or state
@@ -55,27 +56,34 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
             f"replace() takes a torch.optim.AdamW or torch.optim.Adam, and no "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}{ours}"
         )
-    # Learning rate schedulers wrap it to see that it is called before theirs.
     step = vars(optimizer).get("step")
-    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+    # Learning rate schedulers wrap it, to see that it is called before theirs.
+    wrapped = hasattr(step, "_wrapped_by_lr_sched")
+    if step is not None and not (wrapped and step.__wrapped__ is type(optimizer).step):
         raise TypeError(f"the optimizer's step was replaced by {step!r}: it would be lost")
     _check(optimizer)
 
-    new = kind.__new__(kind)
-    state = type(optimizer.state)(dict)
-    for key, value in optimizer.state.items():
-        state[key] = dict(value) if isinstance(value, dict) else value
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    hooks = {name: getattr(optimizer, name) for name in _HOOKS if hasattr(optimizer, name)}
-    new.__setstate__(
-        {
-            "defaults": dict(optimizer.defaults),
-            "state": state,
-            "param_groups": groups,
-            **hooks,
-        }
-    )
-    return new
+    optimizer.__class__ = kind
+    optimizer.__setstate__({})
+    assert isinstance(optimizer, kind)
+    if wrapped:
+        _wrap_for_schedulers(optimizer)
+    return optimizer
+
+
+def _wrap_for_schedulers(optimizer: OnePass) -> None:
+    """As ``torch.optim.lr_scheduler.LRScheduler`` wraps ``step`` of the optimizer it is given."""
+    method = type(optimizer).step
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        optimizer._opt_called = True
+        return method(optimizer, *args, **kwargs)
+
+    vars(step)["_wrapped_by_lr_sched"] = True
+    vars(optimizer)["step"] = step
 
 
 def _check(optimizer: torch.optim.Adam) -> None:
@@ -94,10 +102,17 @@ def _check(optimizer: torch.optim.Adam) -> None:
                 raise TypeError(f"{name} is of layout {param.layout}: not supported")
             if not (param.is_floating_point() or param.is_complex()):
                 raise TypeError(f"{name} is {describe(param)}: cannot be stepped")
-            state = optimizer.state.get(param) or {}
+            state = optimizer.state.get(param)
+            if not state:
+                continue
+            needed = ("step", *(MOMENTS if group.get("amsgrad") else MOMENTS[:2]))
+            if missing := [key for key in needed if key not in state]:
+                raise TypeError(
+                    f"{name} has a state without {missing}: torch cannot step it either"
+                )
             for key in MOMENTS:
                 _check_moment(name, key, param, state.get(key))
-            step: Any = state.get("step", 0)
+            step: Any = state["step"]
             if not isinstance(step, (int, float)) and not (
                 isinstance(step, Tensor) and step.numel() == 1
             ):
@@ -112,6 +127,8 @@ def _check_moment(name: str, key: str, param: Tensor, moment: Any) -> None:
         or moment.layout != torch.strided
         or moment.shape != param.shape
         or moment.device != param.device
+        or moment.is_complex() != param.is_complex()
+        or moment.is_floating_point() != param.is_floating_point()
     ):
         found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
         raise TypeError(f"{name} is {describe(param)}, its state {key!r} is {found}: not supported")

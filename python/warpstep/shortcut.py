@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from warpstep import backends, lists
+from warpstep import backends, lists, modes
 
 NAME = "_fused_adam"
 KNOWN = [
@@ -49,7 +49,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
         beta1, beta2 = options["beta1"], options["beta2"]
         numbers = isinstance(beta1, float) and isinstance(beta2, float)
         plain = bool(params) and numbers and is_on()
-        if plain and not options["differentiable"] and not lists.is_watched():
+        if plain and not options["differentiable"] and not modes.is_watched():
             device = params[0].device
             cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
             reason = step(
@@ -74,6 +74,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
                 unscale_grads=True,
                 dispatched=False,
                 always=False,
+                count_writes=False,
                 threads=threads(),
             )
             if reason is None:

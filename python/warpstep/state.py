@@ -26,7 +26,8 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 
     Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not, nor are
-    lazily negated or conjugated ones, whose memory holds other numbers.
+    tensors inside a transform of torch.func, or lazily negated or conjugated ones, whose memory
+    holds other numbers.
     """
     kind = type(tensor)
     plain = (
@@ -34,6 +35,8 @@ def is_plain(tensor: Tensor) -> bool:
         or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # a mere subclass
     )
     if not plain or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return not (tensor.is_neg() or tensor.is_conj())
 
@@ -118,6 +121,19 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
                 f"{name}{what} has {tensor.numel()} elements and no memory: its storage was "
                 "freed. Bring it back (for a sharded module, gather it) before the step."
             )
+
+
+def check_device_for_fused(name: str, param: Tensor) -> None:
+    """Raises, as torch does, where ``fused=True`` is asked for on a device that has no kernels."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    supported = _get_fused_kernels_supported_devices()
+    if param.device.type not in supported:
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported "
+            f"devices: {supported} but {param.dtype} and {param.device.type}: {name}. Leave out "
+            "`fused`, or move the parameters first."
+        )
 
 
 def completed(

@@ -13,7 +13,7 @@ from torch import Tensor
 from warpstep.state import describe
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.averages import Averaging
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors would wait for their device
@@ -30,12 +30,13 @@ class Tail:
     zero_grads: bool = False
     unscale_grads: bool = False  # and leave them clipped; zero_grads goes first
     statistics: bool = False
+    measured_grads: int | None = None  # how many gradients clip_coef is of
 
     @property
-    def writes_grads(self) -> bool:
-        """Whether gradients are other than they were, afterwards."""
+    def unscales(self) -> bool:
+        """Whether gradients are left unscaled or clipped, which they were not."""
         has_factor = self.grad_scale is not None or self.clip_coef is not None
-        return self.zero_grads or (self.unscale_grads and has_factor)
+        return self.unscale_grads and has_factor and not self.zero_grads
 
     @property
     def needs_tensors(self) -> bool:
@@ -85,17 +86,23 @@ class Statistics:
     nonfinite: Tensor
 
 
-def statistics_of(params: list[Tensor], tables: list[Tensor]) -> Statistics:
-    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h)."""
+def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
+    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h).
+
+    Rows of parameters that are no more (None) are left out.
+    """
     device = tables[0].device
     sums = torch.cat([table.to(device, non_blocking=True) for table in tables])
+    alive = [param for param in params if param is not None]
+    if len(alive) < len(params):
+        sums = sums[[row for row, param in enumerate(params) if param is not None]]
     norms = sums[:, :3].sqrt().float()
     counts = sums[:, 3].clamp(min=-1).to(torch.int64)
-    return Statistics(params, norms[:, 0], norms[:, 1], norms[:, 2], counts)
+    return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)
 
 
 @contextmanager
-def swapped(optimizer: OnePass, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped(optimizer: Averaging, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
     if optimizer._averages_swapped:
         raise RuntimeError("swap_ema() inside swap_ema()")

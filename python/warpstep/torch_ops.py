@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep import functional
+from warpstep import batching, functional
 
 OPERATORS = ("adamw_", "adam_")
 KEYS = ("CPU", "CUDA", "XPU")
@@ -82,6 +82,9 @@ def _register() -> None:
             for key in KEYS:
                 _library.impl(name + overload, implementation, key)
             torch.library.register_fake(f"warpstep::{name}{overload}", _fake, lib=_library)
+            operator = getattr(getattr(torch.ops.warpstep, name), overload[1:] or "default")
+            vmapped = batching.rule(operator)
+            _library.impl(name + overload, vmapped, "FuncTorchBatched", with_keyset=True)
 
 
 _register()

@@ -33,7 +33,7 @@ def prepare(cls, **options):
     return accelerator, *accelerator.prepare(model, optimizer, scheduler, loader)
 
 
-def run(prepared, first=0, last=STEPS):
+def run(prepared, first=0, last=STEPS, rates=None):
     """Takes the optimizer's steps from ``first`` up to ``last``. Returns the weights."""
     accelerator, model, optimizer, scheduler, loader = prepared
     for batch in list(loader)[first * ACCUMULATED : last * ACCUMULATED]:
@@ -43,6 +43,8 @@ def run(prepared, first=0, last=STEPS):
                 assert accelerator.clip_grad_norm_(model.parameters(), 0.1) > 0.1
             optimizer.step()
             scheduler.step()
+            if rates is not None:
+                rates.append(optimizer.param_groups[0]["lr"])
             optimizer.zero_grad()
     return weights(accelerator.unwrap_model(model))
 
@@ -73,6 +75,19 @@ def test_accelerate_resumes(tmp_path):
         ours = run(resumed, first=STEPS // 2)
     assert_same_bits(ours, whole)
     assert_agree(ours, torch_run(), STEPS)
+
+
+def test_accelerate_with_the_optimizer_replaced_in_mid_run():
+    """What accelerate has wrapped goes on with it, the scheduler that is running included."""
+    expected, found = [], []
+    theirs = run(prepare(torch.optim.AdamW, fused=True), rates=expected)
+    prepared = prepare(torch.optim.AdamW, fused=True)
+    run(prepared, last=1, rates=found)
+    warpstep.replace(prepared[2].optimizer)
+    with launches(STEPS - 1):
+        ours = run(prepared, first=1, rates=found)
+    assert found == expected
+    assert_agree(ours, theirs, STEPS)
 
 
 def test_accelerate_enabled():

@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -139,3 +140,29 @@ def test_ddp_enabled(tmp_path):
 
 def test_fsdp2_enabled(tmp_path):
     assert_ranks_agree(functools.partial(enabled_worker, sharded), tmp_path)
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def average_worker(wrap, rank):
+    model, optimizer = run(rank, wrap, warpstep.AdamW, ema_decay=0.5)
+    found = optimizer.ema_state_dict(model)
+    with optimizer.swap_ema():
+        averages = weights(model)
+        expected = model.state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert type(found[key]) is type(value)
+            assert torch.equal(local(found[key]), local(value))
+    other = SideBySide(seed=3)
+    wrap(other)
+    other.load_state_dict(found)
+    assert_same_bits(weights(other), averages)
+    assert not torch.equal(averages["parts.0.weight"], weights(model)["parts.0.weight"])
+
+
+@pytest.mark.parametrize("wrap", [replicated, sharded], ids=lambda wrap: wrap.__name__)
+def test_a_state_dict_of_averages(wrap, tmp_path):
+    on_two_ranks(functools.partial(average_worker, wrap), tmp_path)

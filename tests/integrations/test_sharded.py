@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter
 
 import warpstep
@@ -180,3 +181,31 @@ def freed_worker(rank):
 
 def test_a_freed_shard_is_an_error(tmp_path):
     on_two_ranks(freed_worker, tmp_path)
+
+
+def watched_worker(change, options, rank):
+    """Under a mode that counts communication, which a step of shards needs none of."""
+    ours, theirs = pair(**options)
+    for step in range(STEPS):
+        set_grads(ours, theirs, step)
+        if step == 2:
+            change(ours)
+        versions = [p._version for p in params_of(ours)]
+        with CommDebugMode() as communication:
+            ours.step()
+        theirs.step()
+        if change is nothing and not options:
+            assert communication.get_total_counts() == 0
+        assert all(p._version > v for p, v in zip(params_of(ours), versions, strict=True))
+    assert_agree(ours, theirs)
+    if options:
+        found = ours.statistics()
+        for p, norm in zip(found.params, found.param_norm, strict=True):
+            expected = p.full_tensor().detach().norm()
+            torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("change", [nothing, grad_on_all, grad_of_summands])
+@pytest.mark.parametrize("options", [{}, {"stats": True}], ids=["operator", "reference"])
+def test_a_mode_sees_the_shards(change, options, tmp_path):
+    on_two_ranks(functools.partial(watched_worker, change, options), tmp_path)

@@ -27,6 +27,25 @@ def run(rank, cls, **options):
     return weights(model.module), optimizer
 
 
+def replaced_worker(rank):
+    model = DistributedDataParallel(SideBySide())
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), torch.optim.AdamW, **OPTIONS, fused=True
+    )
+    data = batches(STEPS, rank=rank, ranks=2)
+    train(model, optimizer, data[:1])
+    warpstep.replace(optimizer.optim)
+    with launches(STEPS - 1):
+        train(model, optimizer, data[1:])
+    return weights(model.module), run(rank, torch.optim.AdamW, fused=True)[0]
+
+
+def test_replaced_in_mid_run(tmp_path):
+    (ours, theirs), (twin, _) = on_two_ranks(replaced_worker, tmp_path)
+    assert_same_bits(ours, twin)
+    assert_agree(ours, theirs, STEPS)
+
+
 def worker(rank):
     theirs, _ = run(rank, torch.optim.AdamW, fused=True)
     with launches(STEPS):

@@ -1,0 +1,50 @@
+// What a launch reads, kept alive until it has ended, whatever other Python threads do meanwhile.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "tensor_reader.h"
+
+namespace warpstep {
+
+namespace py = pybind11;
+
+// A launch on the CPU of up to so many elements takes no longer than Python lets a thread hold the
+// GIL (5 ms). Then it is held: that other threads wait is cheaper than owning every tensor.
+constexpr std::int64_t kBriefElements = std::int64_t{1} << 22;
+
+// To be filled, cleared and destroyed with the GIL held.
+class Keeper {
+ public:
+  Keeper() = default;
+  Keeper(const Keeper&) = delete;
+  Keeper& operator=(const Keeper&) = delete;
+  ~Keeper() { clear(); }
+
+  void keep(PyObject* object) {
+    if (object != nullptr) objects_.push_back(py::reinterpret_borrow<py::object>(object));
+  }
+
+  // The gradient that is read in place. (What Python gives as one is held by who asked for it.)
+  void keep_grad_of(PyObject* param) {
+    const TorchHandles::Handle kept = tensor_reader().keep_grad(param);
+    if (kept != nullptr) grads_.push_back(kept);
+  }
+
+  bool is_empty() const { return objects_.empty() && grads_.empty(); }
+
+  void clear() {
+    for (const TorchHandles::Handle grad : grads_) tensor_reader().drop(grad);
+    grads_.clear();
+    objects_.clear();
+  }
+
+ private:
+  std::vector<py::object> objects_;
+  std::vector<TorchHandles::Handle> grads_;
+};
+
+}  // namespace warpstep

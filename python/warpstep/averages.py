@@ -1,0 +1,109 @@
+"""Averages of the weights: what an optimizer that keeps them (``ema_decay``) does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpstep.tail import swapped
+
+EmaDecay = float | Callable[[int], float]
+
+
+class Averaging(torch.optim.Adam):
+    """An Adam whose steps may keep an average of each parameter, in its state as ``"ema"``."""
+
+    ema_decay: EmaDecay | None = None
+    ema_dtype: torch.dtype | None = None
+    _averages_swapped: bool = False
+    _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
+
+    def _update_ema_decay(self) -> None:
+        if callable(self.ema_decay):
+            decay, before = self.ema_decay(self._ema_steps), self.defaults["ema_decay"]
+            for group in self.param_groups:
+                if group["ema_decay"] == before:  # else it has its own, or none
+                    group["ema_decay"] = decay
+            self.defaults["ema_decay"] = decay
+
+    def ema_parameters(self) -> dict[Tensor, Tensor]:
+        """Each parameter's average; where it has had no step yet, an alias of the parameter.
+
+        After each step, ``ema <- ema_decay * ema + (1 - ema_decay) * p``, beginning as p after the
+        first: :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn``.
+
+        No value requires a gradient. All of them share memory with what the next step writes: an
+        average with the optimizer's state, an alias with its parameter.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages.
+        """
+        kept = self._kept_averages()
+        params = (param for group in self.param_groups for param in group["params"])
+        return {param: kept.get(param, param.detach()) for param in params}
+
+    def ema_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """``model.state_dict()`` with the averages in their parameters' place, for checkpoints.
+
+        It is what ``model.state_dict()`` returns inside ``swap_ema()``, bit for bit and in the
+        model's dtypes, while the model stays as it is. Buffers are the model's own, and so are
+        parameters without an average: those that this optimizer does not average, or that have had
+        no step yet. Tied parameters have their average under each of their names.
+
+        As with ``model.state_dict()``, the tensors may share memory with what the next step writes:
+        save or copy them before.
+
+        Args:
+            model: a module with parameters of this optimizer. It may be wrapped (in
+                DistributedDataParallel, by ``torch.compile``); the keys are then the wrapper's. Of
+                a model that FSDP2 has sharded, each process gets its own shards, as DTensors.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages.
+            TypeError: ``model`` is no module.
+            ValueError: the optimizer averages none of the model's parameters; or
+                ``model.state_dict()`` holds something else in place of one.
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+        kept = self._kept_averages()
+        names = {param: name for name, param in model.named_parameters()}
+        if names.keys().isdisjoint(self._averaged_parameters()):
+            raise ValueError(
+                f"this optimizer averages none of the model's {len(names)} parameters: give it the "
+                "model (not a copy) whose parameters it was constructed with"
+            )
+        found: dict[str, Any] = model.state_dict(keep_vars=True)
+        missed = names.keys() & kept.keys()
+        for key, value in found.items():
+            if isinstance(value, Tensor):
+                missed.discard(value)
+                found[key] = kept.get(value, value).detach().to(value.dtype)
+        if missed:
+            raise ValueError(
+                f"model.state_dict() holds something else in place of {names[missed.pop()]!r}, as "
+                "a hook may have it: call model.state_dict() inside `with optimizer.swap_ema():`"
+            )
+        return found
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
+
+        Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
+        raises. The parameters' values are kept in a copy meanwhile.
+        """
+        return swapped(self, self._kept_averages())
+
+    def _averaged_parameters(self) -> list[Tensor]:
+        averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]
+        if not averaged:
+            raise RuntimeError("no averages are kept: construct the optimizer with ema_decay=")
+        return [param for group in averaged for param in group["params"]]
+
+    def _kept_averages(self) -> dict[Tensor, Tensor]:
+        states = {param: self.state.get(param) or {} for param in self._averaged_parameters()}
+        return {param: state["ema"] for param, state in states.items() if "ema" in state}

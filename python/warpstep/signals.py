@@ -1,0 +1,80 @@
+"""Signals that wait: what several Python statements write is written as a whole, or not begun."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class _Gate:
+    """Stands in for the handlers of signals: while it is closed, it keeps what comes."""
+
+    def __init__(self) -> None:
+        self.is_closed = True
+        self.handlers: dict[int, Handler] = {}
+        self.came: dict[int, FrameType | None] = {}
+
+    def handle(self, number: int, frame: FrameType | None) -> Any:
+        """The handler of every signal meanwhile."""
+        if self.is_closed:
+            self.came[number] = frame
+            return None
+        return self.handlers[number](number, frame)
+
+    def put_up(self) -> None:
+        """Takes the place of all handlers that are Python's: the others raise nothing."""
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self.handlers[number] = handler
+                signal.signal(number, self.handle)
+
+    def take_down(self) -> None:
+        """Puts the handlers back, then calls those whose signal came.
+
+        A handler that is back may raise at once, which must not keep the others from coming back.
+        """
+        raised: BaseException | None = None
+        to_restore = list(self.handlers)
+        try:
+            while to_restore or self.came:
+                try:
+                    while to_restore:
+                        number = to_restore[-1]
+                        if signal.getsignal(number) == self.handle:  # nobody has put up another
+                            signal.signal(number, self.handlers[number])
+                        to_restore.pop()
+                    while self.came:
+                        number, frame = self.came.popitem()
+                        self.handlers[number](number, frame)
+                except BaseException as error:
+                    raised = raised or error
+        finally:
+            self.is_closed = False
+        if raised is not None:
+            raise raised
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Python's signal handlers (Ctrl-C's, for one) run after the inside of the ``with``.
+
+    Python runs handlers between the statements of the main thread, and what they raise would end a
+    step half-way. Several signals of one number count as one, as they do in the kernel. In other
+    threads no handler runs, and nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    gate = _Gate()
+    try:
+        gate.put_up()
+        yield
+    finally:
+        gate.take_down()

@@ -1,0 +1,161 @@
+"""A step that modes, tracers and transforms see: by operators of torch instead of a launch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from warpstep import backends, functional, reference
+from warpstep.hypers import decay_form
+from warpstep.plan import Entry, Plan, with_grads
+from warpstep.shards import holds_values, layout_of, own_part, summed
+from warpstep.state import MOMENTS
+from warpstep.tail import Tail
+
+if TYPE_CHECKING:
+    from warpstep.optimizer import OnePass
+
+OPERATORS = {"decoupled": functional.adamw_, "coupled": functional.adam_}  # by form of decay
+
+Tensors = dict[str, Tensor]  # one parameter's: param, grad and its state
+
+
+class WatchedPlan(Plan):
+    """How one step is taken while `modes.are_active`: a launch would go past them.
+
+    docs/design.md, NOTE [watched steps].
+    """
+
+    def __init__(self, optimizer: OnePass) -> None:
+        super().__init__(optimizer)
+        self._native = None  # for this step only: there is nothing to compare with
+
+    def _prepare(self, optimizer: OnePass, entry: Entry, repeated: bool = False) -> None:
+        super()._prepare(optimizer, entry, repeated)
+        entry.backend, entry.recipe = "reference", None  # in no bucket
+
+    def step(self, optimizer: OnePass, tail: Tail) -> str | None:
+        """Takes the step. Everything has been checked: what fails now, a mode has refused."""
+        step_tail = replace(tail, zero_grads=False, unscale_grads=False)
+        params = with_grads(optimizer, self.python_only)
+        self._reference_sums = self._step_operators(optimizer, params, step_tail)
+        self._has_statistics = tail.statistics
+        for mention in with_grads(optimizer, self.repeated):
+            self._step_operators(optimizer, [mention], step_tail)
+        if tail.zero_grads or tail.unscales:  # once all have been read: several may have the same
+            reference.leave((grad for _, _, grad in params), tail)
+        return None
+
+    def _step_operators(
+        self, optimizer: OnePass, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
+    ) -> dict[Entry, Tensor]:
+        """Steps the parameters that have a gradient. Returns the sums that statistics need."""
+        calls: dict[tuple[int, torch.device], list[Tensors]] = defaultdict(list)
+        computed: list[reference.Computed] = []
+        sums: dict[Entry, Tensor] = {}
+        sharded: list[Tensor] = []
+        for entry, param, grad in mentions:
+            group, layout = optimizer.param_groups[entry.group], layout_of(param)
+            tensors = _tensors_of(param, grad, optimizer.state[param])
+            by_parts = holds_values(layout) and all(
+                layout_of(tensor) == layout for key, tensor in tensors.items() if key != "step"
+            )
+            if by_parts:
+                tensors = {key: own_part(tensor) for key, tensor in tensors.items()}
+                if layout is not None:
+                    sharded.append(param)
+            if by_parts and _is_for_operator(optimizer, group, tensors, tail):
+                calls[entry.group, param.device].append(tensors)
+                continue
+            one = _computed(tensors, group, tail, on_host=not by_parts)
+            computed.append(one)
+            if one.sums is not None:
+                sums[entry] = summed(one.sums, layout) if by_parts else one.sums
+        for (index, device), of_call in calls.items():
+            _call_operator(of_call, optimizer.param_groups[index], tail, device)
+        with torch.no_grad():
+            for one in computed:
+                for tensor, value in one.stores:
+                    # Detached: a graph traced from this is replayed outside of no_grad.
+                    reference.write(tensor.detach(), value)
+        increment_version(sharded)  # of which only the shards were written to
+        return sums
+
+    @property
+    def checked_by_native(self) -> bool:
+        """False: a plan of this kind serves one step."""
+        return False
+
+    def __str__(self) -> str:
+        return f"operators, for a mode or a transform: {len(self.python_only)} tensors"
+
+
+def _tensors_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Tensors:
+    kept = {key: state[key] for key in ("step", *MOMENTS, "ema") if key in state}
+    return {"param": param, "grad": grad, **kept}
+
+
+def _is_for_operator(
+    optimizer: OnePass, group: dict[str, Any], tensors: Tensors, tail: Tail
+) -> bool:
+    """Whether warpstep's operators can express one parameter's step, and are to take it."""
+    return not (
+        backends.choose(optimizer.backend, tensors["param"].device) == "reference"
+        or tail.clip_coef is not None
+        or tail.statistics
+        or group.get("ema_decay") is not None
+        or decay_form(group) not in OPERATORS
+        or any(isinstance(beta, Tensor) for beta in group["betas"])
+        or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors.values())
+    )
+
+
+def _call_operator(
+    tensors: list[Tensors], group: dict[str, Any], tail: Tail, device: torch.device
+) -> None:
+    """One call for tensors of one group on one device."""
+
+    def stream(key: str) -> list[Tensor]:
+        return [of_param[key] for of_param in tensors]
+
+    amsgrad = bool(group["amsgrad"])
+    beta1, beta2 = group["betas"]
+    grad_scale, found_inf, _ = tail.on(device)
+    with torch.no_grad():
+        OPERATORS[decay_form(group)](
+            stream("param"),
+            stream("grad"),
+            stream("exp_avg"),
+            stream("exp_avg_sq"),
+            stream("max_exp_avg_sq") if amsgrad else [],
+            stream("step"),
+            lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            amsgrad=amsgrad,
+            maximize=bool(group["maximize"]),
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+
+def _computed(
+    tensors: Tensors, group: dict[str, Any], tail: Tail, on_host: bool
+) -> reference.Computed:
+    """One parameter's step by the reference; whether it is taken is not read on the host."""
+    taken: bool | Tensor = True
+    if tail.found_inf is not None:
+        taken = tail.found_inf.to(tensors["param"].device, non_blocking=True).squeeze() == 0
+        taken = bool(taken) if on_host else taken
+    state = {key: tensor for key, tensor in tensors.items() if key not in ("param", "grad")}
+    return reference.computed(
+        tensors["param"], tensors["grad"], state, group, tail, taken, on_host=on_host
+    )
