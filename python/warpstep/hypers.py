@@ -12,6 +12,8 @@ from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
 DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
+# What every group has; older state dicts may lack torch's other keys, for which it has defaults.
+HYPERS = ("lr", "betas", "eps", "weight_decay")
 
 
 def decay_form(group: dict[str, Any]) -> str:
@@ -51,7 +53,12 @@ def check_group(group: dict[str, Any], where: str) -> None:
         check(f"betas[{index}]", f"beta parameter at index {index}", betas[index], below_one=True)
     check("weight_decay", "weight_decay value", group["weight_decay"])
 
-    form = decay_form(group)
+    check_own_options(group, where)
+
+
+def check_own_options(group: dict[str, Any], where: str) -> None:
+    """Raises ValueError if ``decay_form``, ``base_lr`` or ``ema_decay`` of ``group`` is invalid."""
+    form = group.get("decay_form", DECAY_FORMS[0])
     if form not in DECAY_FORMS:
         raise ValueError(f"Invalid decay_form: {form!r} is none of {DECAY_FORMS}{where}")
     if form == "independent":

@@ -346,7 +346,7 @@ class OnePass(Averaging):
         to the parameter's), or get ``state_dtype`` where one was given.
 
         Raises:
-            ValueError: the groups, or the shape of a tensor of the state, do not fit.
+            ValueError: something does not fit, or is missing; the message names it.
         """
         checkpoint.load(self, state_dict)
 

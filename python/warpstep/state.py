@@ -136,6 +136,12 @@ def check_device_for_fused(name: str, param: Tensor) -> None:
         )
 
 
+def missing_keys(state: dict[str, Any], amsgrad: bool) -> list[str]:
+    """What a parameter that was stepped has in its state, and this one lacks."""
+    keys = ("step", *(MOMENTS if amsgrad else MOMENTS[:2]))
+    return [key for key in keys if state.get(key) is None]
+
+
 def completed(
     name: str,
     param: Tensor,
@@ -151,9 +157,17 @@ def completed(
 
     Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. With ``ema`` there
     is an average of the parameter, which begins as the parameter; one of a dtype that no kernel
-    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``.
+    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``, or
+    where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
+    missing = missing_keys(state, amsgrad)
+    if missing and any(state.get(key) is not None for key in ("step", *MOMENTS)):
+        raise RuntimeError(
+            f"{name}: its state has {', '.join(map(repr, state))} and no "
+            f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
+            "parameter's whole state to begin it anew."
+        )
     step = state.get("step")
     if step is None:
         new["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
@@ -176,10 +190,11 @@ def completed(
                 new[key] = average.copy_(param)
             continue
         if moment is None:
-            given = state.get("exp_avg")
-            dtype = moment_dtype(param, state_dtype) if given is None else given.dtype
             new[key] = torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                param,
+                dtype=moment_dtype(param, state_dtype),
+                memory_format=torch.preserve_format,
+                requires_grad=False,
             )
             continue
         if (
