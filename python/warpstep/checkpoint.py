@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from warpstep.hypers import HYPERS, check_own_options
-from warpstep.plan import parameter_name
 from warpstep.recipes import ema_dtype
-from warpstep.state import MOMENTS, describe, missing_keys
+from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
 
 if TYPE_CHECKING:
     from warpstep.optimizer import OnePass

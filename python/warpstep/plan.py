@@ -28,6 +28,7 @@ from warpstep.state import (
     is_walkable,
     match_layout,
     moments_dtype,
+    parameter_name,
 )
 from warpstep.tail import Clipping, Statistics, Tail, combined_norm, statistics_of, version_of
 
@@ -91,13 +92,6 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
-
-
-def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
-    """``parameter 3 of group 0 ('layer.weight')``, for messages."""
-    names = groups[group].get("param_names")
-    name = f" ({names[index]!r})" if names else ""
-    return f"parameter {index} of group {group}{name}"
 
 
 class Plan:

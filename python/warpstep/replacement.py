@@ -11,8 +11,7 @@ from torch import Tensor
 
 from warpstep.hypers import check_group
 from warpstep.optimizer import Adam, AdamW, OnePass
-from warpstep.plan import parameter_name
-from warpstep.state import MOMENTS, describe
+from warpstep.state import MOMENTS, describe, parameter_name
 
 _CLASSES: dict[type, type[OnePass]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
 

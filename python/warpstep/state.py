@@ -22,6 +22,13 @@ def describe(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} of {shape} on {tensor.device}"
 
 
+def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
+    """``parameter 3 of group 0 ('layer.weight')``, for messages."""
+    names = groups[group].get("param_names")
+    name = f" ({names[index]!r})" if names else ""
+    return f"parameter {index} of group {group}{name}"
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +12,6 @@ from torch import Tensor
 from warpstep.state import describe
 
 if TYPE_CHECKING:
-    from warpstep.averages import Averaging
     from warpstep.plan import Plan
 
 
@@ -190,23 +187,3 @@ def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statisti
     norms = sums[:, :3].sqrt().float()
     counts = sums[:, 3].clamp(min=-1).to(torch.int64)
     return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)
-
-
-@contextmanager
-def swapped(optimizer: Averaging, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
-    if optimizer._averages_swapped:
-        raise RuntimeError("swap_ema() inside swap_ema()")
-    with torch.no_grad():
-        kept = [param.detach().clone() for param in averages]
-    optimizer._averages_swapped = True
-    try:
-        with torch.no_grad():
-            for param, average in averages.items():
-                param.copy_(average)
-        yield
-    finally:
-        with torch.no_grad():
-            for param, own in zip(averages, kept, strict=True):
-                param.copy_(own)
-        optimizer._averages_swapped = False
