@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam  # not torch.optim's: someone may put ours there
 
 from warpstep.swapping import swapped
 
 EmaDecay = float | Callable[[int], float]
 
 
-class Averaging(torch.optim.Adam):
+class Averaging(TorchAdam):
     """An Adam whose steps may keep an average of each parameter, in its state as ``"ema"``."""
 
     ema_decay: EmaDecay | None = None

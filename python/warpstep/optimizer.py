@@ -11,21 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
+from torch.optim.adam import Adam as TorchAdam
+from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import requested_backend
+from warpstep.groups import Members
 from warpstep.hypers import check_group
 from warpstep.plan import Plan
 from warpstep.recipes import FORMATS
-from warpstep.tail import (
-    Clipping,
-    Statistics,
-    Tail,
-    defer_unscale,
-    report_found_inf,
-)
+from warpstep.tail import Clipping, Statistics, Tail, defer_unscale, report_found_inf
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -51,6 +48,7 @@ class OnePass(Averaging):
     _captured_plans: list[Plan]
     _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
+    _members: Members | None = None  # while constructed
 
     def _set_options(
         self,
@@ -77,6 +75,7 @@ class OnePass(Averaging):
         self.ema_decay = ema_decay
         self.ema_dtype = ema_dtype
         self.stats = stats
+        self._members = None
         self._captured_plans = []
         self._turn = threading.RLock()
         self._step_supports_amp_scaling = not differentiable
@@ -99,7 +98,10 @@ class OnePass(Averaging):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
-        super().add_param_group(param_group)
+        add = super().add_param_group
+        members = self._members
+        with members.stand_in(self, param_group, add) if members else nullcontext():
+            add(param_group)
         self._complete_group(self.param_groups[-1])
 
     @_disable_dynamo
@@ -353,13 +355,13 @@ class OnePass(Averaging):
 
 def _torch_step(optimizer: OnePass) -> None:
     """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
-    step = torch.optim.Adam.step
+    step = TorchAdam.step
     if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
         step = step.__wrapped__  # type: ignore[attr-defined]  # set by functools.wraps
     step(optimizer)
 
 
-class AdamW(OnePass, torch.optim.AdamW):
+class AdamW(OnePass, TorchAdamW):
     """AdamW (decoupled weight decay) for a whole model in one kernel launch.
 
     A drop-in for :class:`torch.optim.AdamW`. With gradient g, and t counting from 1::
@@ -416,7 +418,8 @@ class AdamW(OnePass, torch.optim.AdamW):
         ema_dtype: torch.dtype | None = None,
         stats: bool = False,
     ) -> None:
-        torch.optim.AdamW.__init__(
+        self._members = Members()
+        TorchAdamW.__init__(
             self,
             params,
             lr,
@@ -473,7 +476,8 @@ class Adam(OnePass):
         ema_dtype: torch.dtype | None = None,
         stats: bool = False,
     ) -> None:
-        torch.optim.Adam.__init__(
+        self._members = Members()
+        TorchAdam.__init__(
             self,
             params,
             lr,
