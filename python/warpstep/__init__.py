@@ -1,8 +1,9 @@
 """warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
 
 from warpstep import functional, torch_ops
+from warpstep.adamw import AdamW
 from warpstep.backends import native, status
-from warpstep.optimizer import Adam, AdamW
+from warpstep.optimizer import Adam
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
 from warpstep.version import __version__

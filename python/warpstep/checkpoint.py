@@ -15,12 +15,12 @@ from warpstep.recipes import ema_dtype
 from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.optimizer import Adam
 
 _OTHERS = "Is it the state dict of another optimizer? Load one of AdamW's or Adam's"
 
 
-def load(optimizer: OnePass, state_dict: dict[str, Any]) -> None:
+def load(optimizer: Adam, state_dict: dict[str, Any]) -> None:
     """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place."""
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -62,7 +62,7 @@ def load(optimizer: OnePass, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _loaded_groups(optimizer: OnePass, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _loaded_groups(optimizer: Adam, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of a state dict, with the optimizer's parameters and what a step needs."""
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -93,7 +93,7 @@ def _loaded_groups(optimizer: OnePass, groups: list[dict[str, Any]]) -> list[dic
 
 
 def _loaded_state(
-    optimizer: OnePass, name: str, param: Tensor, group: dict[str, Any], saved: Any
+    optimizer: Adam, name: str, param: Tensor, group: dict[str, Any], saved: Any
 ) -> dict[str, Any]:
     """Copies of the tensors of one parameter's saved state, where and as they are needed."""
     misfit = f"loaded state dict does not fit {name}"
@@ -132,7 +132,7 @@ def _loaded_step(misfit: str, step: Any, device: torch.device | None) -> Tensor:
     return step.detach().to(device or step.device, torch.float32, copy=True)
 
 
-def _loaded_moment(optimizer: OnePass, misfit: str, param: Tensor, key: str, value: Any) -> Tensor:
+def _loaded_moment(optimizer: Adam, misfit: str, param: Tensor, key: str, value: Any) -> Tensor:
     """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")

@@ -1,4 +1,4 @@
-"""``warpstep.AdamW`` and ``warpstep.Adam``: torch's classes, stepped in one launch."""
+"""``warpstep.Adam``, torch's class stepped in one launch, and all that AdamW has of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.adam import Adam as TorchAdam
-from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, modes, signals, watched
@@ -27,8 +26,14 @@ from warpstep.tail import Clipping, Statistics, Tail, defer_unscale, report_foun
 Betas = tuple[float | Tensor, float | Tensor]
 
 
-class OnePass(Averaging):
-    """What AdamW and Adam share: the step by a plan, and a state dict that keeps its dtypes.
+class Adam(Averaging):
+    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
+
+    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
+    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
+    errors are those of :class:`AdamW`, which is derived from it, as torch's is from torch's.
+
+    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
 
     Attributes:
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
@@ -49,6 +54,54 @@ class OnePass(Averaging):
     _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
     _members: Members | None = None  # while constructed
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: str | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
+    ) -> None:
+        self._members = Members()
+        TorchAdam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._set_options(
+            differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+        )
 
     def _set_options(
         self,
@@ -353,151 +406,9 @@ class OnePass(Averaging):
         checkpoint.load(self, state_dict)
 
 
-def _torch_step(optimizer: OnePass) -> None:
+def _torch_step(optimizer: Adam) -> None:
     """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
     step = TorchAdam.step
     if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
         step = step.__wrapped__  # type: ignore[attr-defined]  # set by functools.wraps
     step(optimizer)
-
-
-class AdamW(OnePass, TorchAdamW):
-    """AdamW (decoupled weight decay) for a whole model in one kernel launch.
-
-    A drop-in for :class:`torch.optim.AdamW`. With gradient g, and t counting from 1::
-
-        m <- beta1 * m + (1 - beta1) * g
-        v <- beta2 * v + (1 - beta2) * g^2
-        p <- p - lr * weight_decay * p
-               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    Arithmetic is in float32 (float64 for float64 parameters), and each stored value is rounded
-    once. Complex parameters are stepped as pairs of real numbers.
-
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
-    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
-
-    Args:
-        params: parameters, named parameters, or dicts of groups, as torch takes them.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
-            torch's. ``fused=False`` selects the reference backend.
-        state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
-            ``float64``); None (default) for each parameter's own, as torch.
-        decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``
-            or ``"cautious"``: how weight decay acts. The README has the formulas.
-        ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
-            in [0, 1], or a function of how often ``step`` was called.
-        ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).
-        stats: gather what ``statistics()`` returns, in each step.
-        backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
-            otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
-            a backend has no kernel for are stepped by the reference.
-
-    Raises:
-        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
-        ema_decay: EmaDecay | None = None,
-        ema_dtype: torch.dtype | None = None,
-        stats: bool = False,
-    ) -> None:
-        self._members = Members()
-        TorchAdamW.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        self._set_options(
-            differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
-            decay_form=decay_form,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            stats=stats,
-        )
-
-
-class Adam(OnePass):
-    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
-
-    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
-    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
-    errors are those of :class:`AdamW`.
-
-    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
-        ema_decay: EmaDecay | None = None,
-        ema_dtype: torch.dtype | None = None,
-        stats: bool = False,
-    ) -> None:
-        self._members = Members()
-        TorchAdam.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-        self._set_options(
-            differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
-            decay_form=decay_form,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            stats=stats,
-        )

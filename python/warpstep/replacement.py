@@ -9,19 +9,19 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from warpstep.adamw import AdamW
 from warpstep.hypers import check_group
-from warpstep.optimizer import Adam, AdamW, OnePass
+from warpstep.optimizer import Adam
 from warpstep.state import MOMENTS, describe, parameter_name
 
-_CLASSES: dict[type, type[OnePass]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
+_CLASSES: dict[type, type[Adam]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
 
 
-# The type of a variable may be Adam where its value is an AdamW: then the value's class decides.
 @overload
-def replace(optimizer: torch.optim.AdamW) -> AdamW: ...  # type: ignore[overload-overlap]
+def replace(optimizer: torch.optim.AdamW) -> AdamW: ...
 @overload
 def replace(optimizer: torch.optim.Adam) -> Adam: ...
-def replace(optimizer: torch.optim.Adam) -> OnePass:
+def replace(optimizer: torch.optim.Adam) -> Adam:
     """Makes a live torch optimizer a ``warpstep.AdamW`` or ``Adam``, in place.
 
     It stays the same object and gets another class. So whatever holds it goes on with it, at any
@@ -50,7 +50,7 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
     """
     kind = _CLASSES.get(type(optimizer))
     if kind is None:
-        ours = "; it is warpstep's already" if isinstance(optimizer, OnePass) else ""
+        ours = "; it is warpstep's already" if isinstance(optimizer, Adam) else ""
         raise TypeError(
             f"replace() takes a torch.optim.AdamW or torch.optim.Adam, and no "
             f"{type(optimizer).__module__}.{type(optimizer).__qualname__}{ours}"
@@ -70,7 +70,7 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
     return optimizer
 
 
-def _wrap_for_schedulers(optimizer: OnePass) -> None:
+def _wrap_for_schedulers(optimizer: Adam) -> None:
     """As ``torch.optim.lr_scheduler.LRScheduler`` wraps ``step`` of the optimizer it is given."""
     method = type(optimizer).step
     reference = weakref.ref(optimizer)

@@ -1,0 +1,90 @@
+"""``warpstep.AdamW``: torch's class, stepped in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import AdamW as TorchAdamW
+from torch.optim.optimizer import ParamsT
+
+from warpstep.averages import EmaDecay
+from warpstep.optimizer import Adam, Betas
+
+
+class AdamW(Adam, TorchAdamW):
+    """AdamW (decoupled weight decay) for a whole model in one kernel launch.
+
+    A drop-in for :class:`torch.optim.AdamW`. With gradient g, and t counting from 1::
+
+        m <- beta1 * m + (1 - beta1) * g
+        v <- beta2 * v + (1 - beta2) * g^2
+        p <- p - lr * weight_decay * p
+               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Arithmetic is in float32 (float64 for float64 parameters), and each stored value is rounded
+    once. Complex parameters are stepped as pairs of real numbers.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
+    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
+
+    Args:
+        params: parameters, named parameters, or dicts of groups, as torch takes them.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
+            torch's. ``fused=False`` selects the reference backend.
+        state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
+            ``float64``); None (default) for each parameter's own, as torch.
+        decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``
+            or ``"cautious"``: how weight decay acts. The README has the formulas.
+        ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
+            in [0, 1], or a function of how often ``step`` was called.
+        ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).
+        stats: gather what ``statistics()`` returns, in each step.
+        backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
+            otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
+            a backend has no kernel for are stepped by the reference.
+
+    Raises:
+        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: str | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+        )
