@@ -18,12 +18,14 @@ from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import requested_backend
 from warpstep.groups import Members
-from warpstep.hypers import check_group
+from warpstep.hypers import check_arguments, check_group
 from warpstep.plan import Plan
-from warpstep.recipes import FORMATS
+from warpstep.recipes import FORMATS, one_of
 from warpstep.tail import Clipping, Statistics, Tail, defer_unscale, report_found_inf
 
 Betas = tuple[float | Tensor, float | Tensor]
+
+_CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
 
 class Adam(Averaging):
@@ -77,6 +79,7 @@ class Adam(Averaging):
         ema_dtype: torch.dtype | None = None,
         stats: bool = False,
     ) -> None:
+        check_arguments(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._members = Members()
         TorchAdam.__init__(
             self,
@@ -116,7 +119,7 @@ class Adam(Averaging):
     ) -> None:
         for name, dtype in (("state_dtype", state_dtype), ("ema_dtype", ema_dtype)):
             if dtype is not None and dtype not in FORMATS:
-                raise ValueError(f"Invalid {name}: {dtype} is none of {FORMATS}")
+                raise ValueError(f"Invalid {name}: {dtype}. Choose {one_of(FORMATS)}.")
         ours = {"state_dtype": state_dtype, "stats": stats or None}
         for group in ({"decay_form": decay_form, "ema_decay": ema_decay}, *self.param_groups):
             ours |= {key: group[key] for key in ("decay_form", "ema_decay") if group.get(key)}
@@ -151,6 +154,8 @@ class Adam(Averaging):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
+        if isinstance(param_group, dict):
+            check_arguments(param_group.get("params"))
         add = super().add_param_group
         members = self._members
         with members.stand_in(self, param_group, add) if members else nullcontext():
@@ -164,10 +169,15 @@ class Adam(Averaging):
 
     def _step_now(self, zero_grads: bool) -> None:
         if self._averages_swapped:
-            raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
+            raise RuntimeError(
+                "step() inside swap_ema(): the parameters hold their averages. Leave it first."
+            )
         capturing = self._check_capture()
         if capturing and callable(self.ema_decay):
-            raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
+            raise RuntimeError(
+                "step() is being captured in a graph, which would keep for good what the callable "
+                "ema_decay returns now: construct the optimizer with a number"
+            )
         self._update_ema_decay()
         tail, plan = self._tail(zero_grads), self.plan
         reason: str | None = "there is none yet"
@@ -179,14 +189,17 @@ class Adam(Averaging):
         plan = self._new_plan(reason, capturing, watched.WatchedPlan if is_watched else Plan)
         if plan is None:
             if zero_grads or self._clipping is not None:
-                raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
+                raise RuntimeError(
+                    "step(zero_grads=True) and clip_grad_norm_() are not supported with "
+                    "`differentiable`: use zero_grad() and torch.nn.utils.clip_grad_norm_()"
+                )
             _torch_step(self)
             return
         reason = self._run(plan, tail, capturing)
         if reason is not None and tail.measured_grads is not None and self._clipping is not None:
             self._clipping.raise_changed(plan.count_grads(self))
         if reason is not None:
-            raise RuntimeError(f"a new plan is stale at once: {reason}")
+            raise RuntimeError(_CHANGING.format(reason))
 
     def _tail(self, zero_grads: bool) -> Tail:
         """What surrounds the step that is asked for."""
@@ -242,7 +255,7 @@ class Adam(Averaging):
         if reason is not None:
             plan = self._new_plan(reason)
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
-                raise RuntimeError(f"a new plan is stale at once: {reason}")
+                raise RuntimeError(_CHANGING.format(reason))
         return plan
 
     @_disable_dynamo
@@ -284,7 +297,7 @@ class Adam(Averaging):
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
-            raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
+            raise ValueError(f"Invalid max_norm: {max_norm}. It has to be at least 0.")
         with self._turn:
             return self._clip(max_norm, norm_type, error_if_nonfinite, scaler)
 

@@ -112,7 +112,10 @@ class Plan:
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
             if not isinstance(group["params"], (list, tuple)):
-                raise TypeError(f"the params of group {index} are no list: {group['params']!r}")
+                raise TypeError(
+                    f"the 'params' of parameter group {index} are {group['params']!r}, expected a "
+                    "list of parameters"
+                )
 
         entries: list[Entry] = []
         assignments: list[int] = []

@@ -116,7 +116,10 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     if grad.is_complex() != param.is_complex() or not (
         grad.is_floating_point() or grad.is_complex()
     ):
-        raise TypeError(f"{name} is {describe(param)}, its gradient is {describe(grad)}")
+        raise TypeError(
+            f"{name} is {describe(param)}, its gradient is {describe(grad)}: both must be real, or "
+            "both complex, of a floating point dtype"
+        )
     if any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
             f"{name} is an expanded tensor of strides {param.stride()}: several of its elements "
@@ -217,7 +220,10 @@ def completed(
                 "kind must be the same. Load a state dict that fits, or move the state."
             )
         if is_freed(moment):
-            raise RuntimeError(f"{name}: the storage of its state {key!r} was freed")
+            raise RuntimeError(
+                f"{name}: its state {key!r} has no memory, its storage was freed. Bring it back "
+                "before the step, or load a state dict."
+            )
         if key == "ema" and moment.dtype not in ema_dtypes(param):
             moment = new[key] = moment.to(ema_dtype(param, wanted_ema_dtype))
         if is_plain(moment) and is_dense(param) and not same_layout(moment, param):
