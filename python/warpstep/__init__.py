@@ -2,7 +2,7 @@
 
 from warpstep import functional, torch_ops
 from warpstep.adamw import AdamW
-from warpstep.backends import native, status
+from warpstep.backends import BackendUnavailableError, native, status
 from warpstep.optimizer import Adam
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
@@ -11,6 +11,7 @@ from warpstep.version import __version__
 __all__ = [
     "Adam",
     "AdamW",
+    "BackendUnavailableError",
     "__version__",
     "disable",
     "enable",

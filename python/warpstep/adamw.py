@@ -8,6 +8,8 @@ from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
 from warpstep.averages import EmaDecay
+from warpstep.backends import BackendName
+from warpstep.hypers import DecayForm
 from warpstep.optimizer import Adam, Betas
 
 
@@ -33,8 +35,17 @@ class AdamW(Adam, TorchAdamW):
             torch's. ``fused=False`` selects the reference backend.
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
             ``float64``); None (default) for each parameter's own, as torch.
-        decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``
-            or ``"cautious"``: how weight decay acts. The README has the formulas.
+        decay_form: how weight decay acts, by default as torch's class has it. What is taken from p,
+            with u the update in the last line above (lr times a quotient):
+
+            * ``"decoupled"``, AdamW's: ``lr * weight_decay * p``
+            * ``"independent"``: ``(lr / base_lr) * weight_decay * p``, where ``base_lr`` is the
+              group's lr at construction: only the schedule's multiple of it counts (Loshchilov and
+              Hutter, Algorithm 2)
+            * ``"coupled"``, Adam's: nothing; ``g <- g + weight_decay * p`` comes first
+            * ``"l1"``: ``lr * weight_decay * sign(p)``
+            * ``"cautious"``: ``lr * weight_decay * p`` where u and p do not differ in sign, else
+              nothing (Chen et al., https://arxiv.org/abs/2510.12402)
         ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
             in [0, 1], or a function of how often ``step`` was called.
         ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).
@@ -61,9 +72,9 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
+        decay_form: DecayForm | None = None,
         ema_decay: EmaDecay | None = None,
         ema_dtype: torch.dtype | None = None,
         stats: bool = False,

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -150,7 +150,7 @@ def has_kernel(backend: str, recipe: Recipe) -> bool:
     return module is not None and module.has_recipe(*recipe.names(), recipe.amsgrad)
 
 
-def requested_backend(argument: str) -> str:
+def requested_backend(argument: str) -> BackendName:
     """The backend asked for: the argument, else the environment variable, else ``auto``.
 
     Raises ValueError for a name that is none.
@@ -161,7 +161,7 @@ def requested_backend(argument: str) -> str:
         name, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Invalid {source}: {name!r}. Choose {one_of(('auto', *BACKENDS))}.")
-    return name
+    return cast(BackendName, name)
 
 
 _told_of_slow_steps = False
@@ -204,10 +204,20 @@ def _first_available(device: torch.device) -> str:
 class Status:
     """What ``warpstep.status()`` found. Printing it gives a report.
 
-    ``chosen`` maps each device of this machine to the backend that ``auto`` (or the environment
-    variable) takes there; ``unavailable`` maps (device, backend) to the reason. ``enabled`` tells
-    whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``), ``taken``
-    how many calls they have taken, ``passed_on`` how many went to torch's kernel, by reason.
+    Attributes:
+        versions: of ``warpstep``, ``torch`` and ``Python``.
+        chosen: for each device of this machine, the backend that ``backend="auto"`` (or the
+            environment variable ``WARPSTEP_BACKEND``) takes there.
+        unavailable: for each (device, backend) that cannot run, the reason.
+        launches: how many kernels each of ``cpu``, ``cuda`` and ``triton`` has launched in this
+            process.
+        native: what the native module has: its ``CPU code`` (instruction set), its ``CUDA code``
+            (compute capabilities), how tensors are read, whose threads it uses; or ``missing``, and
+            why.
+        enabled: whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``).
+        taken: how many of their calls warpstep's kernels have taken in this process.
+        passed_on: how many went to torch's kernels all the same, by reason.
+        override: the report's line about these three.
     """
 
     versions: dict[str, str]
@@ -218,7 +228,7 @@ class Status:
     enabled: bool = False
     taken: int = 0
     passed_on: dict[str, int] = field(default_factory=dict)
-    override: str = ""  # the report's line about them
+    override: str = ""
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]

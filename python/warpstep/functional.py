@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plai
 from warpstep.state import same_layout as has_layout_of
 from warpstep.tail import Tail
 
+ListBackend = Literal["auto", "cpu", "cuda", "reference"]
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 
 
@@ -264,7 +265,7 @@ def adamw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
-    backend: str = "auto",
+    backend: ListBackend = "auto",
 ) -> None:
     """One step of AdamW on lists of tensors, in place, in one launch for all of a recipe.
 
@@ -354,7 +355,7 @@ def adam_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
-    backend: str = "auto",
+    backend: ListBackend = "auto",
 ) -> None:
     """One step of Adam on lists of tensors: as `adamw_`, but weight decay joins the gradient.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
 DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
+DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious"]
 # What every group has; older state dicts may lack torch's other keys, for which it has defaults.
 HYPERS = ("lr", "betas", "eps", "weight_decay")
 

@@ -16,11 +16,12 @@ from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
-from warpstep.backends import requested_backend
+from warpstep.backends import BackendName, requested_backend
 from warpstep.groups import Members
-from warpstep.hypers import check_arguments, check_group
+from warpstep.hypers import DecayForm, check_arguments, check_group
 from warpstep.plan import Plan
 from warpstep.recipes import FORMATS, one_of
+from warpstep.state import names_of
 from warpstep.tail import Clipping, Statistics, Tail, defer_unscale, report_found_inf
 
 Betas = tuple[float | Tensor, float | Tensor]
@@ -40,14 +41,16 @@ class Adam(Averaging):
     Attributes:
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
         state_dtype: the dtype of new moments; None for each parameter's own.
-        plan: how the last step was run, or None before the first. Printing it tells.
+        plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
+            line for each bucket, the tensors that one kernel launch steps: their backend, number,
+            device and dtypes; and one for those that the reference steps.
     """
 
     # torch.amp.GradScaler then leaves unscaling and the inf check to the step, with no device
     # synchronisation. Set to False on instances that step through autograd.
     _step_supports_amp_scaling = True
 
-    backend: str = "auto"
+    backend: BackendName = "auto"
     state_dtype: torch.dtype | None = None
     stats: bool = False
     plan: Plan | None = None
@@ -72,9 +75,9 @@ class Adam(Averaging):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
+        decay_form: DecayForm | None = None,
         ema_decay: EmaDecay | None = None,
         ema_dtype: torch.dtype | None = None,
         stats: bool = False,
@@ -110,9 +113,9 @@ class Adam(Averaging):
         self,
         differentiable: bool,
         *,
-        backend: str,
+        backend: BackendName,
         state_dtype: torch.dtype | None,
-        decay_form: str | None,
+        decay_form: DecayForm | None,
         ema_decay: EmaDecay | None,
         ema_dtype: torch.dtype | None,
         stats: bool,
@@ -360,7 +363,8 @@ class Adam(Averaging):
         found = plan.statistics(self) if self.stats and plan is not None else None
         if found is None:
             raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
-        return found
+        names = names_of(self.param_groups)
+        return replace(found, names=[names[param] for param in found.params])
 
     def _check_capture(self) -> bool:
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""

@@ -99,6 +99,9 @@ class Plan:
 
     Making a plan checks everything, allocates missing state, and only then publishes it: after an
     exception the optimizer is as it was.
+
+    Attributes:
+        buckets: the parameters that kernels step, those of one launch together.
     """
 
     @torch.inference_mode(False)  # state is for steps outside, too

@@ -29,6 +29,16 @@ def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
     return f"parameter {index} of group {group}{name}"
 
 
+def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Each parameter's name where names were given, else ``parameter 3 of group 0``."""
+    names: dict[Tensor, str] = {}
+    for g, group in enumerate(groups):
+        given = group.get("param_names") or ()
+        for i, param in enumerate(group["params"]):
+            names.setdefault(param, given[i] if given else parameter_name(groups, g, i))
+    return names
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 

@@ -159,12 +159,14 @@ class Statistics:
     """What the last step saw, one number a parameter, on the first parameter's device.
 
     Attributes:
-        params: the parameters, in the optimizer's order of buckets.
+        params: the parameters, in the order of the plan's buckets. The other fields have theirs.
         grad_norm: 2-norm of the unscaled gradient, before clipping. float32.
         param_norm: 2-norm of the parameter after the step. float32.
         update_norm: 2-norm of what the step changed the parameter by, decay included. float32.
         nonfinite: how many values of the gradient were NaN or infinite; -1 where there was no
             gradient. int64. A step that was skipped for found_inf is counted as well.
+        names: the parameters' names, if they were given to the optimizer with their parameters
+            (``model.named_parameters()``), else ``parameter 3 of group 0``.
     """
 
     params: list[Tensor]
@@ -172,6 +174,7 @@ class Statistics:
     param_norm: Tensor
     update_norm: Tensor
     nonfinite: Tensor
+    names: list[str] = field(default_factory=list)
 
 
 def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
