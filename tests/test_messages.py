@@ -86,6 +86,22 @@ def test_errors_of_python_name_a_class_that_users_know(cls, method):
         getattr(cls(params()), method)(nonsense=1)
 
 
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay"])
+def test_a_group_that_has_lost_a_hyper_parameter_is_told(key):
+    optimizer = warpstep.AdamW(params())
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    del optimizer.param_groups[0][key]
+    with pytest.raises(ValueError, match=rf"^'{key}' is missing \(in parameter group 0\)"):
+        optimizer.step()
+
+
+def test_text_for_a_number_in_a_group_is_told():
+    message = r"learning rate of type str: 1e-3 \(in parameter group 0\)"
+    with pytest.raises(ValueError, match=message):
+        warpstep.AdamW([{"params": params(), "lr": "1e-3"}])
+
+
 def test_choices_are_listed_in_english():
     choices = "'auto', 'cuda', 'triton', 'cpu' and 'reference'"
     with pytest.raises(ValueError, match=f"^Invalid backend: 'gpu'. Choose one of {choices}.$"):

@@ -73,10 +73,12 @@ def check_group(group: dict[str, Any], where: str) -> None:
         try:
             valid = value >= 0.0 and not (below_one and value >= 1.0)
         except TypeError:
-            valid = False
+            valid, label = False, f"{label} of type {type(value).__name__}"
         if not valid:
             raise ValueError(f"Invalid {label}: {value}{where}")
 
+    if missing := [key for key in HYPERS if key not in group]:
+        raise ValueError(f"{' and '.join(map(repr, missing))} is missing{where}: set it there")
     check("lr", "learning rate", group["lr"])
     check("eps", "epsilon value", group["eps"])
     betas = group["betas"]
