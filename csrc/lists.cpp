@@ -113,7 +113,8 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   std::size_t last = 0;          // the bucket of the tensor before
   for (std::size_t i = 0; i < count; ++i) {
     TensorView param;
-    if (!readable(PyList_GET_ITEM(lists.params.ptr(), i), param)) return "no plain tensor";
+    if (!readable(PyList_GET_ITEM(lists.params.ptr(), i), param))
+      return "a tensor of a subclass, or without strides";
     if (i == 0) device = param.device;
     const std::int64_t numel = param.numel();
     if (!is_dense(param)) return "gaps in memory";
@@ -127,18 +128,19 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     Format formats[5] = {};
     for (int k = 0; k < 5 && objects[k] != nullptr; ++k) {
       TensorView view = param;
-      if (k > 0 && !readable(objects[k], view)) return "no plain tensor";
+      if (k > 0 && !readable(objects[k], view)) return "a tensor of a subclass, or without strides";
       if (!view.known_format) return "no kernel for the dtypes";
       if (!on_device(view, device)) return "several devices";
-      if (view.ndim != param.ndim || view.is_complex != param.is_complex) return "other shapes";
+      if (view.ndim != param.ndim || view.is_complex != param.is_complex)
+        return "shapes that differ";
       for (std::int32_t d = 0; d < param.ndim; ++d) {
-        if (view.shape[d] != param.shape[d]) return "other shapes";
+        if (view.shape[d] != param.shape[d]) return "shapes that differ";
         if (view.strides[d] != param.strides[d] && param.shape[d] != 1 && numel != 0) {
           return "strides that differ";
         }
       }
       if (!options.dispatched && is_lazy(objects[k], view, numel)) return "a lazy tensor";
-      if (view.data == nullptr && numel != 0) return "freed memory";
+      if (view.data == nullptr && numel != 0) return "memory that was freed";
       data[k] = view.data;
       formats[k] = view.format;
     }
@@ -152,7 +154,8 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     row.exp_avg_sq = data[3];
     row.max_exp_avg_sq = data[4];
     TensorView step;
-    if (!readable(PyList_GET_ITEM(lists.state_steps.ptr(), i), step)) return "no plain tensor";
+    if (!readable(PyList_GET_ITEM(lists.state_steps.ptr(), i), step))
+      return "a tensor of a subclass, or without strides";
     if (!step.known_format || step.is_complex || step.format != Format::float32 ||
         step.numel() != 1 || !on_device(step, device) || step.data == nullptr) {
       return "a step that is not one float32 on the device";
@@ -208,8 +211,10 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (!options.cuda && device.type != dlpack::cpu) return "no kernel for the device";
   if (const char* why = read_lr(lr, device, options.hyper)) return why;
   Tail tail{};
-  if (!read_float(grad_scale, device, tail.grad_scale)) return "grad_scale";
-  if (!read_float(found_inf, device, tail.found_inf)) return "found_inf";
+  if (!read_float(grad_scale, device, tail.grad_scale))
+    return "a grad_scale that is not one float32 on the device";
+  if (!read_float(found_inf, device, tail.found_inf))
+    return "a found_inf that is not one float32 on the device";
   tail.steps_advanced = !options.advance_steps;
   if (options.unscale_grads && tail.grad_scale != nullptr)
     tail.grads_after = GradsAfter::unscaled_if_taken;
@@ -342,7 +347,8 @@ const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucke
       misses_ = 0;
     } else {
       if (capturing) return "a graph capture before such a step was taken eagerly";
-      if (!options.always && !is_seen_again(bucket)) return "tensors that never come twice";
+      if (!options.always && !is_seen_again(bucket))
+        return "tensors that lie elsewhere at each step";
       resident = make_resident(bucket, device);
       resident->stream = stream;
     }

@@ -67,10 +67,12 @@ TensorReader::TensorReader(PyObject* capsule, std::optional<TorchHandles> handle
       static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api_ == nullptr) {
     PyErr_Clear();
-    throw std::runtime_error("torch.Tensor.__dlpack_c_exchange_api__ is not the capsule expected");
+    throw std::runtime_error(
+        "this torch's __dlpack_c_exchange_api__ is not what DLPack defines: update warpstep");
   }
   if (api_->version.major != 1 || api_->tensor_from_py_object == nullptr) {
-    throw std::runtime_error("this torch's DLPack exchange API is not of version 1");
+    throw std::runtime_error(
+        "this torch's DLPack exchange API is not of version 1: update warpstep");
   }
 }
 

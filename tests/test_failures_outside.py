@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
+from warpstep import backends
 
 LR = 0.01
 SHAPES = [(5, 3), (17,), ()]
@@ -312,6 +313,78 @@ def test_status_without_the_native_module():
     assert done.returncode == 0, done.stderr
     assert "native module is missing" in done.stdout
     assert "C++ compiler" in done.stdout
+
+
+def without_native(code, *arguments, **environment):
+    both = textwrap.dedent(WITHOUT_NATIVE) + textwrap.dedent(code)
+    return python(both, *arguments, **environment)
+
+
+FIRST_STEPS = """
+    p = torch.nn.Parameter(torch.ones(3))
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        {step}
+    print("stepped")
+"""
+SLOW = {
+    "AdamW": "warpstep.AdamW([p]).step()",
+    "functional": "warpstep.functional.adamw_([p.detach()], [p.grad], [torch.zeros(3)], "
+    "[torch.zeros(3)], [], [torch.zeros(())], lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0.0, "
+    "eps=1e-8)",
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_slow_steps_are_told_once_with_the_remedy(case):
+    done = without_native(FIRST_STEPS.format(step=SLOW[case]))
+    assert (done.returncode, done.stdout) == (0, "stepped\n"), done.stderr
+    assert done.stderr.count("UserWarning") == 1
+    assert "steps are slow here: the native module is missing (hidden by a test)." in done.stderr
+    assert f"install a C++ compiler and run `{backends.REINSTALL}`" in done.stderr
+
+
+def test_slow_steps_that_were_chosen_are_not_told():
+    chosen = {"WARPSTEP_BACKEND": "reference"}
+    for step, environment in (
+        ('warpstep.AdamW([p], backend="reference").step()', {}),
+        ("warpstep.status()", {}),
+        ("warpstep.AdamW([p]).step()", chosen),
+    ):
+        done = without_native(FIRST_STEPS.format(step=step), "-W", "error", **environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "stepped\n", "")
+
+
+def test_a_warning_that_is_an_error_leaves_the_step_to_be_taken_again():
+    code = """
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = warpstep.AdamW([p])
+    try:
+        optimizer.step()
+    except UserWarning:
+        assert not optimizer.state
+        assert torch.equal(p, torch.ones(3))
+        optimizer.step()
+        print(optimizer.state[p]["step"])
+    """
+    done = without_native(code, "-W", "error")
+    assert (done.returncode, done.stdout) == (0, "tensor(1.)\n"), done.stderr
+
+
+def test_the_report_says_why_there_is_no_native_module():
+    halted = """
+    import sys
+    sys.modules["warpstep._native"] = None
+    import warpstep
+    """
+    for start, cause in ((WITHOUT_NATIVE, "hidden by a test"), (halted, "import of warpstep._nat")):
+        done = python(textwrap.dedent(start) + "\nprint(warpstep.status())")
+        second = done.stdout.splitlines()[1]
+        assert second.startswith(f"The native module is missing ({cause}"), done.stdout
+        assert second.endswith("in warpstep's source folder.")
+        assert "circular" not in done.stdout
+        assert "  not cpu: there is no native module" in done.stdout.splitlines()
 
 
 def test_steps_without_the_native_module():

@@ -333,7 +333,11 @@ def freed():
 BAD = {
     "shorter list": (lambda ls: ls[2].pop(), ValueError, r"exp_avgs has 2 tensors and params 3"),
     "no maxima": (lambda ls: ls[4].clear(), ValueError, r"max_exp_avg_sqs has 0"),
-    "no tensor": (lambda ls: change(ls, "grads", 1, 3.0), TypeError, r"grads\[1\] is a float"),
+    "no tensor": (
+        lambda ls: change(ls, "grads", 1, 3.0),
+        TypeError,
+        r"grads\[1\] is of type float",
+    ),
     "gradient's shape": (
         lambda ls: change(ls, "grads", 1, torch.ones(4)),
         RuntimeError,
@@ -372,7 +376,7 @@ BAD = {
     "float8": (
         lambda ls: change(ls, "params", 1, torch.ones(3).to(torch.float8_e4m3fn)),
         TypeError,
-        r"params\[1\].*float8_e4m3fn cannot be stepped",
+        r"params\[1\].*float8_e4m3fn.*has to be one of torch",
     ),
     "sparse": (
         lambda ls: change(ls, "grads", 1, torch.ones(3).to_sparse()),
@@ -442,7 +446,7 @@ def test_errors_name_the_tensor_and_change_nothing(lists_backend, device, name):
         ({"found_inf": torch.ones(0)}, RuntimeError, "found_inf is float32 of shape"),
         ({"found_inf": 0.0}, RuntimeError, "found_inf is 0.0"),
         ({"backend": "triton"}, ValueError, "does not take lists"),
-        ({"backend": "fast"}, ValueError, "is none of"),
+        ({"backend": "fast"}, ValueError, "Choose one of 'auto', 'cuda'"),
     ],
     ids=str,
 )

@@ -1,8 +1,9 @@
 """warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
 
 from warpstep import functional, torch_ops
-from warpstep.backends import native, status
-from warpstep.optimizer import Adam, AdamW
+from warpstep.adamw import AdamW
+from warpstep.backends import BackendUnavailableError, native, status
+from warpstep.optimizer import Adam
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
 from warpstep.version import __version__
@@ -10,6 +11,7 @@ from warpstep.version import __version__
 __all__ = [
     "Adam",
     "AdamW",
+    "BackendUnavailableError",
     "__version__",
     "disable",
     "enable",

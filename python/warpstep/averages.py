@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam  # not torch.optim's: someone may put ours there
 
-from warpstep.tail import swapped
+from warpstep.swapping import swapped
 
 EmaDecay = float | Callable[[int], float]
 
 
-class Averaging(torch.optim.Adam):
+class Averaging(TorchAdam):
     """An Adam whose steps may keep an average of each parameter, in its state as ``"ema"``."""
 
     ema_decay: EmaDecay | None = None
@@ -93,8 +94,13 @@ class Averaging(torch.optim.Adam):
     def swap_ema(self) -> AbstractContextManager[None]:
         """The parameters are their averages inside ``with optimizer.swap_ema():``, for evaluation.
 
-        Afterwards, whatever happens inside, they are what they were, bit for bit. A step inside
-        raises. The parameters' values are kept in a copy meanwhile.
+        Afterwards, whatever happens inside, they are what they were, bit for bit: in their own
+        memory, of their own shape and dtype, on their own device. A step inside raises. The
+        parameters' values are kept in a copy meanwhile.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages; or, at the end, a parameter cannot be
+                restored: the message names it, and all others are restored.
         """
         return swapped(self, self._kept_averages())
 

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
-from warpstep.recipes import FORMATS, Recipe
+from warpstep.recipes import FORMATS, Recipe, one_of
 from warpstep.version import __version__
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+BackendName = Literal["auto", "cuda", "triton", "cpu", "reference"]
 ENVIRONMENT_VARIABLE = "WARPSTEP_BACKEND"
 # "0": no function of torch's C ABI is used (csrc/torch_handles.h). Slower, with the same results.
 TORCH_ABI_VARIABLE = "WARPSTEP_TORCH_ABI"
 
-_BUILD_HINT = "install a C++ compiler and reinstall warpstep (pip install --force-reinstall)"
+# REQUIRED: what prevents the build is then an error of pip's. --no-deps: torch stays as it is.
+REINSTALL = "WARPSTEP_NATIVE=REQUIRED pip install --force-reinstall --no-deps ."
+_BUILD_HINT = (
+    f"To build it, install a C++ compiler and run `{REINSTALL}` in warpstep's source folder"
+)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -39,13 +47,19 @@ def _no_modes() -> Iterator[None]:
 @functools.cache
 def native() -> tuple[ModuleType | None, str]:
     """The native module, or None and the reason why there is none."""
-    try:
-        from warpstep import _native
+    try:  # not `from warpstep import`, whose error in a package half imported tells of a circle
+        _native = importlib.import_module("warpstep._native")
     except ImportError as error:
-        return None, f"the native module is missing ({error}): {_BUILD_HINT}"
+        why, others = str(error), sorted(Path(__file__).parent.glob("_native.*.so"))
+        if others and isinstance(error, ModuleNotFoundError):
+            why += f"; {others[0].name} was built for another Python"
+        return None, f"the native module is missing ({why}). {_BUILD_HINT}"
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None, f"torch {torch.__version__} has no DLPack C exchange API: 2.10 is the first"
+        return None, (
+            f"torch {torch.__version__} has no DLPack C exchange API, by which the native module "
+            "reads tensors. Install torch 2.10 or later"
+        )
     try:
         with _no_modes():
             wanted = os.environ.get(TORCH_ABI_VARIABLE) != "0"
@@ -61,7 +75,7 @@ def triton_kernel() -> tuple[ModuleType | None, str]:
     try:
         from warpstep.kernels import launch_triton
     except ImportError as error:
-        return None, f"triton cannot be imported ({error}): pip install triton"
+        return None, f"triton cannot be imported ({error}). Install it with `pip install triton`"
     return launch_triton, ""
 
 
@@ -77,17 +91,24 @@ def _cuda_reason(index: int) -> str:
     if module is None:
         return reason
     if module.cuda_architectures is None:
-        return "the native module was built without nvcc: have nvcc on PATH and reinstall"
+        return (
+            "the native module was built without CUDA kernels. Put nvcc on PATH and run "
+            f"`WARPSTEP_CUDA=ON {REINSTALL}` in warpstep's source folder"
+        )
     if torch.version.hip is not None:
-        return "this torch is for AMD GPUs"
+        return "this torch is built for AMD GPUs, and the CUDA kernels for NVIDIA's"
     if module.cuda_device_count() == 0:
-        return "no NVIDIA GPU, or its driver is older than the CUDA runtime"
+        return (
+            "there is no NVIDIA GPU, or its driver is older than the CUDA runtime that warpstep "
+            "was built with"
+        )
     built = [int(a.split("-")[0]) for a in module.cuda_architectures.split() if a[0].isdigit()]
     major, minor = torch.cuda.get_device_capability(index)
     if built and major * 10 + minor < min(built):
         return (
-            f"GPU {index} has compute capability {major}.{minor}, built for "
-            f"{module.cuda_architectures}: set WARPSTEP_CUDA_ARCHS and reinstall"
+            f"GPU {index} has compute capability {major}.{minor}, and the CUDA kernels were built "
+            f"for {module.cuda_architectures}. Run `WARPSTEP_CUDA_ARCHS={major * 10 + minor} "
+            f"{REINSTALL}` in warpstep's source folder"
         )
     return ""
 
@@ -97,17 +118,17 @@ def unavailable_reason(backend: str, device: torch.device) -> str:
     if backend == "reference":
         return ""
     if backend == "cpu":
-        return native()[1] if device.type == "cpu" else f"it does not run on {device.type} devices"
+        return native()[1] if device.type == "cpu" else f"it cannot run on {device.type} devices"
     if backend == "cuda":
         if device.type == "cpu" and _emulates_cuda():
             return ""
         if device.type != "cuda":
-            return f"it does not run on {device.type} devices"
+            return f"it cannot run on {device.type} devices"
         return _cuda_reason(device.index or 0)
     if device.type == "cpu" and not _triton_interprets():
         return "Triton has no CPU code (TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda", "xpu"):
-        return f"it does not run on {device.type} devices"
+        return f"it cannot run on {device.type} devices"
     return triton_kernel()[1]
 
 
@@ -129,7 +150,7 @@ def has_kernel(backend: str, recipe: Recipe) -> bool:
     return module is not None and module.has_recipe(*recipe.names(), recipe.amsgrad)
 
 
-def requested_backend(argument: str) -> str:
+def requested_backend(argument: str) -> BackendName:
     """The backend asked for: the argument, else the environment variable, else ``auto``.
 
     Raises ValueError for a name that is none.
@@ -139,36 +160,64 @@ def requested_backend(argument: str) -> str:
     if name == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
         name, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"Invalid {source}: {name!r} is none of {('auto', *BACKENDS)}")
-    return name
+        raise ValueError(f"Invalid {source}: {name!r}. Choose {one_of(('auto', *BACKENDS))}.")
+    return cast(BackendName, name)
+
+
+_told_of_slow_steps = False
+
+
+def _tell_of_slow_steps() -> None:
+    """Says, once a process, why steps are slow, to who has not chosen that by name."""
+    global _told_of_slow_steps
+    _, reason = native()
+    if reason and not _told_of_slow_steps:
+        _told_of_slow_steps = True  # also if warnings are errors: the next step is taken
+        warnings.warn(f"warpstep's steps are slow here: {reason}.", stacklevel=3)
 
 
 def choose(requested: str, device: torch.device) -> str:
     """The backend for parameters on ``device``.
 
     ``auto`` takes the first of ``cuda`` (NVIDIA GPUs), ``triton`` (other GPUs), ``cpu`` that can
-    run there, else ``reference``. Raises BackendUnavailableError for a named one that cannot.
+    run there, else ``reference``; the first time that it lacks the native module, it warns.
+    Raises BackendUnavailableError for a named one that cannot.
     """
     if requested == "auto":
-        candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-        return next((b for b in candidates if not unavailable_reason(b, device)), "reference")
+        _tell_of_slow_steps()
+        return _first_available(device)
     reason = unavailable_reason(requested, device)
     if reason:
         raise BackendUnavailableError(
             f"backend {requested!r} cannot step parameters on {device}: {reason}. "
-            f"Use backend='auto', which would choose {choose('auto', device)!r}."
+            f"Or use backend='auto', which would choose {_first_available(device)!r}."
         )
     return requested
+
+
+def _first_available(device: torch.device) -> str:
+    candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
+    return next((b for b in candidates if not unavailable_reason(b, device)), "reference")
 
 
 @dataclass(frozen=True)
 class Status:
     """What ``warpstep.status()`` found. Printing it gives a report.
 
-    ``chosen`` maps each device of this machine to the backend that ``auto`` (or the environment
-    variable) takes there; ``unavailable`` maps (device, backend) to the reason. ``enabled`` tells
-    whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``), ``taken``
-    how many calls they have taken, ``passed_on`` how many went to torch's kernel, by reason.
+    Attributes:
+        versions: of ``warpstep``, ``torch`` and ``Python``.
+        chosen: for each device of this machine, the backend that ``backend="auto"`` (or the
+            environment variable ``WARPSTEP_BACKEND``) takes there.
+        unavailable: for each (device, backend) that cannot run, the reason.
+        launches: how many kernels each of ``cpu``, ``cuda`` and ``triton`` has launched in this
+            process.
+        native: what the native module has: its ``CPU code`` (instruction set), its ``CUDA code``
+            (compute capabilities), how tensors are read, whose threads it uses; or ``missing``, and
+            why.
+        enabled: whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``).
+        taken: how many of their calls warpstep's kernels have taken in this process.
+        passed_on: how many went to torch's kernels all the same, by reason.
+        override: the report's line about these three.
     """
 
     versions: dict[str, str]
@@ -179,15 +228,19 @@ class Status:
     enabled: bool = False
     taken: int = 0
     passed_on: dict[str, int] = field(default_factory=dict)
-    override: str = ""  # the report's line about them
+    override: str = ""
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
-        lines += [f"native module: {', '.join(f'{k} {v}' for k, v in self.native.items())}"]
+        missing = self.native.get("missing")
+        if missing:
+            lines.append(f"{missing[0].upper()}{missing[1:]}.")
+        else:
+            lines.append("native module: " + ", ".join(f"{k} {v}" for k, v in self.native.items()))
         for device, backend in self.chosen.items():
             lines.append(f"{device}: steps run on the {backend!r} backend")
             lines += [
-                f"  not {other}: {reason}"
+                f"  not {other}: {'there is no native module' if reason == missing else reason}"
                 for (where, other), reason in self.unavailable.items()
                 if where == device
             ]
@@ -207,7 +260,7 @@ def _devices() -> list[torch.device]:
 
 def status() -> Status:
     """What is available on this machine, what would be chosen, and why not the others."""
-    versions = {"warpstep": __version__, "torch": torch.__version__}
+    versions = {"warpstep": __version__, "torch": str(torch.__version__)}
     versions["Python"] = platform.python_version()
     requested = requested_backend("auto")
     chosen, unavailable = {}, {}
@@ -215,7 +268,8 @@ def status() -> Status:
         reasons = {b: unavailable_reason(b, device) for b in BACKENDS}
         unavailable.update({(str(device), b): r for b, r in reasons.items() if r})
         usable = requested == "auto" or not reasons[requested]
-        chosen[str(device)] = choose(requested, device) if usable else "none (see below)"
+        available = _first_available(device) if requested == "auto" else requested
+        chosen[str(device)] = available if usable else "none (see below)"
 
     module, reason = native()
     about: dict[str, Any] = {"missing": reason}

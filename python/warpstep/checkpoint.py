@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -9,21 +10,60 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from warpstep.plan import parameter_name
+from warpstep.hypers import HYPERS, check_own_options
 from warpstep.recipes import ema_dtype
-from warpstep.state import MOMENTS, describe
+from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.optimizer import Adam
+
+_OTHERS = "Is it the state dict of another optimizer? Load one of AdamW's or Adam's"
 
 
-def load(optimizer: OnePass, state_dict: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state_dict)``."""
+def load(optimizer: Adam, state_dict: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place."""
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise KeyError(f"{key}: an optimizer's state dict has it, this one {list(state_dict)}")
 
-    groups = deepcopy(state_dict["param_groups"])
+    ids = [list(group["params"]) for group in state_dict["param_groups"]]
+    groups = _loaded_groups(optimizer, deepcopy(state_dict["param_groups"]))
+    places = (
+        (param, group, parameter_name(optimizer.param_groups, g, i))
+        for g, group in enumerate(groups)
+        for i, param in enumerate(group["params"])
+    )
+    place_of = dict(zip(chain.from_iterable(ids), places, strict=True))
+
+    state: dict[Any, Any] = type(optimizer.state)(dict)
+    steps = [0.0]
+    for key, value in state_dict["state"].items():
+        if key in place_of:
+            param, group, name = place_of[key]
+            state[param] = _loaded_state(optimizer, name, param, group, value)
+            if callable(optimizer.ema_decay) and "step" in state[param]:
+                steps.append(float(state[param]["step"]))
+        else:
+            state[key] = value
+
+    before = dict(vars(optimizer))
+    try:
+        optimizer.__setstate__({"state": state, "param_groups": groups})
+    except BaseException:  # of a derived class's __setstate__, or a signal's
+        vars(optimizer).clear()
+        vars(optimizer).update(before)
+        raise
+    if callable(optimizer.ema_decay):
+        optimizer._ema_steps = int(max(filter(math.isfinite, steps)))
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _loaded_groups(optimizer: Adam, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of a state dict, with the optimizer's parameters and what a step needs."""
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
             "loaded state dict has a different number of parameter groups: "
@@ -36,67 +76,74 @@ def load(optimizer: OnePass, state_dict: dict[str, Any]) -> None:
                 f"optimizer's group: group {index} has {len(loaded['params'])} parameters, "
                 f"the optimizer's {len(mine['params'])}"
             )
-    ids = chain.from_iterable(group["params"] for group in groups)
-    places = (
-        (param, loaded, parameter_name(optimizer.param_groups, g, i))
-        for g, (mine, loaded) in enumerate(zip(optimizer.param_groups, groups, strict=True))
-        for i, param in enumerate(mine["params"])
-    )
-    place_of = dict(zip(ids, places, strict=True))
-
-    state: dict[Any, Any] = type(optimizer.state)(dict)
-    for key, value in state_dict["state"].items():
-        if key in place_of:
-            param, group, name = place_of[key]
-            state[param] = _loaded_state(optimizer, name, param, group, value)
-        else:
-            state[key] = value
-    for mine, loaded in zip(optimizer.param_groups, groups, strict=True):
+        missing = [key for key in HYPERS if key not in loaded]
+        if missing:
+            raise ValueError(
+                f"loaded state dict has no {' and no '.join(map(repr, missing))} in parameter "
+                f"group {index}. {_OTHERS}, or add what is missing to its 'param_groups'."
+            )
         loaded["params"] = mine["params"]
         if "param_names" in mine:
             loaded.setdefault("param_names", mine["param_names"])
-        if "base_lr" in mine and loaded.get("decay_form", mine["decay_form"]) == "independent":
+        if "base_lr" in mine and loaded.get("decay_form", mine.get("decay_form")) == "independent":
             loaded.setdefault("base_lr", mine["base_lr"])
-    optimizer.__setstate__({"state": state, "param_groups": groups})
-    if callable(optimizer.ema_decay):
-        optimizer._ema_steps = max(
-            (int(s.get("step", 0)) for s in optimizer.state.values() if isinstance(s, dict)),
-            default=0,
-        )
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+        optimizer._complete_group(loaded)
+        check_own_options(loaded, f" (in parameter group {index} of the loaded state dict)")
+    return groups
 
 
 def _loaded_state(
-    optimizer: OnePass, name: str, param: Tensor, group: dict[str, Any], saved: dict[str, Any]
+    optimizer: Adam, name: str, param: Tensor, group: dict[str, Any], saved: Any
 ) -> dict[str, Any]:
     """Copies of the tensors of one parameter's saved state, where and as they are needed."""
+    misfit = f"loaded state dict does not fit {name}"
+    if not isinstance(saved, dict):
+        raise ValueError(f"{misfit}: its state is {saved!r}, expected a dict")
+    missing = missing_keys(saved, bool(group.get("amsgrad"))) if saved else []
+    if missing:
+        raise ValueError(
+            f"{misfit}: its state has {', '.join(map(repr, saved))} and no "
+            f"{' and no '.join(map(repr, missing))}. {_OTHERS}, or remove this parameter's state "
+            "to begin it anew."
+        )
     state = dict(saved)
     for key, value in saved.items():
-        if not isinstance(value, Tensor):
-            state[key] = deepcopy(value)
-        elif key == "step":
-            if value.numel() != 1:
-                raise ValueError(
-                    f"loaded state dict does not fit {name}: 'step' is {describe(value)}, "
-                    "expected one number"
-                )
+        if key == "step":
             on_device = group.get("capturable") or group.get("fused")
-            device = param.device if on_device else value.device
-            state[key] = value.detach().to(device, torch.float32, copy=True)
-        elif key in (*MOMENTS, "ema"):
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"loaded state dict does not fit {name}: {key!r} is {describe(value)}, "
-                    f"the parameter {describe(param)}"
-                )
-            wanted = optimizer.state_dtype if value.is_floating_point() else None
-            if key == "ema" and optimizer.ema_dtype is not None:
-                wanted = ema_dtype(param, optimizer.ema_dtype)
-            elif key == "ema":
-                wanted = None
-            dtype = wanted or value.dtype
-            state[key] = value.detach().to(param.device, dtype, copy=True)
-        else:
+            state[key] = _loaded_step(misfit, value, param.device if on_device else None)
+        elif key in (*MOMENTS, "ema") and value is not None:
+            state[key] = _loaded_moment(optimizer, misfit, param, key, value)
+        elif isinstance(value, Tensor):
             state[key] = value.detach().to(param.device, copy=True)
+        else:
+            state[key] = deepcopy(value)
     return state
+
+
+def _loaded_step(misfit: str, step: Any, device: torch.device | None) -> Tensor:
+    """A step counter of one's own, on ``device``, by default where it is; numbers on the CPU."""
+    if not isinstance(step, Tensor):
+        try:
+            return torch.tensor(float(step), dtype=torch.float32, device=device or "cpu")
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{misfit}: 'step' is {step!r}, expected one number") from None
+    if step.numel() != 1 or step.is_complex():
+        raise ValueError(f"{misfit}: 'step' is {describe(step)}, expected one real number")
+    return step.detach().to(device or step.device, torch.float32, copy=True)
+
+
+def _loaded_moment(optimizer: Adam, misfit: str, param: Tensor, key: str, value: Any) -> Tensor:
+    """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")
+    if (
+        value.shape != param.shape
+        or value.is_complex() != param.is_complex()
+        or value.is_floating_point() != param.is_floating_point()
+    ):
+        raise ValueError(f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}")
+    wanted = optimizer.state_dtype if value.is_floating_point() else None
+    if key == "ema":
+        given = optimizer.ema_dtype
+        wanted = ema_dtype(param, given) if given is not None else None
+    return value.detach().to(param.device, wanted or value.dtype, copy=True)

@@ -16,7 +16,7 @@ from warpstep.state import is_plain
 from warpstep.tail import Tail
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.optimizer import Adam
     from warpstep.plan import Plan
 
 
@@ -65,7 +65,7 @@ class Clipping:
             "gradients; or forget the clipping with zero_grad()."
         )
 
-    def added_to(self, tail: Tail, optimizer: OnePass) -> Tail:
+    def added_to(self, tail: Tail, optimizer: Adam) -> Tail:
         """The step's tail with this clipping in it.
 
         Raises RuntimeError where the step is told of a scale that the clipping knew nothing of.
@@ -111,20 +111,20 @@ def _version_and_address(grad: Tensor) -> tuple[int, int]:
 
 
 def clip_grad_norm(
-    optimizer: OnePass,
+    optimizer: Adam,
     max_norm: float,
     norm_type: float,
     error_if_nonfinite: bool,
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
-    """``OnePass.clip_grad_norm_``, which documents it. A clipping that fails changes nothing.
+    """``Adam.clip_grad_norm_``, which documents it. A clipping that fails changes nothing.
 
     The gradients stay as they are, so that a second clipping sees what the first has seen. Norms
     are homogeneous: the norm of the gradients that torch would have clipped by then is the one
     seen times the coefficient so far, which the new coefficient multiplies.
     """
     if not max_norm >= 0:
-        raise ValueError(f"Invalid max_norm: {max_norm} is not at least 0")
+        raise ValueError(f"Invalid max_norm: {max_norm}. It has to be at least 0.")
     scale = defer_unscale(scaler, optimizer)
     plan = None if modes.are_active() else optimizer._plan_of_grads()
     if plan is None:

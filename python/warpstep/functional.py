@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from warpstep import backends, lists, modes, reference, signals
 from warpstep.hypers import check_group
-from warpstep.recipes import FORMATS, Recipe, dtype_name, real_dtype
+from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
 from warpstep.tail import Tail
 
+ListBackend = Literal["auto", "cpu", "cuda", "reference"]
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 
 
@@ -59,7 +60,10 @@ def run(
     """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
     check_group(options.group(), "")
     if backend == "triton":
-        raise ValueError("Invalid backend: 'triton' does not take lists of tensors")
+        raise ValueError(
+            "Invalid backend: 'triton' does not take lists of tensors. Choose "
+            f"{one_of(('auto', 'cpu', 'cuda', 'reference'))}."
+        )
     if not streams[0] and not any(streams):
         return
     requested = backends.requested_backend(backend) if backend != "auto" else "auto"
@@ -111,13 +115,17 @@ def _check(streams: Streams, options: Options) -> None:
         for s in needed:
             tensor = streams[s][i]
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{NAMES[s]}[{i}] is a {type(tensor).__name__}, and no tensor")
+                kind = type(tensor).__name__
+                raise TypeError(f"{NAMES[s]}[{i}] is of type {kind}, expected a tensor")
             if tensor.layout != torch.strided:
-                raise RuntimeError(f"{NAMES[s]}[{i}] is of layout {tensor.layout}: not supported")
+                raise RuntimeError(
+                    f"{NAMES[s]}[{i}] is of layout {tensor.layout}, expected torch.strided: call "
+                    "to_dense() on it"
+                )
             if s < 5 and real_dtype(tensor.dtype) not in FORMATS:
                 raise TypeError(
-                    f"{NAMES[s]}[{i}] is {describe(tensor)}: {dtype_name(tensor.dtype)} cannot be "
-                    "stepped"
+                    f"{NAMES[s]}[{i}] is {describe(tensor)}: its dtype has to be "
+                    f"{one_of(FORMATS)}, or complex"
                 )
         check_gradient(name, param, streams[1][i])
         for s in needed[2:-1]:
@@ -129,10 +137,14 @@ def _check(streams: Streams, options: Options) -> None:
                 )
             if moment.is_complex() != param.is_complex():
                 raise TypeError(
-                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}"
+                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}: both "
+                    "must be real, or both complex"
                 )
             if is_freed(moment):
-                raise RuntimeError(f"{NAMES[s]}[{i}] has elements and no memory: it was freed")
+                raise RuntimeError(
+                    f"{NAMES[s]}[{i}] has elements and no memory: its storage was freed. Bring it "
+                    "back before the step."
+                )
         step = streams[5][i]
         if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
             raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
@@ -148,7 +160,9 @@ def _check(streams: Streams, options: Options) -> None:
                 found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
                 raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
             if scalar.device != param.device:
-                raise RuntimeError(f"{label} is on {scalar.device}, {name} on {param.device}")
+                raise RuntimeError(
+                    f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
+                )
 
 
 def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
@@ -251,7 +265,7 @@ def adamw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
-    backend: str = "auto",
+    backend: ListBackend = "auto",
 ) -> None:
     """One step of AdamW on lists of tensors, in place, in one launch for all of a recipe.
 
@@ -341,7 +355,7 @@ def adam_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
-    backend: str = "auto",
+    backend: ListBackend = "auto",
 ) -> None:
     """One step of Adam on lists of tensors: as `adamw_`, but weight decay joins the gradient.
 

@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from warpstep import modes
+from warpstep.recipes import one_of
 from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
 DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
+DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious"]
+# What every group has; older state dicts may lack torch's other keys, for which it has defaults.
+HYPERS = ("lr", "betas", "eps", "weight_decay")
+
+
+def check_arguments(params: Any, **numbers: Any) -> None:
+    """Raises TypeError for arguments that torch meets with an error of Python's own.
+
+    ``params`` is the optimizer's or a group's. What torch refuses with words of its own is left
+    to torch.
+    """
+    if isinstance(params, torch.nn.Module):
+        parts = params if isinstance(params, Iterable) else (None,)
+        if not all(isinstance(part, (Tensor, dict, tuple)) for part in parts):
+            raise TypeError(
+                "params argument given to the optimizer should be an iterable of Tensors or "
+                f"dicts, but got {torch.typename(params)}, a module: pass its parameters()"
+            )
+    betas = numbers.pop("betas", (0.0, 0.0))
+    try:
+        numbers["betas[0]"], numbers["betas[1]"] = betas
+    except (TypeError, ValueError):
+        raise TypeError(f"betas should be a pair like (0.9, 0.999), but got {betas!r}") from None
+    for name, value in numbers.items():
+        try:
+            isinstance(value, Tensor) or value >= 0.0  # torch asks this first
+        except TypeError:
+            hint = f": pass float({value!r})" if isinstance(value, str) else ""
+            kind = "a number or a tensor of one" if name[:2] in ("lr", "be") else "a number"
+            raise TypeError(
+                f"{name} should be {kind}, but got {value!r}, a {type(value).__name__}{hint}"
+            ) from None
 
 
 def decay_form(group: dict[str, Any]) -> str:
@@ -38,10 +73,12 @@ def check_group(group: dict[str, Any], where: str) -> None:
         try:
             valid = value >= 0.0 and not (below_one and value >= 1.0)
         except TypeError:
-            valid = False
+            valid, label = False, f"{label} of type {type(value).__name__}"
         if not valid:
             raise ValueError(f"Invalid {label}: {value}{where}")
 
+    if missing := [key for key in HYPERS if key not in group]:
+        raise ValueError(f"{' and '.join(map(repr, missing))} is missing{where}: set it there")
     check("lr", "learning rate", group["lr"])
     check("eps", "epsilon value", group["eps"])
     betas = group["betas"]
@@ -51,9 +88,14 @@ def check_group(group: dict[str, Any], where: str) -> None:
         check(f"betas[{index}]", f"beta parameter at index {index}", betas[index], below_one=True)
     check("weight_decay", "weight_decay value", group["weight_decay"])
 
-    form = decay_form(group)
+    check_own_options(group, where)
+
+
+def check_own_options(group: dict[str, Any], where: str) -> None:
+    """Raises ValueError if ``decay_form``, ``base_lr`` or ``ema_decay`` of ``group`` is invalid."""
+    form = group.get("decay_form", DECAY_FORMS[0])
     if form not in DECAY_FORMS:
-        raise ValueError(f"Invalid decay_form: {form!r} is none of {DECAY_FORMS}{where}")
+        raise ValueError(f"Invalid decay_form: {form!r}{where}. Choose {one_of(DECAY_FORMS)}.")
     if form == "independent":
         base_lr = group.get("base_lr")
         if not isinstance(base_lr, (int, float)) or not base_lr > 0:

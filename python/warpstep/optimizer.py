@@ -1,39 +1,53 @@
-"""``warpstep.AdamW`` and ``warpstep.Adam``: torch's classes, stepped in one launch."""
+"""``warpstep.Adam``, torch's class stepped in one launch, and all that AdamW has of it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
+from torch.optim.adam import Adam as TorchAdam
 from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
-from warpstep.backends import requested_backend
+from warpstep.backends import BackendName, requested_backend
 from warpstep.clipping import Clipping, clip_grad_norm
-from warpstep.hypers import check_group
+from warpstep.groups import Members
+from warpstep.hypers import DecayForm, check_arguments, check_group
 from warpstep.plan import Plan
-from warpstep.recipes import FORMATS
+from warpstep.recipes import FORMATS, one_of
+from warpstep.state import names_of
 from warpstep.tail import Statistics, Tail
 
 Betas = tuple[float | Tensor, float | Tensor]
 
+_CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
-class OnePass(Averaging):
-    """What AdamW and Adam share: the step by a plan, and a state dict that keeps its dtypes.
+
+class Adam(Averaging):
+    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
+
+    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
+    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
+    errors are those of :class:`AdamW`, which is derived from it, as torch's is from torch's.
+
+    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
 
     Attributes:
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
         state_dtype: the dtype of new moments; None for each parameter's own.
-        plan: how the last step was run, or None before the first. Printing it tells.
+        plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
+            line for each bucket, the tensors that one kernel launch steps: their backend, number,
+            device and dtypes; and one for those that the reference steps.
     """
 
-    backend: str = "auto"
+    backend: BackendName = "auto"
     state_dtype: torch.dtype | None = None
     stats: bool = False
     unscale_grads: bool = False
@@ -43,14 +57,66 @@ class OnePass(Averaging):
     _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
     _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
     _unscales: bool = False  # whether torch would have GradScaler leave the unscaling to the step
+    _members: Members | None = None  # while constructed
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: BackendName = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: DecayForm | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
+        unscale_grads: bool = False,
+    ) -> None:
+        check_arguments(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._members = Members()
+        TorchAdam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._set_options(
+            differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+            unscale_grads=unscale_grads,
+        )
 
     def _set_options(
         self,
         differentiable: bool,
         *,
-        backend: str,
+        backend: BackendName,
         state_dtype: torch.dtype | None,
-        decay_form: str | None,
+        decay_form: DecayForm | None,
         ema_decay: EmaDecay | None,
         ema_dtype: torch.dtype | None,
         stats: bool,
@@ -58,7 +124,7 @@ class OnePass(Averaging):
     ) -> None:
         for name, dtype in (("state_dtype", state_dtype), ("ema_dtype", ema_dtype)):
             if dtype is not None and dtype not in FORMATS:
-                raise ValueError(f"Invalid {name}: {dtype} is none of {FORMATS}")
+                raise ValueError(f"Invalid {name}: {dtype}. Choose {one_of(FORMATS)}.")
         ours = {"state_dtype": state_dtype, "stats": stats or None}
         for group in ({"decay_form": decay_form, "ema_decay": ema_decay}, *self.param_groups):
             ours |= {key: group[key] for key in ("decay_form", "ema_decay") if group.get(key)}
@@ -71,6 +137,7 @@ class OnePass(Averaging):
         self.ema_dtype = ema_dtype
         self.stats = stats
         self.unscale_grads = unscale_grads
+        self._members = None
         self._captured_plans = []
         self._turn = threading.RLock()
         # Only what is asked for: groups and state dicts are torch's where nothing is.
@@ -108,7 +175,12 @@ class OnePass(Averaging):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
-        super().add_param_group(param_group)
+        if isinstance(param_group, dict):
+            check_arguments(param_group.get("params"))
+        add = super().add_param_group
+        members = self._members
+        with members.stand_in(self, param_group, add) if members else nullcontext():
+            add(param_group)
         self._complete_group(self.param_groups[-1])
 
     @_disable_dynamo
@@ -118,10 +190,15 @@ class OnePass(Averaging):
 
     def _step_now(self, zero_grads: bool) -> None:
         if self._averages_swapped:
-            raise RuntimeError("step() inside swap_ema(): the parameters are not in their place")
+            raise RuntimeError(
+                "step() inside swap_ema(): the parameters hold their averages. Leave it first."
+            )
         capturing = self._check_capture()
         if capturing and callable(self.ema_decay):
-            raise RuntimeError("a graph would keep what a callable ema_decay returns now, for good")
+            raise RuntimeError(
+                "step() is being captured in a graph, which would keep for good what the callable "
+                "ema_decay returns now: construct the optimizer with a number"
+            )
         self._update_ema_decay()
         tail, plan = self._tail(zero_grads), self.plan
         reason: str | None = "there is none yet"
@@ -133,14 +210,17 @@ class OnePass(Averaging):
         plan = self._new_plan(reason, capturing, watched.WatchedPlan if is_watched else Plan)
         if plan is None:
             if zero_grads or self._clipping is not None:
-                raise RuntimeError("`zero_grads` and clip_grad_norm_() need `differentiable=False`")
+                raise RuntimeError(
+                    "step(zero_grads=True) and clip_grad_norm_() are not supported with "
+                    "`differentiable`: use zero_grad() and torch.nn.utils.clip_grad_norm_()"
+                )
             _torch_step(self)
             return
         reason = self._run(plan, tail, capturing)
         if reason is not None and tail.measured_grads is not None and self._clipping is not None:
             self._clipping.raise_changed(plan.count_grads(self))
         if reason is not None:
-            raise RuntimeError(f"a new plan is stale at once: {reason}")
+            raise RuntimeError(_CHANGING.format(reason))
 
     def _tail(self, zero_grads: bool) -> Tail:
         """What surrounds the step that is asked for."""
@@ -194,7 +274,7 @@ class OnePass(Averaging):
         if reason is not None:
             plan = self._new_plan(reason)
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
-                raise RuntimeError(f"a new plan is stale at once: {reason}")
+                raise RuntimeError(_CHANGING.format(reason))
         return plan
 
     @_disable_dynamo
@@ -271,7 +351,8 @@ class OnePass(Averaging):
         found = plan.statistics(self) if self.stats and plan is not None else None
         if found is None:
             raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
-        return found
+        names = names_of(self.param_groups)
+        return replace(found, names=[names[param] for param in found.params])
 
     def _check_capture(self) -> bool:
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""
@@ -327,163 +408,14 @@ class OnePass(Averaging):
         to the parameter's), or get ``state_dtype`` where one was given.
 
         Raises:
-            ValueError: the groups, or the shape of a tensor of the state, do not fit.
+            ValueError: something does not fit, or is missing; the message names it.
         """
         checkpoint.load(self, state_dict)
 
 
-def _torch_step(optimizer: OnePass) -> None:
+def _torch_step(optimizer: Adam) -> None:
     """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
-    step = torch.optim.Adam.step
+    step = TorchAdam.step
     if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
         step = step.__wrapped__  # type: ignore[attr-defined]  # set by functools.wraps
     step(optimizer)
-
-
-class AdamW(OnePass, torch.optim.AdamW):
-    """AdamW (decoupled weight decay) for a whole model in one kernel launch.
-
-    A drop-in for :class:`torch.optim.AdamW`. With gradient g, and t counting from 1::
-
-        m <- beta1 * m + (1 - beta1) * g
-        v <- beta2 * v + (1 - beta2) * g^2
-        p <- p - lr * weight_decay * p
-               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    Arithmetic is in float32 (float64 for float64 parameters), and each stored value is rounded
-    once. Complex parameters are stepped as pairs of real numbers.
-
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
-    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
-
-    Args:
-        params: parameters, named parameters, or dicts of groups, as torch takes them.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused:
-            torch's. ``foreach`` and ``fused`` choose among torch's implementations; here kernels
-            step all the same (``backend="reference"`` is plain PyTorch). As in torch,
-            ``fused=True`` has ``GradScaler.step`` leave the unscaling to the step's own pass.
-        state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
-            ``float64``); None (default) for each parameter's own, as torch.
-        decay_form: ``"decoupled"`` (AdamW's), ``"coupled"`` (Adam's), ``"independent"``, ``"l1"``
-            or ``"cautious"``: how weight decay acts. The README has the formulas.
-        ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
-            in [0, 1], or a function of how often ``step`` was called.
-        ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).
-        stats: gather what ``statistics()`` returns, in each step.
-        unscale_grads: leave the gradients as torch would have: without the scale and clipped, where
-            the step was left to do that, also if it is skipped. For who reads them afterwards: they
-            are written, which costs an eighth more memory traffic. ``zero_grads`` goes first.
-        backend: ``"auto"`` (default; the environment variable ``WARPSTEP_BACKEND`` may say
-            otherwise), ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Parameters that
-            a backend has no kernel for are stepped by the reference.
-
-    Raises:
-        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
-        ema_decay: EmaDecay | None = None,
-        ema_dtype: torch.dtype | None = None,
-        stats: bool = False,
-        unscale_grads: bool = False,
-    ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        self._set_options(
-            differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
-            decay_form=decay_form,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            stats=stats,
-            unscale_grads=unscale_grads,
-        )
-
-
-class Adam(OnePass):
-    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
-
-    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
-    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
-    errors are those of :class:`AdamW`.
-
-    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        backend: str = "auto",
-        state_dtype: torch.dtype | None = None,
-        decay_form: str | None = None,
-        ema_decay: EmaDecay | None = None,
-        ema_dtype: torch.dtype | None = None,
-        stats: bool = False,
-        unscale_grads: bool = False,
-    ) -> None:
-        torch.optim.Adam.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-        self._set_options(
-            differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
-            decay_form=decay_form,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            stats=stats,
-            unscale_grads=unscale_grads,
-        )

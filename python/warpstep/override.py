@@ -130,9 +130,10 @@ def _usable_keys() -> tuple[str, ...]:
     """Dispatch keys for which there is a kernel. Touches no GPU: a process may yet fork."""
     module, reason = backends.native()
     if module is None or not hasattr(torch.library, "get_kernel"):
-        reason = reason or f"torch {torch.__version__} has no torch.library.get_kernel"
+        reason = reason or f"torch {torch.__version__} has no torch.library.get_kernel: update it"
         raise backends.BackendUnavailableError(
-            f"enable() has no kernel to put under torch's: {reason}. Nothing has been changed."
+            f"enable() has no kernel to put in the place of torch's: {reason}. Nothing has been "
+            "changed."
         )
     has_cuda = module.cuda_architectures not in (None, "host emulation")
     has_cuda = has_cuda and torch.version.cuda is not None
@@ -272,9 +273,11 @@ def report() -> str:
     line = f"torch's fused optimizers: {'warpstep on ' + ' and '.join(_keys) if _keys else 'own'}"
     if refusal:
         line += f" ({ENVIRONMENT_VARIABLE}=1 could not be granted: {refusal})"
+    if _library is not None and not taken and not passed_on:
+        line += "; no call yet: it takes those of optimizers constructed with fused=True"
     if taken or passed_on:
         line += f"; {taken} calls taken"
-        line += "".join(f", {count} passed on ({why})" for why, count in passed_on.items())
+        line += "".join(f", {count} passed on to torch ({why})" for why, count in passed_on.items())
     if _library is not None and _beneath:
         line += f"; overridden by others before: {', '.join(sorted(_beneath))}"
     return line

@@ -29,11 +29,12 @@ from warpstep.state import (
     is_walkable,
     match_layout,
     moments_dtype,
+    parameter_name,
 )
 from warpstep.tail import Statistics, Tail, statistics_of
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.optimizer import Adam
 
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
@@ -53,7 +54,7 @@ class Entry:
     new_state: dict[str, Any] | None = None  # to be merged into the state
 
 
-def place_of(optimizer: OnePass, entry: Entry) -> Tensor | None:
+def place_of(optimizer: Adam, entry: Entry) -> Tensor | None:
     """The parameter in an entry's place; None where the optimizer has none there any more."""
     groups = optimizer.param_groups
     if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
@@ -62,7 +63,7 @@ def place_of(optimizer: OnePass, entry: Entry) -> Tensor | None:
     return None
 
 
-def with_grads(optimizer: OnePass, entries: Iterable[Entry]) -> list[tuple[Entry, Tensor, Tensor]]:
+def with_grads(optimizer: Adam, entries: Iterable[Entry]) -> list[tuple[Entry, Tensor, Tensor]]:
     """Those entries whose parameter has a gradient, with both."""
     placed = ((entry, place_of(optimizer, entry)) for entry in entries)
     return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
@@ -94,23 +95,19 @@ class Bucket:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
 
 
-def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
-    """``parameter 3 of group 0 ('layer.weight')``, for messages."""
-    names = groups[group].get("param_names")
-    name = f" ({names[index]!r})" if names else ""
-    return f"parameter {index} of group {group}{name}"
-
-
 class Plan:
     """How one optimizer steps, until something that it depends on changes.
 
     Making a plan checks everything, allocates missing state, and only then publishes it: after an
     exception the optimizer is as it was.
+
+    Attributes:
+        buckets: the parameters that kernels step, those of one launch together.
     """
 
     @torch.inference_mode(False)  # state is for steps outside, too
     @torch.no_grad()
-    def __init__(self, optimizer: OnePass) -> None:
+    def __init__(self, optimizer: Adam) -> None:
         self.buckets: list[Bucket] = []
         # The reference's parameters; and second mentions of a parameter, stepped after its first.
         self.python_only: list[Entry] = []
@@ -119,7 +116,10 @@ class Plan:
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
             if not isinstance(group["params"], (list, tuple)):
-                raise TypeError(f"the params of group {index} are no list: {group['params']!r}")
+                raise TypeError(
+                    f"the 'params' of parameter group {index} are {group['params']!r}, expected a "
+                    "list of parameters"
+                )
 
         entries: list[Entry] = []
         assignments: list[int] = []
@@ -178,7 +178,7 @@ class Plan:
         self.cuda_buckets = [b for b in self.buckets if b.device.type == b.backend == "cuda"]
         self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
 
-    def _prepare(self, optimizer: OnePass, entry: Entry, repeated: bool = False) -> None:
+    def _prepare(self, optimizer: Adam, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
@@ -267,7 +267,7 @@ class Plan:
         others = self.python_only or self.repeated or self.triton_buckets
         return self._native is not None and not others and not tail.unscales
 
-    def step(self, optimizer: OnePass, tail: Tail) -> str | None:
+    def step(self, optimizer: Adam, tail: Tail) -> str | None:
         """Takes the step; or says why the plan does not hold any more, and nothing is changed."""
         tensors: list[tuple[Tensor | None, ...]] | None = None
         if tail.needs_tensors:
@@ -299,7 +299,7 @@ class Plan:
     @torch.inference_mode(False)
     @torch.no_grad()  # which the line above turns off
     def _step_in_parts(
-        self, optimizer: OnePass, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
+        self, optimizer: Adam, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
     ) -> str | None:
         """The step where Python runs or launches some of it. The caller keeps signals away."""
         threads = torch.get_num_threads()
@@ -340,7 +340,7 @@ class Plan:
         }
         return None
 
-    def _writes_grads_later(self, optimizer: OnePass, tail: Tail) -> bool:
+    def _writes_grads_later(self, optimizer: Adam, tail: Tail) -> bool:
         """Whether kernels must not write gradients, or would write copies of them."""
         if not (tail.zero_grads or tail.unscales):
             return False
@@ -350,7 +350,7 @@ class Plan:
         are_copies = any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
         return are_copies or self._has_shared_grads(optimizer)
 
-    def _has_shared_grads(self, optimizer: OnePass) -> bool:
+    def _has_shared_grads(self, optimizer: Adam) -> bool:
         if self._native is not None:
             return bool(self.repeated or self._native.has_shared_grads())
         grads = [own_part(grad) for _, _, grad in with_grads(optimizer, self._in_buckets())]
@@ -359,7 +359,7 @@ class Plan:
         return bool(self.repeated) or overlap
 
     def _computed_by_reference(
-        self, optimizer: OnePass, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
+        self, optimizer: Adam, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
     ) -> list[reference.Computed]:
         """Checks and steps parameters that the native module does not look at."""
         entries = []
@@ -403,7 +403,7 @@ class Plan:
     def _in_buckets(self) -> Iterator[Entry]:
         return (entry for bucket in self.buckets for entry in bucket.entries)
 
-    def statistics(self, optimizer: OnePass) -> Statistics | None:
+    def statistics(self, optimizer: Adam) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
         if not self._has_statistics:
             return None
@@ -423,7 +423,7 @@ class Plan:
             tables.append(whole(self._reference_sums.get(entry, none))[None])
         return statistics_of(params, tables) if tables else None
 
-    def grad_norm(self, optimizer: OnePass, norm_type: float) -> Tensor:
+    def grad_norm(self, optimizer: Adam, norm_type: float) -> Tensor:
         """The norm of all gradients as they are, after they were gathered. float64.
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
@@ -451,13 +451,13 @@ class Plan:
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else none
 
-    def stale_grads(self, optimizer: OnePass) -> str | None:
+    def stale_grads(self, optimizer: Adam) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers them."""
         threads = torch.get_num_threads()
         reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
         return reason
 
-    def clipping(self, optimizer: OnePass, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
+    def clipping(self, optimizer: Adam, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
         if self._native is not None:
             self._native.remember_grads()
@@ -475,7 +475,7 @@ class Plan:
         if self._native is not None:
             self._native.forget_grads()
 
-    def count_grads(self, optimizer: OnePass) -> int:
+    def count_grads(self, optimizer: Adam) -> int:
         """How many parameters have a gradient, of those that are stepped once."""
         others = len(with_grads(optimizer, self.python_only))
         if self._native is not None:
@@ -483,7 +483,7 @@ class Plan:
         return others + len(with_grads(optimizer, self._in_buckets()))
 
     def _triton_inputs(
-        self, optimizer: OnePass, index: int
+        self, optimizer: Adam, index: int
     ) -> tuple[Tensor, bytes, list[tuple[Tensor, Tensor, Tensor]]]:
         """Gradients' addresses and hyper-parameters.
 
@@ -504,7 +504,7 @@ class Plan:
 
     def _run_triton(
         self,
-        optimizer: OnePass,
+        optimizer: Adam,
         index: int,
         bucket: Bucket,
         of_bucket: tuple[Tensor | None, ...],
@@ -548,7 +548,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def publish(optimizer: OnePass, entries: list[Entry]) -> None:
+def publish(optimizer: Adam, entries: list[Entry]) -> None:
     """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
     for entry in entries:
         if entry.new_state is not None:

@@ -38,6 +38,12 @@ class Recipe(NamedTuple):
         return text + (f", {dtype_name(self.ema)} average" if self.ema is not None else "")
 
 
+def one_of(choices: tuple[object, ...]) -> str:
+    """``one of 'a', 'b' and 'c'``, for messages."""
+    *most, last = map(repr, choices)
+    return f"one of {', '.join(most)} and {last}"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``"float32"``."""
     return str(dtype).removeprefix("torch.")

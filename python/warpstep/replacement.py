@@ -9,20 +9,19 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from warpstep.adamw import AdamW
 from warpstep.hypers import check_group
-from warpstep.optimizer import Adam, AdamW, OnePass
-from warpstep.plan import parameter_name
-from warpstep.state import MOMENTS, describe
+from warpstep.optimizer import Adam
+from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
 
-_CLASSES: dict[type, type[OnePass]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
+_CLASSES: dict[type, type[Adam]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
 
 
-# The type of a variable may be Adam where its value is an AdamW: then the value's class decides.
 @overload
-def replace(optimizer: torch.optim.AdamW) -> AdamW: ...  # type: ignore[overload-overlap]
+def replace(optimizer: torch.optim.AdamW) -> AdamW: ...
 @overload
 def replace(optimizer: torch.optim.Adam) -> Adam: ...
-def replace(optimizer: torch.optim.Adam) -> OnePass:
+def replace(optimizer: torch.optim.Adam) -> Adam:
     """Makes a live torch optimizer a ``warpstep.AdamW`` or ``Adam``, in place.
 
     It stays the same object and gets another class. So whatever holds it goes on with it, at any
@@ -51,16 +50,23 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
     """
     kind = _CLASSES.get(type(optimizer))
     if kind is None:
-        ours = "; it is warpstep's already" if isinstance(optimizer, OnePass) else ""
+        found = f"a {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        if isinstance(optimizer, type):
+            found = f"the class {optimizer.__name__}: pass an optimizer that was made of it"
+        elif isinstance(optimizer, Adam):
+            found += ": it is warpstep's already, step with it as it is"
         raise TypeError(
-            f"replace() takes a torch.optim.AdamW or torch.optim.Adam, and no "
-            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}{ours}"
+            "replace() takes an optimizer of the very class torch.optim.AdamW or torch.optim.Adam, "
+            f"but got {found}"
         )
     step = vars(optimizer).get("step")
     # Learning rate schedulers wrap it, to see that it is called before theirs.
     wrapped = hasattr(step, "_wrapped_by_lr_sched")
     if step is not None and not (wrapped and step.__wrapped__ is type(optimizer).step):
-        raise TypeError(f"the optimizer's step was replaced by {step!r}: it would be lost")
+        raise TypeError(
+            f"replace() cannot take over: the optimizer's step was replaced by {step!r}, which "
+            "would be lost. Remove that replacement first."
+        )
     _check(optimizer)
 
     optimizer.__class__ = kind
@@ -71,7 +77,7 @@ def replace(optimizer: torch.optim.Adam) -> OnePass:
     return optimizer
 
 
-def _wrap_for_schedulers(optimizer: OnePass) -> None:
+def _wrap_for_schedulers(optimizer: Adam) -> None:
     """As ``torch.optim.lr_scheduler.LRScheduler`` wraps ``step`` of the optimizer it is given."""
     method = type(optimizer).step
     reference = weakref.ref(optimizer)
@@ -91,7 +97,10 @@ def _check(optimizer: torch.optim.Adam) -> None:
     groups = optimizer.param_groups
     for g, group in enumerate(groups):
         if group.get("decoupled_weight_decay") is None:
-            raise TypeError(f"group {g} does not say whether its weight decay is decoupled")
+            raise TypeError(
+                f"replace() cannot take over: parameter group {g} has no 'decoupled_weight_decay'. "
+                "Set it to True for AdamW's decay, False for Adam's."
+            )
         try:
             check_group(group, f" (in parameter group {g})")
         except ValueError as error:
@@ -99,14 +108,15 @@ def _check(optimizer: torch.optim.Adam) -> None:
         for i, param in enumerate(group["params"]):
             name = parameter_name(groups, g, i)
             if param.layout != torch.strided:
-                raise TypeError(f"{name} is of layout {param.layout}: not supported")
+                raise TypeError(f"{name} is of layout {param.layout}, expected torch.strided")
             if not (param.is_floating_point() or param.is_complex()):
-                raise TypeError(f"{name} is {describe(param)}: cannot be stepped")
+                raise TypeError(
+                    f"{name} is {describe(param)}, expected floating point or complex numbers"
+                )
             state = optimizer.state.get(param)
             if not state:
                 continue
-            needed = ("step", *(MOMENTS if group.get("amsgrad") else MOMENTS[:2]))
-            if missing := [key for key in needed if key not in state]:
+            if missing := missing_keys(state, bool(group.get("amsgrad"))):
                 raise TypeError(
                     f"{name} has a state without {missing}: torch cannot step it either"
                 )
@@ -116,7 +126,7 @@ def _check(optimizer: torch.optim.Adam) -> None:
             if not isinstance(step, (int, float)) and not (
                 isinstance(step, Tensor) and step.numel() == 1
             ):
-                raise TypeError(f"{name}: its state 'step' is {step!r}, and not one number")
+                raise TypeError(f"{name}: its state 'step' is {step!r}, expected one number")
 
 
 def _check_moment(name: str, key: str, param: Tensor, moment: Any) -> None:
@@ -131,4 +141,7 @@ def _check_moment(name: str, key: str, param: Tensor, moment: Any) -> None:
         or moment.is_floating_point() != param.is_floating_point()
     ):
         found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
-        raise TypeError(f"{name} is {describe(param)}, its state {key!r} is {found}: not supported")
+        raise TypeError(
+            f"{name} is {describe(param)}, its state {key!r} is {found}, expected a dense tensor "
+            "of the same shape on the same device"
+        )

@@ -22,6 +22,23 @@ def describe(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} of {shape} on {tensor.device}"
 
 
+def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
+    """``parameter 3 of group 0 ('layer.weight')``, for messages."""
+    names = groups[group].get("param_names")
+    name = f" ({names[index]!r})" if names else ""
+    return f"parameter {index} of group {group}{name}"
+
+
+def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Each parameter's name where names were given, else ``parameter 3 of group 0``."""
+    names: dict[Tensor, str] = {}
+    for g, group in enumerate(groups):
+        given = group.get("param_names") or ()
+        for i, param in enumerate(group["params"]):
+            names.setdefault(param, given[i] if given else parameter_name(groups, g, i))
+    return names
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is one of torch's own kind with memory that kernels can walk.
 
@@ -109,7 +126,10 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     if grad.is_complex() != param.is_complex() or not (
         grad.is_floating_point() or grad.is_complex()
     ):
-        raise TypeError(f"{name} is {describe(param)}, its gradient is {describe(grad)}")
+        raise TypeError(
+            f"{name} is {describe(param)}, its gradient is {describe(grad)}: both must be real, or "
+            "both complex, of a floating point dtype"
+        )
     if any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
             f"{name} is an expanded tensor of strides {param.stride()}: several of its elements "
@@ -136,6 +156,12 @@ def check_device_for_fused(name: str, param: Tensor) -> None:
         )
 
 
+def missing_keys(state: dict[str, Any], amsgrad: bool) -> list[str]:
+    """What a parameter that was stepped has in its state, and this one lacks."""
+    keys = ("step", *(MOMENTS if amsgrad else MOMENTS[:2]))
+    return [key for key in keys if state.get(key) is None]
+
+
 def completed(
     name: str,
     param: Tensor,
@@ -151,9 +177,17 @@ def completed(
 
     Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. With ``ema`` there
     is an average of the parameter, which begins as the parameter; one of a dtype that no kernel
-    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``.
+    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``, or
+    where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
+    missing = missing_keys(state, amsgrad)
+    if missing and any(state.get(key) is not None for key in ("step", *MOMENTS)):
+        raise RuntimeError(
+            f"{name}: its state has {', '.join(map(repr, state))} and no "
+            f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
+            "parameter's whole state to begin it anew."
+        )
     step = state.get("step")
     if step is None:
         new["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
@@ -176,10 +210,11 @@ def completed(
                 new[key] = average.copy_(param)
             continue
         if moment is None:
-            given = state.get("exp_avg")
-            dtype = moment_dtype(param, state_dtype) if given is None else given.dtype
             new[key] = torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                param,
+                dtype=moment_dtype(param, state_dtype),
+                memory_format=torch.preserve_format,
+                requires_grad=False,
             )
             continue
         if (
@@ -195,7 +230,10 @@ def completed(
                 "kind must be the same. Load a state dict that fits, or move the state."
             )
         if is_freed(moment):
-            raise RuntimeError(f"{name}: the storage of its state {key!r} was freed")
+            raise RuntimeError(
+                f"{name}: its state {key!r} has no memory, its storage was freed. Bring it back "
+                "before the step, or load a state dict."
+            )
         if key == "ema" and moment.dtype not in ema_dtypes(param):
             moment = new[key] = moment.to(ema_dtype(param, wanted_ema_dtype))
         if is_plain(moment) and is_dense(param) and not same_layout(moment, param):

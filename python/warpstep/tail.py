@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from warpstep.state import describe
-
-if TYPE_CHECKING:
-    from warpstep.averages import Averaging
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors would wait for their device
@@ -71,12 +65,14 @@ class Statistics:
     """What the last step saw, one number a parameter, on the first parameter's device.
 
     Attributes:
-        params: the parameters, in the optimizer's order of buckets.
+        params: the parameters, in the order of the plan's buckets. The other fields have theirs.
         grad_norm: 2-norm of the unscaled gradient, before clipping. float32.
         param_norm: 2-norm of the parameter after the step. float32.
         update_norm: 2-norm of what the step changed the parameter by, decay included. float32.
         nonfinite: how many values of the gradient were NaN or infinite; -1 where there was no
             gradient. int64. A step that was skipped for found_inf is counted as well.
+        names: the parameters' names, if they were given to the optimizer with their parameters
+            (``model.named_parameters()``), else ``parameter 3 of group 0``.
     """
 
     params: list[Tensor]
@@ -84,6 +80,7 @@ class Statistics:
     param_norm: Tensor
     update_norm: Tensor
     nonfinite: Tensor
+    names: list[str] = field(default_factory=list)
 
 
 def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
@@ -99,23 +96,3 @@ def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statisti
     norms = sums[:, :3].sqrt().float()
     counts = sums[:, 3].clamp(min=-1).to(torch.int64)
     return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)
-
-
-@contextmanager
-def swapped(optimizer: Averaging, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
-    if optimizer._averages_swapped:
-        raise RuntimeError("swap_ema() inside swap_ema()")
-    with torch.no_grad():
-        kept = [param.detach().clone() for param in averages]
-    optimizer._averages_swapped = True
-    try:
-        with torch.no_grad():
-            for param, average in averages.items():
-                param.copy_(average)
-        yield
-    finally:
-        with torch.no_grad():
-            for param, own in zip(averages, kept, strict=True):
-                param.copy_(own)
-        optimizer._averages_swapped = False

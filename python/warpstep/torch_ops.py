@@ -6,6 +6,7 @@ The semantics are those of `warpstep.functional`; every list is declared as writ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -87,4 +88,15 @@ def _register() -> None:
             _library.impl(name + overload, vmapped, "FuncTorchBatched", with_keyset=True)
 
 
+def _describe() -> None:
+    """Gives operators and overloads the docstrings of the functions, with what is other here."""
+    for name in OPERATORS:
+        operator = getattr(torch.ops.warpstep, name)
+        text = f"``warpstep.functional.{name}`` as an operator of torch, without ``backend``.\n\n"
+        text += inspect.cleandoc(getattr(functional, name).__doc__ or "")
+        for described in (operator, *(getattr(operator, key) for key in operator.overloads())):
+            described.__doc__ = text
+
+
 _register()
+_describe()

@@ -19,7 +19,7 @@ from warpstep.state import MOMENTS
 from warpstep.tail import Tail
 
 if TYPE_CHECKING:
-    from warpstep.optimizer import OnePass
+    from warpstep.optimizer import Adam
 
 OPERATORS = {"decoupled": functional.adamw_, "coupled": functional.adam_}  # by form of decay
 
@@ -32,15 +32,15 @@ class WatchedPlan(Plan):
     docs/design.md, NOTE [watched steps].
     """
 
-    def __init__(self, optimizer: OnePass) -> None:
+    def __init__(self, optimizer: Adam) -> None:
         super().__init__(optimizer)
         self._native = None  # for this step only: there is nothing to compare with
 
-    def _prepare(self, optimizer: OnePass, entry: Entry, repeated: bool = False) -> None:
+    def _prepare(self, optimizer: Adam, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)
         entry.backend, entry.recipe = "reference", None  # in no bucket
 
-    def step(self, optimizer: OnePass, tail: Tail) -> str | None:
+    def step(self, optimizer: Adam, tail: Tail) -> str | None:
         """Takes the step. Everything has been checked: what fails now, a mode has refused."""
         step_tail = replace(tail, zero_grads=False, unscale_grads=False)
         params = with_grads(optimizer, self.python_only)
@@ -53,7 +53,7 @@ class WatchedPlan(Plan):
         return None
 
     def _step_operators(
-        self, optimizer: OnePass, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
+        self, optimizer: Adam, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
     ) -> dict[Entry, Tensor]:
         """Steps the parameters that have a gradient. Returns the sums that statistics need."""
         calls: dict[tuple[int, torch.device], list[Tensors]] = defaultdict(list)
@@ -101,9 +101,7 @@ def _tensors_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Tensors:
     return {"param": param, "grad": grad, **kept}
 
 
-def _is_for_operator(
-    optimizer: OnePass, group: dict[str, Any], tensors: Tensors, tail: Tail
-) -> bool:
+def _is_for_operator(optimizer: Adam, group: dict[str, Any], tensors: Tensors, tail: Tail) -> bool:
     """Whether warpstep's operators can express one parameter's step, and are to take it."""
     return not (
         backends.choose(optimizer.backend, tensors["param"].device) == "reference"

@@ -1,0 +1,74 @@
+"""What types and docstrings promise of options, reports and statistics."""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+
+import warpstep
+from warpstep import backends, functional, hypers, optimizer, tail
+
+CLASSES = [warpstep.AdamW, warpstep.Adam]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_choices_are_literal_types(cls):
+    hints = typing.get_type_hints(cls.__init__, vars(optimizer))
+    assert typing.get_args(hints["backend"]) == ("auto", *backends.BACKENDS)
+    forms, none = typing.get_args(hints["decay_form"])
+    assert typing.get_args(forms) == hypers.DECAY_FORMS
+    assert none is type(None)
+    hints = typing.get_type_hints(functional.adamw_)
+    assert set(typing.get_args(hints["backend"])) == {"auto", "cpu", "cuda", "reference"}
+
+
+@pytest.mark.skipif(backends._emulates_cuda(), reason="the CUDA source runs on the CPU here")
+def test_the_error_can_be_caught_by_its_public_name():
+    assert "BackendUnavailableError" in warpstep.__all__
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    with pytest.raises(warpstep.BackendUnavailableError, match="Or use backend='auto'"):
+        warpstep.AdamW([param], backend="cuda").step()
+
+
+@pytest.mark.parametrize("name", ["adamw_", "adam_"])
+def test_operators_have_the_functions_docstrings(name):
+    operator = getattr(torch.ops.warpstep, name)
+    for documented in (operator, operator.default, operator.tensor_lr):
+        assert f"warpstep.functional.{name}" in documented.__doc__
+        assert "weight_decay * p" in documented.__doc__
+
+
+@pytest.mark.parametrize("kind", [backends.Status, tail.Statistics])
+def test_every_field_of_a_report_is_described(kind):
+    for field in dataclasses.fields(kind):
+        assert f"\n        {field.name}: " in kind.__doc__, field.name
+
+
+def test_every_form_of_decay_has_its_formula():
+    for form in hypers.DECAY_FORMS:
+        assert f'* ``"{form}"``' in warpstep.AdamW.__doc__, form
+
+
+def test_statistics_have_names(backend):
+    weight, bias, empty = (torch.nn.Parameter(torch.ones(s)) for s in [(3, 2), (3,), (2,)])
+    odd = torch.ones(4, 2)[:, 0].requires_grad_()  # gaps in memory: the reference's
+    for p in (weight, bias, odd):
+        p.grad = torch.full_like(p, p.dim())
+
+    def names(params):
+        optimizer = warpstep.AdamW(params, stats=True, backend=backend)
+        optimizer.step()
+        found = optimizer.statistics()
+        assert len(found.names) == len(found.params) == len(found.grad_norm)
+        return {id(p): name for p, name in zip(found.params, found.names, strict=True)}
+
+    named = names([("w", weight), ("b", bias), ("e", empty), ("o", odd)])
+    assert named == {id(weight): "w", id(bias): "b", id(odd): "o"}
+    unnamed = names([{"params": [weight]}, {"params": [empty, bias]}, {"params": odd}])
+    assert unnamed == {
+        id(weight): "parameter 0 of group 0",
+        id(bias): "parameter 1 of group 1",
+        id(odd): "parameter 0 of group 2",
+    }
