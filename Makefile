@@ -45,7 +45,7 @@ format: $(VENV)/.dev ## format all sources
 	$(BIN)/clang-format -i kernels/*.h kernels/*.cpp kernels/*.cu* csrc/* tests/emulation/*
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/warpstep/*.so
 
 $(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)

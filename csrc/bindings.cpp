@@ -71,9 +71,11 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "warpstep's C++ and CUDA kernels.";
 #ifdef WARPSTEP_CUDA
   m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
+  m.attr("why_no_cuda") = "";
   m.def("cuda_device_count", cuda_device_count);
 #else
   m.attr("cuda_architectures") = py::none();
+  m.attr("why_no_cuda") = WARPSTEP_WHY_NO_CUDA;
   m.def("cuda_device_count", [] { return 0; });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);

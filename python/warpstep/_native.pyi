@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 cuda_architectures: str | None
+why_no_cuda: str
 
 def cuda_device_count() -> int: ...
 def cpu_instruction_set() -> str: ...
