@@ -134,6 +134,7 @@ STEP = (
 # What is built again.
 
 
+@pytest.mark.not_quick
 def test_a_second_build_has_what_was_edited_and_a_broken_one_is_an_error(stand_in):
     _, site = build_wheel(stand_in)
     assert look_at(native_in(site), "answer") == "1"
@@ -166,6 +167,7 @@ def test_a_build_whose_tools_have_gone_starts_anew(stand_in, tmp_path):
     assert look_at(native_in(site), "answer") == "2"
 
 
+@pytest.mark.not_quick
 def test_sources_put_there_with_an_older_date_are_compiled(stand_in):
     """As rsync and tar do."""
     earlier = time.time() - 3600
@@ -176,6 +178,7 @@ def test_sources_put_there_with_an_older_date_are_compiled(stand_in):
     assert look_at(native_in(site), "answer") == "2"
 
 
+@pytest.mark.not_quick
 def test_a_second_build_compiles_only_what_has_changed(stand_in):
     build_wheel(stand_in)
     done, _ = build_wheel(stand_in)
@@ -186,6 +189,7 @@ def test_a_second_build_compiles_only_what_has_changed(stand_in):
     assert "launch_cpu.cpp.o" not in done.output
 
 
+@pytest.mark.not_quick
 def test_a_changed_setting_counts(stand_in):
     _, site = build_wheel(stand_in, WARPSTEP_CUDA="OFF")
     assert look_at(native_in(site), "why_no_cuda") == "WARPSTEP_CUDA was OFF"
@@ -197,6 +201,7 @@ def test_a_changed_setting_counts(stand_in):
     assert native_in(site) is None
 
 
+@pytest.mark.not_quick
 def test_nothing_is_packed_that_has_left_the_sources(stand_in):
     extra = stand_in / "python" / "warpstep" / "extra.py"
     extra.write_text('"""Here for one build."""\n')
@@ -210,6 +215,7 @@ def test_nothing_is_packed_that_has_left_the_sources(stand_in):
 # Machines without compilers.
 
 
+@pytest.mark.not_quick
 def test_no_compiler_still_gives_a_package_that_steps(stand_in):
     build_wheel(stand_in)  # whose module must not be packed again
     done, site = build_wheel(stand_in, CXX="/bin/false")
@@ -235,6 +241,7 @@ def configure(source, build, **settings):
     return run("cmake", "-S", source, "-B", build, *options, check=False, CUDACXX="")
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize(
     ("version", "archs", "reason"),
     [
@@ -306,6 +313,7 @@ def environment(tmp_path):
     return folder / "bin" / "python"
 
 
+@pytest.mark.not_quick
 def test_an_editable_install_has_the_module_and_takes_edits(stand_in, environment, tmp_path):
     install = (environment, "-m", "pip", "install", "--no-build-isolation", "--no-deps")
     install += ("--no-index", "-e", stand_in)
