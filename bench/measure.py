@@ -191,8 +191,7 @@ class CopyLoop:
 
     def run(self, streams: list[Tensors]) -> None:
         """Moves all bytes once."""
-        for views in streams:
-            self.touch(*views, torch.get_num_threads())
+        self.touch(streams, torch.get_num_threads())
 
 
 class DeviceCopyLoop:
