@@ -11,7 +11,7 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-huge bench report gpu lint format clean
+.PHONY: help build demo test quick test-huge bench report gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,14 +21,22 @@ build: $(VENV)/.installed ## make the environment in .venv and install warpstep 
 demo: build ## train a small GPT with torch's AdamW and with warpstep's, side by side
 	@$(BIN)/python examples/train_gpt.py
 
-test: build $(VENV)/.integrations ## run the test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+# A process a core. Each has two threads, whatever the machine, so that they do not wait for cores.
+PYTEST := OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
+          --dist loadgroup -o console_output_style=count
+
+quick: build ## run one case of each test, in about a minute
+	@$(PYTEST) --quick --ignore tests/integrations
+
+test: build $(VENV)/.integrations ## run the test suite, some 16 minutes of one core
+	@echo "The whole suite takes some 16 minutes of one core; make quick takes about one of two."
+	@$(PYTEST)
 
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
 	WARPSTEP_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py
 
-bench: build ## run the benchmark for this machine, write bench/results/
-	$(BIN)/python -m bench.run
+bench: build ## run the benchmark for this machine, write build/bench/ (BENCH=--record: bench/results/)
+	$(BIN)/python -m bench.run $(BENCH)
 
 report: build ## make README's tables and plots again from bench/results/
 	$(BIN)/python -m bench.report
@@ -45,7 +53,7 @@ format: $(VENV)/.dev ## format all sources
 	$(BIN)/clang-format -i kernels/*.h kernels/*.cpp kernels/*.cu* csrc/* tests/emulation/*
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/warpstep/*.so
 
 $(VENV)/.environment:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +63,7 @@ $(VENV)/.environment:
 
 # Installed, not linked: what is tested is what a user gets.
 $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
+	@echo "Building and installing warpstep: a minute or two, with nvcc some more."
 	$(BIN)/python -m pip install -q ".[test,bench]"
 	@touch $@
 

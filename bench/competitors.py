@@ -18,6 +18,7 @@ Groups = list[dict[str, Any]]
 
 BASELINE = "torch-fused"
 OURS = "warpstep"
+PLAIN = "warpstep-plain"  # The step alone, beside a sequence of more.
 
 LR = 1e-3
 BETAS = (0.9, 0.999)
@@ -65,10 +66,11 @@ class Competitor:
             return f"not among those compiled on {device}"
         return None
 
-    def build(self, groups: Groups, sequence: str) -> Step:
-        """The sequence over these groups, ready to be called."""
-        if sequence == "enabled":
-            return torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True).step
+    def build(self, groups: Groups, sequence: str) -> tuple[torch.optim.Optimizer, Step]:
+        """An optimizer of these groups, and the sequence over them, ready to be called."""
+        if sequence == "enabled" and self.id != PLAIN:
+            enabled = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+            return enabled, enabled.step
         more = sequences.options(sequence) if self.id == OURS else {}
         optimizer = getattr(importlib.import_module(self.module), self.name)(
             groups,
@@ -81,10 +83,11 @@ class Competitor:
         )
         if self.compiled:
             torch._logging.set_logs(dynamo=logging.ERROR)
-            compiled: Step = torch.compile(optimizer.step)
-            return compiled
+            return optimizer, torch.compile(optimizer.step)
+        if self.id == PLAIN:
+            return optimizer, optimizer.step
         of = sequences.ours if self.id == OURS else sequences.torchs
-        return of(sequence, optimizer)
+        return optimizer, of(sequence, optimizer)
 
 
 def one_line(error: BaseException) -> str:
@@ -106,7 +109,7 @@ COMPETITORS: tuple[Competitor, ...] = (
         (("fused", True),),
         sequences=("step", "clip", "tail", "enabled"),
     ),
-    Competitor("warpstep-plain", "warpstep", "AdamW", sequences=("stats",)),
+    Competitor(PLAIN, "warpstep", "AdamW", sequences=("clip", "tail", "stats", "enabled")),
     Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),)),
     Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),)),
     Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),
@@ -152,7 +155,7 @@ def that_fit(
     others.
 
     Beside the copies, memory must hold two sets of gradients, the temporaries of one foreach step,
-    which are as large as the parameters, twice, and the copy loop's streams, at most 1 GiB.
+    which are as large as the parameters, twice, and 1 GiB for what else there is.
     """
     parameter_bytes = case.state_bytes // 3
     room = free_bytes - 4 * parameter_bytes - 2**30

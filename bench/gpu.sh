@@ -58,7 +58,7 @@ for name in $STEPS; do
     build) step build build ;;
     test) step test "$PYTHON" -m pytest tests -p no:cacheprovider -m "not slow" ;;
     sanitize) step sanitize sanitize ;;
-    bench) step bench "$PYTHON" -m bench.run --device cuda ;;
+    bench) step bench "$PYTHON" -m bench.run --device cuda --record ;;
     *) echo "no such step: $name" >&2 && exit 2 ;;
   esac
 done

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import torch
 
-from bench.cases import ITEMSIZE, STREAMS_READ, STREAMS_WRITTEN, Case
+from bench.cases import STREAMS_READ, STREAMS_WRITTEN, Case
 from bench.competitors import LR, OURS, Competitor, Groups, one_line
 from bench.machine import Others, busy_core
 from bench.sequences import Step, surroundings
@@ -34,8 +34,8 @@ LONG_STEP_NS = 20e6
 # take a core from a competitor with threads of its own. Waiting this long lets it go to sleep.
 SETTLE_SECONDS = 0.010
 
-# The copy loop's streams need not be longer than this: it is far beyond any cache.
-MOST_COPY_FLOATS = 2**26
+# Calling the copy loop for a smaller tensor than this would measure the call.
+LEAST_COPY_FLOATS = 2**16
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Times:
 
 @dataclass
 class Result:
-    """What measuring one case gave: samples by competitor, the copy loop's in nanoseconds, and how
-    many cores other processes kept busy meanwhile.
+    """What measuring one case gave: samples by competitor, the copy loop's in nanoseconds (none
+    where it would say nothing), and how many cores other processes kept busy meanwhile.
     """
 
     case: Case
@@ -109,7 +109,7 @@ class Entry:
             {"params": self.parameters[i :: case.groups], "lr": LR * (1 + i / case.groups)}
             for i in range(case.groups)
         ]
-        self.step: Step = competitor.build(groups, case.sequence)
+        self.optimizer, self.step = competitor.build(groups, case.sequence)
         self.sequence = case.sequence
 
     def surroundings(self) -> AbstractContextManager[None]:
@@ -121,6 +121,12 @@ class Entry:
         self.drop_gradients()
         torch.autograd.backward(self.parameters, self.gradients)
         synchronize(self.device)
+
+    def operands(self) -> list[tuple[torch.Tensor, ...]]:
+        """Of each parameter what one step reads, in the order of the native module's functions."""
+        state = self.optimizer.state
+        names = ("exp_avg", "exp_avg_sq")
+        return [(p, p.grad, *(state[p][name] for name in names)) for p in self.parameters]
 
     def drop_gradients(self) -> None:
         """What zero_grad() does."""
@@ -151,39 +157,91 @@ def random_tensors(case: Case, device: str, scale: float) -> Tensors:
 
 
 class CopyLoop:
-    """What memory can do, measured beside the competitors, over as many bytes as the case's floor.
+    """What memory can do: a step's bytes, moved with next to no arithmetic, in turns of its own.
 
-    On a CPU the native module's loop reads four streams and writes three of them back, as a step
-    does. Where it is missing, and on a GPU, torch's copy_ moves as many bytes, half of them read,
-    half written.
+    The native module's loop takes the place of warpstep's step, over the same parameters, gradients
+    and moments, of which large ones stand for all: it reads all four and writes three back. The
+    memory must be the same, because a machine can have a faster and a slower one (a virtual machine
+    had 58 and 95 GB/s), and which of them a copy of a model lies in is chance.
     """
 
-    def __init__(self, case: Case, device: str) -> None:
-        self.device = device
-        streams = STREAMS_READ + STREAMS_WRITTEN
-        wanted = max(1, case.floor_bytes // (streams * ITEMSIZE["float32"]))
-        floats = min(wanted, MOST_COPY_FLOATS)
-        self.scale = wanted / floats
-        touch = native_touch_streams() if device == "cpu" else None
-        if touch is not None:
-            self.kind = "warpstep's touch_streams (4 read, 3 written)"
-            # Ones, since zeros would be one page of memory mapped everywhere.
-            tensors = [torch.ones(floats) for _ in range(STREAMS_READ)]
-            self.run: Step = lambda: touch(*tensors, torch.get_num_threads())
-        else:
-            self.kind = "torch's copy_"
-            source = torch.ones(floats * streams // 2, device=device)
-            target = torch.empty_like(source)
-            self.run = lambda: target.copy_(source)
+    kind = "warpstep's touch_streams (4 read, 3 written) over the tensors that it steps"
+
+    def __init__(self, case: Case, entry: Entry, touch: Callable[..., object]) -> None:
+        self.case = case
+        self.entry = entry
+        self.touch = touch
 
     def nanoseconds(self) -> float:
         """The time for the case's floor bytes."""
-        self.run()
-        if self.device == "cuda":
-            return device_time(self.run, head_start_ns=100_000) * self.scale
+        self.entry.backward()
+        for parameter in self.entry.parameters:
+            parameter.grad.zero_()  # With these the loop leaves what it writes as it was.
+        operands = self.entry.operands()
+        streams = [views for of_one in operands if (views := as_floats(*of_one))]
+        moved = (STREAMS_READ + STREAMS_WRITTEN) * sum(views[0].nbytes for views in streams)
+        if not self.case.after_backward:
+            time.sleep(SETTLE_SECONDS)
+            self.run(streams)
         start = clock()
+        self.run(streams)
+        taken = clock() - start
+        self.entry.drop_gradients()
+        return taken * self.case.floor_bytes / moved
+
+    def run(self, streams: list[Tensors]) -> None:
+        """Moves all bytes once."""
+        self.touch(streams, torch.get_num_threads())
+
+
+class DeviceCopyLoop:
+    """The same on a GPU, whose memory has one speed: torch's copy_ moves as many bytes, half of
+    them read, half written.
+    """
+
+    kind = "torch's copy_"
+
+    def __init__(self, case: Case) -> None:
+        self.source = torch.ones(max(1, case.floor_bytes // 8), device="cuda")
+        self.target = torch.empty_like(self.source)
+
+    def nanoseconds(self) -> float:
+        """The time for the case's floor bytes."""
+        time.sleep(SETTLE_SECONDS)
         self.run()
-        return (clock() - start) * self.scale
+        return device_time(self.run, head_start_ns=100_000)
+
+    def run(self) -> None:
+        """Moves all bytes once."""
+        self.target.copy_(self.source)
+
+
+def copy_loop(case: Case, entries: Sequence[Entry]) -> CopyLoop | DeviceCopyLoop | None:
+    """The copy loop for a case. None where it would say nothing (small tensors, more than a step)
+    and where there is no native module.
+    """
+    ours = next((entry for entry in entries if entry.id == OURS), None)
+    if ours is None or case.sequence != "step":
+        return None
+    if ours.device == "cuda":
+        return DeviceCopyLoop(case)
+    touch = native_touch_streams()
+    large = any(as_floats(parameter) for parameter in ours.parameters)
+    return CopyLoop(case, ours, touch) if large and touch is not None else None
+
+
+def as_floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same stretch of each tensor as float32, whatever its format; nothing of small ones."""
+    size = tensors[0].element_size()
+    each = max(1, 4 // size)  # elements a float32
+    starts = [-t.storage_offset() % each for t in tensors]
+    count = min(t.numel() - start for t, start in zip(tensors, starts, strict=True)) // each * each
+    if count * size < 4 * LEAST_COPY_FLOATS:
+        return []
+    return [
+        t.detach().view(-1)[start : start + count].view(torch.float32)
+        for t, start in zip(tensors, starts, strict=True)
+    ]
 
 
 def native_touch_streams() -> Callable[..., object] | None:
@@ -267,7 +325,6 @@ def measure(
     shuffle = random.Random(seed).shuffle
     initial = random_tensors(case, device, 0.02)
     gradients = random_tensors(case, device, 1e-3)
-    copy = CopyLoop(case, device)
     times = {competitor.id: Times() for competitor in competitors}
 
     entries = []
@@ -290,8 +347,9 @@ def measure(
     for entry in entries:
         times[entry.id].difference_lr = mean_difference(entry, entries[0]) / LR
 
-    turns: list[Entry | CopyLoop] = [*entries, copy]
-    result = Result(case, times, [], copy.kind)
+    copy = copy_loop(case, entries)
+    turns = [*entries, *([copy] if copy else [])]
+    result = Result(case, times, [], copy.kind if copy else "")
     others = Others()
     start = clock()
     with quiet(), busy_core() if case.beside_busy_core else nullcontext():
@@ -301,12 +359,11 @@ def measure(
             say(f"round {done + 1}")
             shuffle(turns)
             for turn in turns:
-                if isinstance(turn, CopyLoop):
-                    time.sleep(SETTLE_SECONDS)
-                    result.copy.append(turn.nanoseconds())
-                else:
+                if isinstance(turn, Entry):
                     with turn.surroundings():
                         take_turn(turn, times[turn.id], case, long=quickest > LONG_STEP_NS)
+                else:
+                    result.copy.append(turn.nanoseconds())
     result.others_cores = others.cores()
     return result
 

@@ -17,7 +17,8 @@ from bench.machine import REPOSITORY, describe, free_bytes, slug
 from bench.measure import Effort, Result, Times, measure, ratio, spread
 from bench.show import Show
 
-RESULTS = REPOSITORY / "bench" / "results"
+RESULTS = REPOSITORY / "bench" / "results"  # Results to keep, which git tracks.
+TRIALS = REPOSITORY / "build" / "bench"
 
 FULL = Effort(least=7, most=41, seconds=2.0)
 QUICK = Effort(least=3, most=21, seconds=0.7)
@@ -36,7 +37,7 @@ class Row:
     `step_us` is the whole step, until its result is there; on CUDA `host_us` is what the Python
     thread pays and `device_us` what the GPU needs when the host is ahead. `ratio` is this
     competitor's step time over warpstep's, so above 1 warpstep is faster. `gb_s` is the floor bytes
-    over the device's time; `copy_share` compares it, round by round, with the copy loop's.
+    over the device's time; `copy_share` compares warpstep's, round by round, with the copy loop's.
     `difference_lr` is how far the parameters were from warpstep's after the warm-up steps, in the
     mean and in learning rates; `others_cores` how many cores other processes kept busy. Where
     `left_out` gives a reason, nothing was measured.
@@ -98,12 +99,13 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
     if ours is not None and ours.step:
         ratios = ratio(times.step, ours.step)
         line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
-    line.copy_gb_s = case.floor_bytes / spread(result.copy).median
-    line.copy_kind = result.copy_kind
     if competitor.same_formats and case.sequence == "step":
         moving = times.device or times.step
         line.gb_s = case.floor_bytes / spread(moving).median
-        line.copy_share = ratio(result.copy, moving).median
+        if result.copy and competitor.id == OURS:
+            line.copy_gb_s = case.floor_bytes / spread(result.copy).median
+            line.copy_share = ratio(result.copy, moving).median
+            line.copy_kind = result.copy_kind
     line.difference_lr = times.difference_lr
     line.others_cores = result.others_cores
     return line
@@ -153,13 +155,31 @@ def arguments() -> argparse.Namespace:
         help="cases whose id matches, such as 'gpt2-*'; may be repeated",
     )
     parser.add_argument("--rounds", type=int, help="rounds a case, instead of a time budget")
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--record",
+        action="store_true",
+        help="write into bench/results, for README, not build/bench",
+    )
+    where.add_argument("--out", type=Path, help="folder for the results")
     parsed = parser.parse_args()
+    if parsed.record and (parsed.quick or parsed.only):
+        parser.error("--record is for whole runs, without --quick and --only")
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     if parsed.rounds is not None and parsed.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {parsed.rounds}")
     return parsed
+
+
+def expected_seconds(case: Case, competitors: list[Competitor], given: argparse.Namespace) -> float:
+    """About how long a case takes: what two CPU cores and a large GPU need, to a factor of two."""
+    device = given.device
+    joining = [c for c in competitors if c.declines(case, device) is None]
+    compiling = sum(c.compiled for c in joining) and not given.quick
+    an_element, a_tensor = (25e-9, 3e-4) if device == "cpu" else (1e-9, 1e-4)
+    steps = len(joining) * (case.elements * an_element + case.tensors * a_tensor)
+    return (1 if given.quick else 2.5) + steps * (0.5 if given.quick else 1) + 30 * compiling
 
 
 def run_case(
@@ -198,9 +218,9 @@ def main() -> None:
         raise SystemExit(f"warpstep cannot be imported ({absent[OURS]}); `pip install .` first")
 
     machine = describe(given.device) | {"absent": absent}
-    # Only a whole run is a result to keep: a partial one goes beside it.
-    whole = not (given.quick or given.only)
-    folder = given.out or RESULTS / (slug(machine) + ("" if whole else ".partial"))
+    # A partial run goes beside a whole one.
+    partial = ".partial" if given.quick or given.only else ""
+    folder = given.out or (RESULTS if given.record else TRIALS) / (slug(machine) + partial)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
 
@@ -208,9 +228,14 @@ def main() -> None:
     print(f"warpstep {machine['warpstep']} on its {machine['backend']} backend")
     print(f"Measured: {', '.join(c.id for c in competitors)}")
     print(f"Not installed: {', '.join(absent) or 'none'}")
+    seconds = [expected_seconds(case, competitors, given) for case in cases]
+    print(
+        f"{len(cases)} cases, about {max(1, round(sum(seconds) / 60))} min on an idle machine, "
+        "which it should be."
+    )
     print("warpstep's time, then how many times longer each of the others takes:")
     rows: list[Row] = []
-    with Show(len(cases)) as show:
+    with Show(seconds) as show:
         for case in cases:
             lines = run_case(case, competitors, given, show)
             rows.extend(lines)
@@ -222,7 +247,10 @@ def main() -> None:
                 f"{line.competitor} on {line.case}: parameters end {line.difference_lr:.2g} "
                 "learning rates from warpstep's in the mean; one of the two computes something else"
             )
-    print(f"Written to {folder}; `python -m bench.report` makes tables and plots of it.")
+    if given.record:
+        print(f"Written to {folder}; `make report` makes README's tables and plots of it.")
+    else:
+        print(f"Written to {folder}; --record writes results to keep into {RESULTS}.")
 
 
 if __name__ == "__main__":

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 try:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
     )
 except ImportError:  # As on a machine that has a GPU and no network.
     Progress = None  # type: ignore[assignment, misc]
 
 
 class Show:
-    """Lines that stay, below them what is being done and how far it is."""
+    """Lines that stay, below them what is being done, how far all is and how long it still takes.
 
-    def __init__(self, total: int) -> None:
+    `seconds` are what each of the cases is expected to take.
+    """
+
+    def __init__(self, seconds: Sequence[float]) -> None:
         self.bar = None
+        self.seconds = seconds
+        self.finished = 0
         if Progress is not None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            console = Console(highlight=False)
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
-            self.task = self.bar.add_task("", total=total)
+            text = TextColumn("{task.fields[finished]}/{task.fields[cases]} {task.description}")
+            columns = (text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(highlight=False))
+            total, cases = sum(seconds), len(seconds)
+            self.task = self.bar.add_task("", total=total, finished=0, cases=cases)
 
     def __enter__(self) -> Show:
         if self.bar is not None:
@@ -48,9 +55,11 @@ class Show:
             self.bar.update(self.task, description=what)
 
     def done(self, line: str) -> None:
-        """Counts one of the total as done, with a line that stays."""
+        """Counts the next case as done, with a line that stays."""
+        seconds = self.seconds[self.finished]
+        self.finished += 1
         if self.bar is not None:
             self.bar.console.print(line, soft_wrap=True, markup=False)
-            self.bar.advance(self.task)
+            self.bar.update(self.task, advance=seconds, finished=self.finished)
         else:
-            print(line, flush=True)
+            print(f"{self.finished}/{len(self.seconds)} {line}", flush=True)

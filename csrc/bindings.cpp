@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <vector>
+
 #include "adamw_cpu.h"
 #include "bind_lists.h"
 #include "plan.h"
@@ -71,9 +74,11 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "warpstep's C++ and CUDA kernels.";
 #ifdef WARPSTEP_CUDA
   m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
+  m.attr("why_no_cuda") = "";
   m.def("cuda_device_count", cuda_device_count);
 #else
   m.attr("cuda_architectures") = py::none();
+  m.attr("why_no_cuda") = WARPSTEP_WHY_NO_CUDA;
   m.def("cuda_device_count", [] { return 0; });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);
@@ -96,14 +101,16 @@ PYBIND11_MODULE(_native, m) {
     counts["cuda"] = launch_counts().cuda;
     return counts;
   });
-  m.def("touch_streams", [](py::object param, py::object grad, py::object exp_avg,
-                            py::object exp_avg_sq, int threads) {
-    TensorView view{};
-    const std::int64_t count = tensor_reader().read(param.ptr(), view) ? view.numel() : -1;
-    float* const streams[] = {float_stream(param, count), float_stream(grad, count),
-                              float_stream(exp_avg, count), float_stream(exp_avg_sq, count)};
+  m.def("touch_streams", [](const std::vector<std::array<py::object, 4>>& tensors, int threads) {
+    std::vector<Streams> streams;
+    for (const auto& [param, grad, exp_avg, exp_avg_sq] : tensors) {
+      TensorView view{};
+      const std::int64_t count = tensor_reader().read(param.ptr(), view) ? view.numel() : -1;
+      streams.push_back({float_stream(param, count), float_stream(grad, count),
+                         float_stream(exp_avg, count), float_stream(exp_avg_sq, count), count});
+    }
     py::gil_scoped_release release;
-    touch_streams_cpu(streams[0], streams[1], streams[2], streams[3], count, threads);
+    touch_streams_cpu(streams, threads);
   });
 
   py::class_<BucketSpec>(m, "BucketSpec")

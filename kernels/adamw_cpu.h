@@ -1,6 +1,8 @@
 // The CPU launcher, and what it needs of the kernel's copies for each instruction set.
 #pragma once
 
+#include <vector>
+
 #include "tables.h"
 
 namespace warpstep {
@@ -32,9 +34,17 @@ bool has_cpu_recipe(const RecipeKey& key);
 // The instruction set that was chosen on this machine.
 const char* cpu_instruction_set();
 
-// Reads four float32 streams of `count` elements and writes three, once. For benchmarks.
-void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
-                       std::int64_t count, int threads);
+// Four float32 streams of one length.
+struct Streams {
+  float* param;
+  const float* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  std::int64_t count;
+};
+
+// Reads the four streams of each tensor and writes three, once. For benchmarks.
+void touch_streams_cpu(const std::vector<Streams>& tensors, int threads);
 
 using StepChunks = void (*)(const Launch& launch, std::uint32_t first, std::uint32_t last);
 

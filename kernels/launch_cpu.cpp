@@ -93,14 +93,21 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
   return norm;
 }
 
-void touch_streams_cpu(float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
-                       std::int64_t count, int threads) {
-  const auto runs = static_cast<std::uint32_t>((count + kCpuBatchMax - 1) / kCpuBatchMax);
+void touch_streams_cpu(const std::vector<Streams>& tensors, int threads) {
+  std::vector<Streams> runs;
+  for (Streams left : tensors) {
+    while (left.count > 0) {
+      Streams run = left;
+      run.count = std::min(kCpuBatchMax, left.count);
+      runs.push_back(run);
+      left = {left.param + run.count, left.grad + run.count, left.exp_avg + run.count,
+              left.exp_avg_sq + run.count, left.count - run.count};
+    }
+  }
   static Sharing sharing;
-  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
-    const std::int64_t i = run * kCpuBatchMax;
-    kernels().touch_streams(param + i, grad + i, exp_avg + i, exp_avg_sq + i,
-                            std::min(kCpuBatchMax, count - i));
+  run_on_threads(threads, static_cast<std::uint32_t>(runs.size()), sharing, [&](std::uint32_t i) {
+    const Streams& run = runs[i];
+    kernels().touch_streams(run.param, run.grad, run.exp_avg, run.exp_avg_sq, run.count);
   });
 }
 

@@ -20,7 +20,24 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", [b for b, d in pairs if d == "cpu"], scope="session")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="one case of each test for each backend, without what takes seconds",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if config.getoption("--quick"):
+        kept = {}
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if not any(map(item.get_closest_marker, ("gpu", "integration", "not_quick", "slow"))):
+                kept.setdefault((item.path, item.originalname, params.get("backend")), item)
+        chosen = set(kept.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]

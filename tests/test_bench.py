@@ -1,6 +1,8 @@
 """The benchmark's own arithmetic: cases, floors, ratios, what fits, and the report."""
 
 import json
+import re
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -17,9 +19,9 @@ pytest.importorskip("rich")
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from bench import measure, report  # noqa: E402
+from bench import measure, report, run  # noqa: E402
 from bench.cases import CASES, Case, equal, gpt2, resnet50, select, vit  # noqa: E402
-from bench.competitors import BASELINE, COMPETITORS, OURS, that_fit  # noqa: E402
+from bench.competitors import BASELINE, COMPETITORS, OURS, PLAIN, that_fit  # noqa: E402
 from bench.machine import Others, busy_core, slug  # noqa: E402
 from bench.run import Row, row, write  # noqa: E402
 
@@ -92,7 +94,7 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     assert {name: len(times.step) for name, times in result.times.items()} == {
         c.id: 2 for c in competitors
     }
-    assert len(result.copy) == 2
+    assert result.copy == []  # a bandwidth says nothing about tensors so small
     assert all(times.difference_lr < 1e-3 for times in result.times.values())
     line = row(result, BY_ID[BASELINE])
     assert line.ratio > 0
@@ -226,10 +228,119 @@ def test_report_fills_the_blocks_gpu_first_with_losses_and_conditions(results):
     assert filled.count("kept") == 4
     assert "0.90x ▼" in filled
     assert "optimi" in filled
-    assert "compiled: too long" in filled
+    assert "A dash means not measured: compiled (too long)." in filled
     assert "| b-10 | 250 µs | 500 µs | 2.0x | 5 ms | 300 µs | 0.1x ▼ |" in filled
     assert blocks["tail"] == ""  # no machine has measured it
     assert report.insert(filled, blocks) == filled
+
+
+def of_summary(folder: Path, *rows: Row) -> str:
+    save(folder, MACHINE, list(rows))
+    return report.summary(report.load(folder.parent)[0])
+
+
+def test_report_shows_no_share_of_a_copy_that_was_slower_than_the_step(tmp_path):
+    large = {"step_us": 31e3, "gb_s": 92.0}  # 2.9 GB
+    text = of_summary(
+        tmp_path / "a",
+        line("most", "model", OURS, 2, **large, copy_gb_s=90.0, copy_share=1.02),
+        line("slow", "model", OURS, 2, **large, copy_gb_s=46.0, copy_share=1.99),
+        line("small", "model", OURS, 2, copy_share=0.4),
+    )
+    assert re.findall(r"\d+%", text) == ["102%"]
+    assert "No share is shown where copying was slower than the step" in text
+    assert "It ran at 46 to 90 GB/s" in text
+    assert "not between lines or tables" in text
+
+
+def test_report_says_in_english_why_there_are_dashes(tmp_path):
+    missing = {"rounds": 0, "step_us": None, "ratio": None}
+    text = of_summary(
+        tmp_path / "a",
+        *(line(case, "model", OURS, 2) for case in ("one", "two")),
+        *(line("one", "model", c, 2) for c in ("torch-foreach", "optimi")),
+        *(
+            line("two", "model", c, 2, **missing, left_out="no memory left for its copy")
+            for c in ("torch-foreach", "optimi")
+        ),
+        line("one", "model", PLAIN, 2, **missing, left_out="is not measured on step"),
+    )
+    assert text.endswith("A dash means not measured: foreach and optimi where no memory was left.")
+
+
+def test_names_are_listed_as_in_a_sentence():
+    assert report.listed(["a"]) == "a"
+    assert report.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_report_shows_a_sequence_beside_the_step_of_the_same_rounds(tmp_path):
+    times = {OURS: 400.0, BASELINE: 800.0, PLAIN: 300.0}
+    rows = [line("m/clip", "tail", c, 2, step_us=t, ratio=t / 400) for c, t in times.items()]
+    save(tmp_path / "a", MACHINE, [replace(row, sequence="clip") for row in rows])
+    text = report.tail(report.load(tmp_path)[0])
+    header, _, cells = text.splitlines()
+    assert header.endswith("warpstep's step alone, same rounds |")
+    assert [cell.strip() for cell in cells.split("|")[3:5]] == ["400 µs", "800 µs"]
+    assert cells.endswith("| 300 µs |")
+
+
+def test_copying_leaves_what_it_moves_as_it_was():
+    case = Case("m", "model", ((70_000,), (131_077,), (3,)), dtype="bfloat16", offset=1)
+    entry = measure.Entry(
+        BY_ID[OURS],
+        case,
+        measure.random_tensors(case, "cpu", 0.02),
+        measure.random_tensors(case, "cpu", 1e-3),
+    )
+    entry.backward()
+    entry.step()
+    before = [[t.clone() for t in (p, s, v)] for p, _, s, v in entry.operands()]
+    copy = measure.copy_loop(case, [entry])
+    assert copy is not None
+    assert copy.nanoseconds() > 0
+    after = [(p, s, v) for p, _, s, v in entry.operands()]
+    for old, new in zip(before, after, strict=True):
+        for a, b in zip(old, new, strict=True):
+            assert torch.equal(a.view(torch.int16), b.detach().view(torch.int16))
+
+
+def test_copying_covers_all_but_an_edge_of_the_memory_that_is_stepped():
+    base = torch.zeros(200_003, dtype=torch.bfloat16)
+    parts = measure.as_floats(base[1:200_002], torch.zeros(200_001, dtype=torch.bfloat16))
+    assert parts[0].data_ptr() == base.data_ptr() + 4
+    assert {part.numel() for part in parts} == {100_000}
+    assert measure.as_floats(torch.zeros(100)) == []
+
+
+def test_a_run_says_how_long_it_takes_and_leaves_the_kept_results_alone(monkeypatch, capsys):
+    quick = ["bench.run", "--device", "cpu", "--quick"]
+    monkeypatch.setattr(sys, "argv", quick)
+    given = run.arguments()
+    assert not given.record
+    present = [BY_ID[OURS], BY_ID[BASELINE]]
+    whole = [run.expected_seconds(c, present, given) for c in select("cpu", True)]
+    assert 10 < sum(whole) < 600
+    assert run.TRIALS.relative_to(ROOT).parts[0] == "build"
+    monkeypatch.setattr(sys, "argv", [*quick, "--record"])
+    with pytest.raises(SystemExit):
+        run.arguments()
+    assert "--record is for whole runs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_partial_run_from_the_command_line(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "bench.run", "--device", "cpu", "--rounds", "1"),
+            *("--only", "host-100", "--out", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 cases, about 1 min on an idle machine" in done.stdout
+    assert "host-100" in (tmp_path / "steps.csv").read_text()
 
 
 def test_report_refuses_a_block_that_it_cannot_fill(results):

@@ -138,6 +138,7 @@ print(warpstep.status().native["CPU code"], digest.hexdigest())
 """
 
 
+@pytest.mark.not_quick
 def test_instruction_sets():
     """Every copy of the CPU kernel that this machine can run, each in a process of its own."""
     digests = {}

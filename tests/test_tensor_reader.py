@@ -116,7 +116,7 @@ def test_what_has_no_plain_memory_is_not_read(odd):
     plain = [torch.ones(4) for _ in range(3)]
     for place in range(4):
         with pytest.raises(TypeError, match="four float32 CPU tensors"):
-            touch_streams(*plain[:place], ODD[odd](), *plain[place:], 1)
+            touch_streams([(*plain[:place], ODD[odd](), *plain[place:])], 1)
     assert all((t == 1).all() for t in plain)
 
 

@@ -409,6 +409,7 @@ def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
             assert not re.search(r"\b(ld|st)\.local\b", code.asm["ptx"])
 
 
+@pytest.mark.not_quick
 @pytest.mark.skipif(NESTED in os.environ, reason="this is the other process")
 def test_in_the_other_mode() -> None:
     interpret = "0" if kernel.INTERPRETED else "1"

@@ -1,11 +1,12 @@
 """Types of the native module (csrc/bindings.cpp)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 cuda_architectures: str | None
+why_no_cuda: str
 
 def cuda_device_count() -> int: ...
 def cpu_instruction_set() -> str: ...
@@ -15,7 +16,7 @@ def uses_handles() -> bool: ...
 def uses_torchs_threads() -> bool: ...
 def launch_counts() -> dict[str, int]: ...
 def touch_streams(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, threads: int
+    tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], threads: int
 ) -> None: ...
 
 class BucketSpec:

@@ -92,8 +92,8 @@ def _cuda_reason(index: int) -> str:
         return reason
     if module.cuda_architectures is None:
         return (
-            "the native module was built without CUDA kernels. Put nvcc on PATH and run "
-            f"`WARPSTEP_CUDA=ON {REINSTALL}` in warpstep's source folder"
+            f"the native module was built without CUDA kernels: {module.why_no_cuda}. To build "
+            f"them, run `WARPSTEP_CUDA=ON {REINSTALL}` in warpstep's source folder with an nvcc"
         )
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs, and the CUDA kernels for NVIDIA's"
@@ -276,7 +276,7 @@ def status() -> Status:
     launches = {"cpu": 0, "cuda": 0}
     if module is not None:
         about = {"CPU code": module.cpu_instruction_set()}
-        about["CUDA code"] = module.cuda_architectures or "none"
+        about["CUDA code"] = module.cuda_architectures or f"none: {module.why_no_cuda}"
         about["tensors read through"] = "torch" if module.uses_handles() else "DLPack"
         about["threads"] = "torch's" if module.uses_torchs_threads() else "its own"
         launches = module.launch_counts()
