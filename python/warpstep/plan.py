@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, reference
+from warpstep.buckets import Bucket, Entry, place_of, publish, with_grads
 from warpstep.clipping import Clipping, RememberedGrad, combined_norm, share_of_norm
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, dtype_name, real_dtype
@@ -38,61 +39,6 @@ if TYPE_CHECKING:
 
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
-
-
-@dataclass(eq=False)
-class Entry:
-    """A parameter that has a gradient or a state, with what its step needs."""
-
-    group: int
-    index: int  # in its group
-    name: str
-    param: Any  # while a plan is made: later it is found by its place, and not kept alive
-    state: dict[str, Any]
-    backend: str = "reference"
-    recipe: Recipe | None = None
-    new_state: dict[str, Any] | None = None  # to be merged into the state
-
-
-def place_of(optimizer: Adam, entry: Entry) -> Tensor | None:
-    """The parameter in an entry's place; None where the optimizer has none there any more."""
-    groups = optimizer.param_groups
-    if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
-        param: Tensor = groups[entry.group]["params"][entry.index]
-        return param
-    return None
-
-
-def with_grads(optimizer: Adam, entries: Iterable[Entry]) -> list[tuple[Entry, Tensor, Tensor]]:
-    """Those entries whose parameter has a gradient, with both."""
-    placed = ((entry, place_of(optimizer, entry)) for entry in entries)
-    return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
-
-
-@dataclass
-class Bucket:
-    """Entries of one recipe on one device that one backend steps together."""
-
-    backend: str
-    recipe: Recipe
-    device: torch.device
-    shards: Any  # how its tensors are laid out over processes: layout_of()
-    entries: list[Entry] = field(default_factory=list)
-    tables: Any = None  # device memory, kept alive
-    statistics: Tensor | None = None  # float64[chunks, 4], once asked for
-    chunk_counts: Tensor | None = None  # int64[tensors], beside them
-    stream: Any = None  # the one that the tables are known to be used on
-
-    def use_tables_on(self, stream: torch.cuda.Stream) -> None:
-        """Keeps the tables' memory from reuse until what ``stream`` does by now is done."""
-        if stream != self.stream:
-            self.stream = stream
-            statistics = () if self.statistics is None else (self.statistics,)
-            for table in (*self.tables.values(), *statistics):
-                table.record_stream(stream)
-
-    def __str__(self) -> str:
-        return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
 
 
 class Plan:
@@ -546,14 +492,3 @@ class Plan:
         if by_reference:
             lines.append(f"reference: {by_reference} tensors")
         return "\n".join(lines)
-
-
-def publish(optimizer: Adam, entries: list[Entry]) -> None:
-    """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
-    for entry in entries:
-        if entry.new_state is not None:
-            state = optimizer.state[entry.param]
-            for key, value in entry.new_state.items():
-                if entry.state.get(key) is state.get(key):  # not published for its first mention
-                    state[key] = value
-        entry.state = optimizer.state[entry.param]

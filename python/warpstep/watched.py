@@ -12,8 +12,9 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from warpstep import backends, functional, reference
+from warpstep.buckets import Entry, with_grads
 from warpstep.hypers import decay_form
-from warpstep.plan import Entry, Plan, with_grads
+from warpstep.plan import Plan
 from warpstep.shards import holds_values, layout_of, own_part, summed
 from warpstep.state import MOMENTS
 from warpstep.tail import Tail
