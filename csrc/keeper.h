@@ -25,7 +25,9 @@ class Keeper {
   ~Keeper() { clear(); }
 
   void keep(PyObject* object) {
-    if (object != nullptr) objects_.push_back(py::reinterpret_borrow<py::object>(object));
+    if (object == nullptr) return;
+    Py_INCREF(object);
+    objects_.push_back(object);
   }
 
   // The gradient that is read in place. (What Python gives as one is held by who asked for it.)
@@ -34,16 +36,25 @@ class Keeper {
     if (kept != nullptr) grads_.push_back(kept);
   }
 
+  void reserve(std::size_t objects, std::size_t grads) {
+    objects_.reserve(objects);
+    grads_.reserve(grads);
+  }
+
   bool is_empty() const { return objects_.empty() && grads_.empty(); }
 
   void clear() {
-    for (const TorchHandles::Handle grad : grads_) tensor_reader().drop(grad);
-    grads_.clear();
-    objects_.clear();
+    // What is freed may run Python, which finds this empty.
+    std::vector<PyObject*> objects;
+    std::vector<TorchHandles::Handle> grads;
+    objects.swap(objects_);
+    grads.swap(grads_);
+    for (const TorchHandles::Handle grad : grads) tensor_reader().drop(grad);
+    for (PyObject* object : objects) Py_DECREF(object);
   }
 
  private:
-  std::vector<py::object> objects_;
+  std::vector<PyObject*> objects_;
   std::vector<TorchHandles::Handle> grads_;
 };
 

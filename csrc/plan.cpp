@@ -197,6 +197,7 @@ const char* Plan::step(py::handle state, py::handle param_groups, int threads, p
 }
 
 void Plan::keep_alive() {
+  keeper_.reserve(6 * params_.size(), params_.size());
   for (const BoundParam& bound : params_) {
     if (bound.assignment < 0) continue;
     keeper_.keep(bound.param);

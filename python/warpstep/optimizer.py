@@ -27,6 +27,8 @@ from warpstep.tail import Statistics, Tail
 
 Betas = tuple[float | Tensor, float | Tensor]
 
+# How often a plan is made where another thread changes what is stepped while that is looked at.
+_ATTEMPTS = 5
 _CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
 
@@ -207,7 +209,16 @@ class Adam(Averaging):
             reason = self._run(plan, tail, capturing)
         if reason is None:
             return
-        plan = self._new_plan(reason, capturing, watched.WatchedPlan if is_watched else Plan)
+        kind = watched.WatchedPlan if is_watched else Plan
+        for _ in range(_ATTEMPTS):
+            plan = self._new_plan(reason, capturing, kind)
+            if plan is None:
+                break
+            reason = self._run(plan, tail, capturing)
+            if reason is None:
+                return
+            if tail.measured_grads is not None and self._clipping is not None:
+                self._clipping.raise_changed(plan.count_grads(self))
         if plan is None:
             if zero_grads or self._clipping is not None:
                 raise RuntimeError(
@@ -216,11 +227,7 @@ class Adam(Averaging):
                 )
             _torch_step(self)
             return
-        reason = self._run(plan, tail, capturing)
-        if reason is not None and tail.measured_grads is not None and self._clipping is not None:
-            self._clipping.raise_changed(plan.count_grads(self))
-        if reason is not None:
-            raise RuntimeError(_CHANGING.format(reason))
+        raise RuntimeError(_CHANGING.format(reason))
 
     def _tail(self, zero_grads: bool) -> Tail:
         """What surrounds the step that is asked for."""
