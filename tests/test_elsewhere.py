@@ -25,6 +25,7 @@ SUITE = [
     "test_tail_edges.py",
     "test_bits.py",
     "test_formats.py",
+    "test_flush_denormal.py",
     "test_launches.py",
 ]
 
