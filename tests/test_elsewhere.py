@@ -26,6 +26,7 @@ SUITE = [
     "test_bits.py",
     "test_formats.py",
     "test_flush_denormal.py",
+    "test_every_value.py",
     "test_launches.py",
 ]
 

@@ -102,7 +102,7 @@ HALF = {name: recipe for name, recipe in RECIPES.items() if F16 in recipe}
 
 @pytest.mark.parametrize("recipe", HALF.values(), ids=HALF.keys())
 def test_the_flag_changes_no_bit_of_a_tail_in_float16(backend, device, recipe):
-    """Unscaled, clipped, stepped, averaged, counted and zeroed, beside the same without the flag."""
+    """Clipped, stepped, averaged, counted and zeroed, beside the same without the flag."""
 
     def train():
         generator = torch.Generator().manual_seed(4)

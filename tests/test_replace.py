@@ -228,7 +228,7 @@ CANNOT = {
     "shape": (lambda: with_state(exp_avg=torch.ones(2)), "parameter 1 of group 0.*'exp_avg'"),
     "no tensor": (lambda: with_state(exp_avg_sq="big"), "'exp_avg_sq' is 'big'"),
     "step": (lambda: with_state(step="third"), "'step' is 'third'"),
-    "hyper": (lambda: with_group(lr=-1.0), "learning rate"),
+    "hyper": (lambda: with_group(lr="fast"), "learning rate"),
 }
 
 

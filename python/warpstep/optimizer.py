@@ -144,7 +144,7 @@ class OnePass(torch.optim.Adam):
         if plan is not None and plan.checked_by_native:
             reason = plan.stale(self) or ""
         if reason:
-            if any(group["differentiable"] for group in self.param_groups):
+            if any(group.get("differentiable") for group in self.param_groups):
                 return None
             if capturing:
                 raise RuntimeError(

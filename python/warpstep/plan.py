@@ -96,8 +96,8 @@ class Plan:
         groups = optimizer.param_groups
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
-            if not isinstance(group["params"], (list, tuple)):
-                raise TypeError(f"the params of group {index} are no list: {group['params']!r}")
+            if not isinstance(params := group.get("params"), (list, tuple)):
+                raise TypeError(f"the params of group {index} are no list: {params!r}")
 
         entries: list[Entry] = []
         assignments: list[int] = []
