@@ -21,7 +21,7 @@ STATISTICS = tl.constexpr(4)  # kStatistics of tables.h
 
 # What the rule needs of a tensor at this step; from float64, each rounded once.
 CONSTANTS = (
-    "grad_factor coupled_decay decay kept step_size eps_hat root_scale weight1 weight2 beta1 beta2 "
+    "grad_factor coupled_decay decay step_size eps_hat root_scale weight1 weight2 beta1 beta2 "
     "unscale ema_weight ema_kept form"
 )
 Constants = namedtuple("Constants", CONSTANTS)
@@ -110,7 +110,6 @@ def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr)
     coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
     decays = (form != COUPLED) & (weight_decay != 0)  # no inf * 0
     decay = tl.where(decays, lr * weight_decay, 0.0)
-    left = tl.where((form == L1) | (form == CAUTIOUS), 1.0, 1 - decay).to(T)
     eps_hat = eps * bias_correction2_sqrt
     least_normal = 2.2250738585072014e-308 if tl.float64 == T else 1.1754943508222875e-38
     eps = eps.to(T).to(tl.float64)  # as torch adds it to a T
@@ -123,9 +122,7 @@ def constants_of(hyper, step, grad_scale, total_norm, max_norm, T: tl.constexpr)
     betas = ((1 - beta1).to(T), (1 - beta2).to(T), beta1.to(T), beta2.to(T))
     kept = tl.where(t == 1, 0, ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
-    return Constants(
-        grad_factor.to(T), coupled, decay.to(T), left, *of_root, *betas, unscale, *ema, form
-    )
+    return Constants(grad_factor.to(T), coupled, decay.to(T), *of_root, *betas, unscale, *ema, form)
 
 
 @device_function
@@ -183,9 +180,7 @@ def adamw_rule(c, param, grad, m, v, peak, AMSGRAD: tl.constexpr, SELECTIVE: tl.
 
     update = c.step_size * divide(m, tl.fma(square_root(peak), c.root_scale, c.eps_hat))
     d = decay_of(c.form, param, update) if SELECTIVE else finite_or_zero(param)
-    after = param - tl.fma(c.decay, d, update)
-    after = tl.where(tl.abs(param) < float("inf"), after, param * c.kept - update)
-    return after, m, v, peak
+    return param - tl.fma(c.decay, d, update), m, v, peak
 
 
 # NOTE [bfloat16 in the interpreter]

@@ -29,8 +29,9 @@
 // NOTE [every number that torch takes]
 // torch checks hyper-parameters at construction only: schedules overshoot, groups are edited. So
 // here there is a result for every one of them and for every step counter, with torch's NaNs and
-// infinities: those of its fused kernel, since its other forms raise at a division by zero.
-// Part::usual, which is fast, is for hyper-parameters of the usual size.
+// infinities: those of its fused kernel, since its other forms raise at a division by zero. But for
+// one: an infinite p with lr * weight_decay of 1 or more, which torch multiplies by zero or less,
+// is what an infinite p is otherwise; to follow there, too, took 10% of Part::whole.
 //
 // NOTE [why these forms]
 // v - (1 - beta2) * v and not beta2 * v, because float32 rounds 0.999 by 1.3e-8, which is 1.3e-5 of
@@ -52,7 +53,6 @@ struct Constants {
   T grad_factor;
   T coupled_decay;  // weight_decay if coupled, else 0
   T decay;          // of the table above
-  T kept;           // what is left of an infinite p: 1 - decay where that multiplies p, else 1
   T step_size;
   T eps_hat;
   T root_scale;
@@ -65,7 +65,7 @@ struct Constants {
 
   WARPSTEP_FN bool is_usual() const {
     return coupled_decay == 0 && l1 + cautious == 0 && std::fabs(weight1) < T(0.5) &&
-           weight2 < T(0.5) && kept > 0 && kept < 2 && root_scale == 1;
+           weight2 < T(0.5) && root_scale == 1;
   }
 };
 
@@ -152,7 +152,6 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
   c.grad_factor = static_cast<T>((hyper.maximize ? -clip : clip) * unscale);
   c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
   c.decay = static_cast<T>(decay);
-  c.kept = static_cast<T>(is_selective(hyper.decay) ? 1 : 1 - decay);
   c.step_size =
       static_cast<T>(lr / bias_correction1 * (scales_root ? kScale : bias_correction2_sqrt));
   c.eps_hat = static_cast<T>(scales_root ? eps * kScale : eps_hat);
@@ -238,8 +237,7 @@ WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& mom
   const T denominator = kUsual ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
   const T update = c.step_size * divide(m, denominator);
   const T d = kPart == Part::whole ? decay_of(c, param, update) : finite_or_zero(param);
-  const T after = param - fma_of(c.decay, d, update);
-  return kUsual || is_finite(param) ? after : param * c.kept - update;
+  return param - fma_of(c.decay, d, update);
 }
 
 }  // namespace

@@ -144,15 +144,13 @@ def computed(
         new["max_exp_avg_sq"] = peak
 
     update = c.step_size * (m / (peak.sqrt() * c.root_scale + c.eps_hat))
-    after = p - update
     if weight_decay != 0 and form != "coupled":
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
             d = torch.where(p.sign() * update.sign() < 0, 0, d)
-        kept = 1 if form in ("l1", "cautious") else 1 - c.decay
-        after = torch.where(p.isfinite(), p - (c.decay * d + update), p * kept - update)
+        update = c.decay * d + update
     # What is stored of it, rounded: the average and the statistics see that.
-    after = after.to(real_dtype(param.dtype)) if taken else real_view(param)
+    after = (p - update).to(real_dtype(param.dtype)) if taken else real_view(param)
     if group.get("ema_decay") is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
