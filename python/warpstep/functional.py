@@ -310,7 +310,7 @@ def adamw_(
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     Raises:
-        ValueError: lists differ in length, or a hyper-parameter is invalid.
+        ValueError: lists differ in length, or a hyper-parameter is no number.
         TypeError: an entry is no tensor, or of a dtype that cannot be stepped.
         RuntimeError: shapes or devices of one tensor's entries differ; an entry is sparse, expanded
             or has no memory; ``grad_scale`` or ``found_inf`` does not fit.

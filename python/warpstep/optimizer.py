@@ -316,8 +316,9 @@ class OnePass(torch.optim.Adam):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError, TypeError, ValueError: a gradient, a state or a hyper-parameter is
-                invalid; the message names it. No parameter and no state has been changed then.
+            RuntimeError, TypeError, ValueError: a gradient or a state is invalid, or a
+                hyper-parameter no number; the message names it. No parameter and no state has been
+                changed then. A number is taken whatever it is, as torch does.
         """
         loss = None
         if closure is not None:
