@@ -156,7 +156,7 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
   for (const TensorScalar& scalar : tensor_scalars_) {
     Hyper& hyper = bucket.hypers[scalar.group];
     TensorView view;
-    tensor_reader().read(scalar.tensor, view);
+    tensor_reader().read(scalar.tensor.ptr(), view);
     const bool addressable =
         bucket.device.type != dlpack::cpu && view.device.type == bucket.device.type &&
         view.device.index == bucket.device.index && view.known_format && bytes_of(view.format) >= 4;
@@ -166,7 +166,7 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
           view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
     } else {
       (hyper.*scalar.value).value =
-          py::float_(py::reinterpret_borrow<py::object>(scalar.tensor)).cast<double>();
+          py::float_(scalar.tensor).cast<double>();
     }
   }
   return bucket.hypers;

@@ -174,7 +174,7 @@ class Plan {
     std::uint32_t group;
     Scalar Hyper::* value;
     std::uint8_t Hyper::* kind;
-    PyObject* tensor;
+    py::object tensor;
   };
 
   void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);

@@ -316,20 +316,19 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
     return false;
   };
   // An accelerator's tensor is read, or pointed to, when the bucket's device is known.
-  const auto read_scalar = [&](PyObject* object, Scalar Hyper::* value, std::uint8_t Hyper::* kind,
-                               bool below_one) {
+  const auto read_scalar = [&](PyObject* object, Scalar Hyper::* value,
+                               std::uint8_t Hyper::* kind) {
     TensorView view;
     if (object != nullptr && !PyFloat_Check(object) && !PyLong_Check(object) &&
         tensor_reader().read(object, view)) {
       if (view.numel() != 1) return false;
       if (view.device.type != dlpack::cpu) {
-        tensor_scalars_.push_back({index, value, kind, object});
+        tensor_scalars_.push_back({index, value, kind, py::reinterpret_borrow<py::object>(object)});
         settled = false;
         return true;
       }
     }
-    double& number = (hyper.*value).value;
-    return read_number(object, number) && number >= 0 && (!below_one || number < 1);
+    return read_number(object, (hyper.*value).value);
   };
   if (PyDict_GetItem(group, names().params) != bound.params) return "a group was replaced";
   PyObject* const planned_for[] = {names().fused, names().capturable, names().differentiable};
@@ -338,31 +337,41 @@ const char* Plan::read_group(PyObject* group, std::uint32_t index) {
       return "a group's implementation flags changed";
     }
   }
-  const auto read_flag = [&](PyObject* name) {
-    PyObject* flag = PyDict_GetItem(group, name);
-    return flag == nullptr ? -1 : PyObject_IsTrue(flag);
+  const auto read_flag = [&](PyObject* name, bool& flag) {
+    PyObject* const object = PyDict_GetItem(group, name);
+    if (object == nullptr) return false;
+    settled &= PyBool_Check(object) || PyLong_Check(object) || object == Py_None;
+    const int truth = PyObject_IsTrue(object);
+    if (truth < 0) PyErr_Clear();
+    flag = truth > 0;
+    return truth >= 0;
   };
 
-  PyObject* betas = PyDict_GetItem(group, names().betas);
-  if (betas == nullptr || (!PyTuple_Check(betas) && !PyList_Check(betas)) ||
-      PySequence_Fast_GET_SIZE(betas) != 2) {
+  PyObject* const betas = PyDict_GetItem(group, names().betas);
+  const bool two = betas != nullptr && PyObject_Size(betas) == 2;
+  // Of a tuple or list the very same; of an array or a tensor a list of what it holds.
+  const auto pair =
+      py::reinterpret_steal<py::object>(two ? PySequence_Fast(betas, "no pair") : nullptr);
+  if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
+    PyErr_Clear();
     return kInvalid;
   }
-  if (PyList_Check(betas)) settled = false;
-  PyObject* const* pair = PySequence_Fast_ITEMS(betas);
-  if (!read_scalar(PyDict_GetItem(group, names().lr), &Hyper::lr, &Hyper::lr_kind, false) ||
-      !read_scalar(pair[0], &Hyper::beta1, &Hyper::beta1_kind, true) ||
-      !read_scalar(pair[1], &Hyper::beta2, &Hyper::beta2_kind, true) ||
-      !read_number(PyDict_GetItem(group, names().eps), hyper.eps) || !(hyper.eps >= 0) ||
-      !read_number(PyDict_GetItem(group, names().weight_decay), hyper.weight_decay) ||
-      !(hyper.weight_decay >= 0)) {
+  if (!PyTuple_Check(betas)) settled = false;
+  PyObject* const* const beta = PySequence_Fast_ITEMS(pair.ptr());
+  if (!read_scalar(PyDict_GetItem(group, names().lr), &Hyper::lr, &Hyper::lr_kind) ||
+      !read_scalar(beta[0], &Hyper::beta1, &Hyper::beta1_kind) ||
+      !read_scalar(beta[1], &Hyper::beta2, &Hyper::beta2_kind) ||
+      !read_number(PyDict_GetItem(group, names().eps), hyper.eps) ||
+      !read_number(PyDict_GetItem(group, names().weight_decay), hyper.weight_decay)) {
     return kInvalid;
   }
-  const int amsgrad = read_flag(names().amsgrad), maximize = read_flag(names().maximize),
-            decoupled = read_flag(names().decoupled);
-  if (amsgrad < 0 || maximize < 0 || decoupled < 0) return kInvalid;
-  if (static_cast<bool>(amsgrad) != groups_[index].amsgrad) return "a group's amsgrad changed";
-  hyper.maximize = maximize != 0;
+  bool amsgrad = false, maximize = false, decoupled = false;
+  if (!read_flag(names().amsgrad, amsgrad) || !read_flag(names().maximize, maximize) ||
+      !read_flag(names().decoupled, decoupled)) {
+    return kInvalid;
+  }
+  if (amsgrad != groups_[index].amsgrad) return "a group's amsgrad changed";
+  hyper.maximize = maximize;
   hyper.decay = decoupled ? Decay::decoupled : Decay::coupled;
   if (PyObject* form = PyDict_GetItem(group, names().decay_form)) {
     const std::optional<Decay> decay = decay_named(form);

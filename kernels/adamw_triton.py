@@ -21,7 +21,8 @@ STATISTICS = tl.constexpr(4)  # kStatistics of tables.h
 
 # What the rule needs of a tensor at this step; from float64, each rounded once.
 CONSTANTS = (
-    "grad_factor grad_left coupled_decay decay step_size eps_hat weight1 weight2 beta1 beta2 "
+    "grad_factor grad_left coupled_decay decay step_size eps_hat root_scale weight1 weight2 "
+    "beta1 beta2 "
     "unscale ema_weight ema_kept form"
 )
 Constants = namedtuple("Constants", CONSTANTS)
@@ -50,13 +51,27 @@ def device_function(fn: Any) -> Any:
 
 @device_function
 def power(base, exponent):
-    """base^exponent by squaring: products only, hence the same bits on every machine."""
+    """base^exponent as pow() has it: whole exponents by squaring, parts of one by roots."""
+    magnitude = tl.abs(exponent)
+    finite = magnitude < 9223372036854775808.0  # 2^63: 0, 1 or infinite for every base
+    whole = tl.where(finite, magnitude, 9223372036854775808.0).to(tl.uint64)
+    part = tl.where(finite, magnitude - whole.to(tl.float64), 0.0)
     result = tl.full((), 1, tl.float64)
-    while exponent != 0:
-        result = tl.where(exponent & 1 != 0, result * base, result)
-        base = base * base
-        exponent = exponent >> 1
-    return result
+    factor = base
+    while whole != 0:
+        result = tl.where(whole & 1 != 0, result * factor, result)
+        factor = factor * factor
+        whole = whole >> 1
+    root = base
+    digits = tl.full((), 52, tl.int32)
+    while (part != 0) & (digits != 0):
+        root = tl.sqrt(root)
+        part = part * 2
+        result = tl.where(part >= 1, result * root, result)
+        part = tl.where(part >= 1, part - 1, part)
+        digits = digits - 1
+    result = tl.where(exponent < 0, 1 / result, result)
+    return tl.where(exponent != exponent, exponent, result)
 
 
 @device_function
@@ -81,7 +96,7 @@ def constants_of(hyper, step, grad_scale, clip_coef, T: tl.constexpr):
     eps = tl.load(hyper + 3).to(tl.float64, bitcast=True)
     weight_decay = tl.load(hyper + 4).to(tl.float64, bitcast=True)
     ema_decay = tl.load(hyper + 5).to(tl.float64, bitcast=True)
-    t = step.to(tl.uint32) + 1
+    t = (step + 1).to(tl.float64)
     bias_correction1 = 1 - power(beta1, t)
     bias_correction2_sqrt = tl.sqrt(1 - power(beta2, t))
     unscale = tl.full((), 1, tl.float64)
@@ -92,14 +107,22 @@ def constants_of(hyper, step, grad_scale, clip_coef, T: tl.constexpr):
         grad_left = tl.load(clip_coef) * unscale
     grad_factor = tl.where((word >> 32 & 255) != 0, -grad_left, grad_left).to(T)
     coupled = tl.where(form == COUPLED, weight_decay, 0).to(T)
-    decay = tl.where(form == COUPLED, 0, lr * weight_decay).to(T)
-    step_size = (lr / bias_correction1 * bias_correction2_sqrt).to(T)
-    eps_hat = (eps * bias_correction2_sqrt).to(T)
+    decays = (form != COUPLED) & (weight_decay != 0)  # no inf * 0
+    decay = tl.where(decays, lr * weight_decay, 0.0)
+    eps_hat = eps * bias_correction2_sqrt
+    least_normal = 2.2250738585072014e-308 if tl.float64 == T else 1.1754943508222875e-38
+    eps = eps.to(T).to(tl.float64)  # as torch adds it to a T
+    scales_root = (eps != 0) & (tl.abs(eps_hat) < least_normal)
+    scale = 281474976710656.0  # 2^48
+    step_size = lr / bias_correction1 * tl.where(scales_root, scale, bias_correction2_sqrt)
+    eps_hat = tl.where(scales_root, eps * scale, eps_hat).to(T)
+    root_scale = tl.where(scales_root, scale / bias_correction2_sqrt, 1.0).to(T)
+    of_root = (step_size.to(T), eps_hat, root_scale)
     betas = ((1 - beta1).to(T), (1 - beta2).to(T), beta1.to(T), beta2.to(T))
     kept = tl.where(t == 1, 0, ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
     factors = (grad_factor, grad_left.to(T))
-    return Constants(*factors, coupled, decay, step_size, eps_hat, *betas, unscale, *ema, form)
+    return Constants(*factors, coupled, decay.to(T), *of_root, *betas, unscale, *ema, form)
 
 
 @device_function
@@ -118,7 +141,7 @@ def square_root(a):
 def lerp(start, end, weight, complement):
     """(1 - weight) * start + weight * end, written from the nearer end as torch.lerp is."""
     difference = end - start
-    near = weight < 0.5
+    near = tl.abs(weight) < 0.5
     return tl.fma(tl.where(near, weight, -complement), difference, tl.where(near, start, end))
 
 
@@ -155,7 +178,7 @@ def adamw_rule(c, param, grad, m, v, peak, AMSGRAD: tl.constexpr, SELECTIVE: tl.
     v = tl.fma(c.weight2 * g, g, kept)
     peak = maximum(peak, v) if AMSGRAD else v
 
-    update = c.step_size * divide(m, square_root(peak) + c.eps_hat)
+    update = c.step_size * divide(m, tl.fma(square_root(peak), c.root_scale, c.eps_hat))
     d = decay_of(c.form, param, update) if SELECTIVE else finite_or_zero(param)
     return param - tl.fma(c.decay, d, update), m, v, peak
 

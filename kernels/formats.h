@@ -97,13 +97,22 @@ WARPSTEP_FN float load(float16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(bits_as<__half>(x.bits));
 #else
-  // The exponent's bias is 15 in float16 and 127 in float32: scaling by 2^112 re-biases it, exactly
-  // for subnormal numbers too. Infinities and NaNs get the exponent of their kind. No branch, so
-  // that the loop becomes SIMD code.
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
-  const std::uint32_t scaled = bits_as<std::uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
-  const std::uint32_t number = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
-  return bits_as<float>(number | static_cast<std::uint32_t>(x.bits & 0x8000u) << 16);
+  // The exponent's bias is 15 in float16 and 127 in float32, hence `normal`. What is subnormal in
+  // float16 has that as 2^-15 + x / 2, from which `subnormal` makes x; it is the smaller of the two
+  // just there. No float32 on the way is subnormal itself: a processor may be told to take those
+  // for zero (torch.set_flush_denormal). Infinities and NaNs get the exponent of their kind. No
+  // branch, so that the loop becomes SIMD code.
+  const std::int32_t bits = static_cast<std::int16_t>(x.bits);
+  const std::int32_t rebiased = (bits * 0x2000 & 0x0fffe000) + 0x38000000;
+  const float normal = bits_as<float>(rebiased);
+#ifdef __FMA__  // of the same bits: neither form rounds
+  const float subnormal = __builtin_fmaf(normal, 2.0f, -0x1p-14f);
+#else
+  const float subnormal = normal + normal - 0x1p-14f;
+#endif
+  std::int32_t number = bits_as<std::int32_t>(normal < subnormal ? normal : subnormal);
+  number |= rebiased >= 0x47800000 ? 0x7f800000 : 0;
+  return bits_as<float>(number | (bits & ~0x7fffffff));
 #endif
 }
 
@@ -144,17 +153,17 @@ WARPSTEP_FN void store(float x, float16& to) {
   to.bits = bits_as<std::uint16_t>(__float2half_rn(x));
 #else
   // Normal numbers: re-bias and round to nearest even on the bits. Subnormal ones: adding 0.5 puts
-  // the float16 grid at the end of the float32 significand, so the addition itself rounds.
+  // the float16 grid at the end of the float32 significand, so the addition itself rounds (and a
+  // float32 that is subnormal rounds to zero, whether or not the processor reads it as zero).
   const std::uint32_t bits = bits_as<std::uint32_t>(x);
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const std::uint32_t subnormal =
-      bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
-  std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
-  half = magnitude > 0x7f800000u ? 0x7fffu : half;   // the quiet NaN that CUDA stores
-  const std::uint32_t sign = magnitude > 0x7f800000u ? 0u : bits >> 16 & 0x8000u;
-  to.bits = static_cast<std::uint16_t>(half | sign);
+  const std::int32_t magnitude = bits & 0x7fffffffu;
+  const std::int32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const std::int32_t subnormal =
+      bits_as<std::int32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+  const std::int32_t half = magnitude < 0x38800000 ? subnormal : normal;
+  // What is too large rounds to infinity; a NaN becomes the quiet NaN that CUDA stores.
+  const std::int32_t number = min_of(half, 0x7c00) | (bits >> 16 & 0x8000u);
+  to.bits = static_cast<std::uint16_t>(x != x ? 0x7fff : number);
 #endif
 }
 

@@ -10,6 +10,9 @@
 // with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
 // which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
 // the running maximum of v takes its place.
+// Where eps_hat would be subnormal it is torch's form, all of it times a scale that keeps m / eps
+// in range: step_size = scale * lr / (1 - beta1^t), eps_hat = scale * eps, and sqrt(v) is
+// multiplied by root_scale = scale / sqrt(1 - beta2^t), which otherwise is 1.
 //
 //   Decay          decay                          d
 //   coupled        0                              (Adam with L2)
@@ -21,7 +24,14 @@
 // NOTE [the same bits everywhere]
 // CPU and CUDA give the same bits because nothing here is left to a compiler or a libm: fused
 // multiply-adds are spelled, division and square root are IEEE's, contraction is off in the build,
-// and powers are products. Constants are worked out in float64 and rounded once.
+// and powers are products and roots. Constants are worked out in float64 and rounded once.
+//
+// NOTE [every number that torch takes]
+// torch checks hyper-parameters at construction only: schedules overshoot, groups are edited. So
+// here there is a result for every one of them and for every step counter, with torch's NaNs and
+// infinities: those of its fused kernel, since its other forms raise at a division by zero. But for
+// one: an infinite p with lr * weight_decay of 1 or more, which torch multiplies by zero or less,
+// is what an infinite p is otherwise; to follow there, too, took 10% of Part::whole.
 //
 // NOTE [why these forms]
 // v - (1 - beta2) * v and not beta2 * v, because float32 rounds 0.999 by 1.3e-8, which is 1.3e-5 of
@@ -46,6 +56,7 @@ struct Constants {
   T decay;          // of the table above
   T step_size;
   T eps_hat;
+  T root_scale;
   T weight1, weight2;  // 1 - beta1, 1 - beta2
   T beta1, beta2;
   T unscale;       // 1 / grad_scale
@@ -54,7 +65,8 @@ struct Constants {
   T l1, cautious;  // 1 where that is the form of decay, else 0
 
   WARPSTEP_FN bool is_usual() const {
-    return coupled_decay == 0 && l1 + cautious == 0 && weight1 < T(0.5) && weight2 < T(0.5);
+    return coupled_decay == 0 && l1 + cautious == 0 && std::fabs(weight1) < T(0.5) &&
+           weight2 < T(0.5) && root_scale == 1;
   }
 };
 
@@ -72,14 +84,28 @@ struct Moments {
   T max_exp_avg_sq;
 };
 
-// base^exponent by squaring: products only, hence the same bits on every machine.
-WARPSTEP_FN double power(double base, std::uint32_t exponent) {
+// base^exponent as pow() has it: whole exponents by squaring, parts of one by roots. Products and
+// IEEE's roots only, hence the same bits on every machine.
+WARPSTEP_FN double power(double base, double exponent) {
+  if (exponent != exponent) return exponent;
+  constexpr double kForever = 0x1p63;  // as good as infinite: 0, 1 or infinite for every base
+  const double magnitude = std::fabs(exponent);
+  std::uint64_t whole = static_cast<std::uint64_t>(min_of(magnitude, kForever));
+  double part = magnitude < kForever ? magnitude - static_cast<double>(whole) : 0;
   double result = 1;
-  for (; exponent != 0; exponent >>= 1) {
-    if (exponent & 1) result *= base;
-    base *= base;
+  for (double factor = base; whole != 0; whole >>= 1, factor *= factor) {
+    if (whole & 1) result *= factor;
   }
-  return result;
+  double root = base;
+  for (int digits = 0; part != 0 && digits < 52; ++digits) {
+    root = std::sqrt(root);
+    part *= 2;
+    if (part >= 1) {
+      result *= root;
+      part -= 1;
+    }
+  }
+  return exponent < 0 ? 1 / result : result;
 }
 
 WARPSTEP_FN double read(const Scalar& scalar, std::uint8_t kind) {
@@ -102,27 +128,37 @@ WARPSTEP_FN bool is_selective(Decay decay) {
   return decay == Decay::l1 || decay == Decay::cautious;
 }
 
-// `step` is what a tensor's counter says.
+WARPSTEP_FN constexpr double least_normal(float) { return 0x1p-126; }
+WARPSTEP_FN constexpr double least_normal(double) { return 0x1p-1022; }
+
+// `step` is what a tensor's counter says: any float32.
 template <class T>
 WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail& tail) {
   const double lr = read(hyper.lr, hyper.lr_kind);
   const double beta1 = read(hyper.beta1, hyper.beta1_kind);
   const double beta2 = read(hyper.beta2, hyper.beta2_kind);
-  const std::uint32_t counted = static_cast<std::uint32_t>(step > 0 ? step : 0);
-  const std::uint32_t t = counted + (tail.steps_advanced ? 0 : 1);
+  const float t = tail.steps_advanced ? step : step + 1;
   const double bias_correction1 = 1 - power(beta1, t);
   const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
   const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
   const double clip_coef = tail.clip_coef != nullptr ? *tail.clip_coef : 1;
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
+  const bool decays = hyper.decay != Decay::coupled && hyper.weight_decay != 0;  // no inf * 0
+  const double decay = decays ? lr * hyper.weight_decay : 0;
+  const double eps_hat = hyper.eps * bias_correction2_sqrt;
+  const double eps = static_cast<T>(hyper.eps);  // as torch adds it to a T
+  const bool scales_root = eps != 0 && std::fabs(eps_hat) < least_normal(T());
+  constexpr double kScale = 0x1p48;
 
   Constants<T> c;
   c.grad_left = static_cast<T>(clip_coef * unscale);
   c.grad_factor = hyper.maximize ? -c.grad_left : c.grad_left;
   c.coupled_decay = static_cast<T>(hyper.decay == Decay::coupled ? hyper.weight_decay : 0);
-  c.decay = static_cast<T>(hyper.decay == Decay::coupled ? 0 : lr * hyper.weight_decay);
-  c.step_size = static_cast<T>(lr / bias_correction1 * bias_correction2_sqrt);
-  c.eps_hat = static_cast<T>(hyper.eps * bias_correction2_sqrt);
+  c.decay = static_cast<T>(decay);
+  c.step_size =
+      static_cast<T>(lr / bias_correction1 * (scales_root ? kScale : bias_correction2_sqrt));
+  c.eps_hat = static_cast<T>(scales_root ? eps * kScale : eps_hat);
+  c.root_scale = static_cast<T>(scales_root ? kScale / bias_correction2_sqrt : 1);
   c.weight1 = static_cast<T>(1 - beta1);
   c.weight2 = static_cast<T>(1 - beta2);
   c.beta1 = static_cast<T>(beta1);
@@ -153,7 +189,7 @@ WARPSTEP_FN double square_root(double a) { return __builtin_sqrt(a); }
 #endif
 
 // (1 - weight) * from + weight * to, written from the nearer end as torch.lerp is: from `from` if
-// weight is below one half.
+// weight is below one half in magnitude.
 template <class T>
 WARPSTEP_FN T lerp(T from, T to, T weight, T complement, bool is_near) {
   const T difference = to - from;
@@ -193,14 +229,16 @@ WARPSTEP_FN T adamw_rule(const Constants<T>& c, T param, T grad, Moments<T>& mom
 
   T& m = moments.exp_avg;
   T& v = moments.exp_avg_sq;
-  m = lerp(m, g, c.weight1, c.beta1, kUsual || c.weight1 < T(0.5));
+  m = lerp(m, g, c.weight1, c.beta1, kUsual || std::fabs(c.weight1) < T(0.5));
   const T kept =
       kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
   v = fma_of(c.weight2 * g, g, kept);
   T peak = v;
   if (kAmsgrad) peak = moments.max_exp_avg_sq = maximum(moments.max_exp_avg_sq, v);
 
-  const T update = c.step_size * divide(m, square_root(peak) + c.eps_hat);
+  const T root = square_root(peak);
+  const T denominator = kUsual ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
+  const T update = c.step_size * divide(m, denominator);
   const T d = kPart == Part::whole ? decay_of(c, param, update) : finite_or_zero(param);
   return param - fma_of(c.decay, d, update);
 }

@@ -26,6 +26,8 @@ SUITE = [
     "test_unscaled_grads.py",
     "test_bits.py",
     "test_formats.py",
+    "test_flush_denormal.py",
+    "test_every_value.py",
     "test_launches.py",
     "test_fake_tensors.py",
 ]

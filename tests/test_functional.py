@@ -436,11 +436,12 @@ def test_errors_name_the_tensor_and_change_nothing(lists_backend, device, name):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"lr": -1.0}, ValueError, "learning rate"),
+        ({"lr": "fast"}, ValueError, "learning rate"),
         ({"lr": torch.ones(2)}, ValueError, "lr must be 1-element"),
-        ({"beta1": 1.0}, ValueError, "beta parameter at index 0"),
-        ({"eps": float("nan")}, ValueError, "epsilon"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+        ({"beta1": None}, ValueError, "beta parameter at index 0"),
+        ({"eps": "1e-8"}, ValueError, "epsilon"),
+        ({"weight_decay": 1j}, ValueError, "weight_decay"),
+        ({"maximize": torch.ones(2)}, ValueError, "maximize"),
         ({"grad_scale": torch.ones(2)}, RuntimeError, "grad_scale is float32 of shape"),
         ({"grad_scale": torch.ones((), device="meta")}, RuntimeError, "grad_scale is on meta"),
         ({"found_inf": torch.ones(0)}, RuntimeError, "found_inf is float32 of shape"),

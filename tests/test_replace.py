@@ -217,7 +217,7 @@ CANNOT = {
         lambda: with_state(exp_avg=torch.ones(4, 5, dtype=torch.complex64)),
         "'exp_avg' is complex64",
     ),
-    "hyper": (lambda: with_group(lr=-1.0), "learning rate"),
+    "hyper": (lambda: with_group(lr="fast"), "learning rate"),
 }
 
 

@@ -48,6 +48,8 @@ class Options:
             "maximize": self.maximize,
             "decoupled_weight_decay": not self.coupled,
             "capturable": False,
+            "differentiable": False,
+            "fused": None,
         }
 
 
@@ -299,7 +301,8 @@ def adamw_(
         state_steps: how many steps were taken: for each tensor a float32 of one element on its
             device. No two may be the same tensor if they are to be advanced.
         lr: a number, or a tensor of one element. One on the parameters' GPU is read there.
-        beta1, beta2, weight_decay, eps: numbers; betas in [0, 1), the others at least 0.
+        beta1, beta2, weight_decay, eps: numbers. As with lr, none is refused for its value: the
+            result is what torch's fused kernel would make of it.
         amsgrad, maximize: as in torch.
         grad_scale: a tensor of one element on the parameters' device, by which gradients are
             divided; or None.
@@ -310,7 +313,7 @@ def adamw_(
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     Raises:
-        ValueError: lists differ in length, or a hyper-parameter is invalid.
+        ValueError: lists differ in length, or a hyper-parameter is no number.
         TypeError: an entry is no tensor, or of a dtype that cannot be stepped.
         RuntimeError: shapes or devices of one tensor's entries differ; an entry is sparse, expanded
             or has no memory; ``grad_scale`` or ``found_inf`` does not fit.

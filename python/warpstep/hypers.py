@@ -1,7 +1,8 @@
-"""Hyper-parameters of a parameter group: checked as torch checks them, packed for kernels."""
+"""Hyper-parameters of a parameter group: checked, and packed for kernels."""
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -49,6 +50,11 @@ def check_arguments(params: Any, **numbers: Any) -> None:
             ) from None
 
 
+# What a step reads of a group as torch has it, beside betas: with what messages call it.
+NUMBERS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
+FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "capturable", "differentiable", "fused")
+
+
 def decay_form(group: dict[str, Any]) -> str:
     """The form of a group's weight decay: ``decay_form``, else what torch's flag says."""
     default = "decoupled" if group["decoupled_weight_decay"] else "coupled"
@@ -57,36 +63,45 @@ def decay_form(group: dict[str, Any]) -> str:
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
-    """Raises ValueError if a hyper-parameter of ``group`` is invalid.
+    """Raises ValueError if a hyper-parameter of ``group`` is missing or cannot be computed with.
 
-    lr, eps and weight_decay are at least 0, betas in [0, 1), ema_decay in [0, 1]; none is NaN.
-    Tensors have one element; the values of those on an accelerator are not read, which would wait
-    for it, nor are those of any where a mode is active, as they may have none.
+    Torch checks values when an optimizer is made, and steps with whatever they are edited into: so
+    lr, eps, weight_decay and both betas are any numbers here, or tensors of one element. The values
+    of those on an accelerator are not read, which would wait for it, nor are those of any where a
+    mode is active, as they may have none. What torch does not have is checked always:
+    ``decay_form``, ``base_lr`` above 0, ``ema_decay`` in [0, 1].
     """
+    for key in (*NUMBERS, "betas", *FLAGS):
+        if key not in group:
+            raise ValueError(f"{key!r} is missing{where}: a step needs it; torch's groups have it")
 
-    def check(key: str, label: str, value: Any, below_one: bool = False) -> None:
+    def check(key: str, label: str, value: Any) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Tensor {key} must be 1-element{where}")
             if value.device.type != "cpu" or modes.are_active() or not is_plain(value):
                 return
         try:
-            valid = value >= 0.0 and not (below_one and value >= 1.0)
-        except TypeError:
-            valid, label = False, f"{label} of type {type(value).__name__}"
-        if not valid:
-            raise ValueError(f"Invalid {label}: {value}{where}")
+            math.fabs(value)  # as the native module reads it: a string is no number
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"Invalid {label}: {value!r} is not a number{where}") from error
 
-    if missing := [key for key in HYPERS if key not in group]:
-        raise ValueError(f"{' and '.join(map(repr, missing))} is missing{where}: set it there")
-    check("lr", "learning rate", group["lr"])
-    check("eps", "epsilon value", group["eps"])
+    for key, label in NUMBERS.items():
+        check(key, label, group[key])
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    try:
+        pair = tuple(betas) if len(betas) == 2 else None
+    except TypeError:
+        pair = None
+    if pair is None:
         raise ValueError(f"Invalid betas: {betas!r} is not a pair{where}")
-    for index in range(2):
-        check(f"betas[{index}]", f"beta parameter at index {index}", betas[index], below_one=True)
-    check("weight_decay", "weight_decay value", group["weight_decay"])
+    for index, beta in enumerate(pair):
+        check(f"betas[{index}]", f"beta parameter at index {index}", beta)
+    for key in FLAGS:
+        try:
+            bool(group[key])
+        except Exception as error:
+            raise ValueError(f"Invalid {key}: {group[key]!r} is not a flag{where}") from error
 
     check_own_options(group, where)
 

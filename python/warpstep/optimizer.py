@@ -261,7 +261,7 @@ class Adam(Averaging):
         self, reason: str, capturing: bool = False, kind: type[Plan] = Plan
     ) -> Plan | None:
         """A plan in place of one that is stale for that reason; None for torch's own step."""
-        if any(group["differentiable"] for group in self.param_groups):
+        if any(group.get("differentiable") for group in self.param_groups):
             return None
         if capturing:
             raise RuntimeError(
@@ -382,8 +382,9 @@ class Adam(Averaging):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError, TypeError, ValueError: a gradient, a state or a hyper-parameter is
-                invalid; the message names it. No parameter and no state has been changed then.
+            RuntimeError, TypeError, ValueError: a gradient or a state is invalid, or a
+                hyper-parameter no number; the message names it. No parameter and no state has been
+                changed then. A number is taken whatever it is, as torch does.
         """
         loss = None
         if closure is not None:

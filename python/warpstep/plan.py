@@ -61,10 +61,10 @@ class Plan:
         groups = optimizer.param_groups
         for index, group in enumerate(groups):
             check_group(group, f" (in parameter group {index})")
-            if not isinstance(group["params"], (list, tuple)):
+            if not isinstance(params := group.get("params"), (list, tuple)):
                 raise TypeError(
-                    f"the 'params' of parameter group {index} are {group['params']!r}, expected a "
-                    "list of parameters"
+                    f"the 'params' of parameter group {index} are {params!r}, expected a list of "
+                    "parameters"
                 )
 
         entries: list[Entry] = []

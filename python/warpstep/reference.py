@@ -6,6 +6,7 @@ kernels/rule.h, with the same variable names; only its fused multiply-adds are t
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,65 @@ from warpstep.state import is_plain
 from warpstep.tail import Tail
 
 Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the rule needs of the hyper-parameters and the step counter (kernels/rule.h)."""
+
+    decay: Number
+    step_size: Number
+    eps_hat: Number
+    root_scale: Number
+    weight1: Number
+    weight2: Number
+    beta2: Number
+
+
+def constants_of(
+    group: dict[str, Any],
+    step: Tensor,
+    device: torch.device,
+    compute: torch.dtype,
+    on_host: bool = True,
+) -> Constants:
+    """From float64, for step number ``step``: tensors that no host reads, or numbers.
+
+    Tensors with ``capturable``, without ``on_host``, and where a hyper-parameter has no value to be
+    read (on the meta device, or fake).
+    """
+    given = (step, group["lr"], *group["betas"])
+    stays = bool(group["capturable"]) or not on_host
+    stays = stays or not all(is_plain(own_part(g)) for g in given if isinstance(g, Tensor))
+
+    # Tensors also for numbers: Python's raise where IEEE's become infinite or NaN.
+    def value(hyper: Any) -> Tensor:
+        if isinstance(hyper, Tensor) and stays:
+            return hyper.to(device, torch.float64, non_blocking=True).squeeze()
+        return torch.scalar_tensor(float(hyper), dtype=torch.float64, device="cpu")
+
+    t, lr = value(step), value(group["lr"])
+    beta1, beta2 = (value(beta) for beta in group["betas"])
+    eps = float(group["eps"])
+    if compute == torch.float32:
+        eps = ctypes.c_float(eps).value  # as torch adds it
+    weight_decay = float(group["weight_decay"])
+    multiple = lr / group["base_lr"] if decay_form(group) == "independent" else lr
+    bias_correction1 = 1 - beta1**t
+    bias_correction2_sqrt = (1 - beta2**t).sqrt()
+    eps_hat = eps * bias_correction2_sqrt
+    scales_root = (eps_hat.abs() < torch.finfo(compute).tiny) & (eps != 0)
+    scale = 2.0**48
+    constants = (
+        multiple * weight_decay,
+        lr / bias_correction1 * torch.where(scales_root, scale, bias_correction2_sqrt),
+        torch.where(scales_root, eps * scale, eps_hat),
+        torch.where(scales_root, scale / bias_correction2_sqrt, 1),
+        1 - beta1,
+        1 - beta2,
+        beta2,
+    )
+    return Constants(*(c if stays else c.item() for c in constants))
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -77,48 +137,34 @@ def computed(
     """
     tail = tail or Tail()
 
-    def value(hyper: Any) -> Number:
-        if not isinstance(hyper, Tensor):
-            return float(hyper)
-        if group["capturable"] or not on_host or not is_plain(own_part(hyper)):
-            return hyper.to(param.device, torch.float64, non_blocking=True).squeeze()
-        return float(hyper)
-
     new_step = state["step"] + 1
-    step = value(new_step)
-    lr, beta1, beta2 = value(group["lr"]), value(group["betas"][0]), value(group["betas"][1])
-    bias_correction1 = 1 - beta1**step
-    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
-    step_size = lr / bias_correction1 * bias_correction2_sqrt
-    eps_hat = group["eps"] * bias_correction2_sqrt
-
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
+    c = constants_of(group, new_step, param.device, compute, on_host)
     streams = (param, grad, state["exp_avg"], state["exp_avg_sq"])
     p, g, m, v = (real_view(t.detach()).to(compute) for t in streams)
     raw = g
     g = unscaled(g, tail)
     if group["maximize"]:
         g = -g
-    form, weight_decay = decay_form(group), group["weight_decay"]
+    form, weight_decay = decay_form(group), float(group["weight_decay"])
     if weight_decay != 0 and form == "coupled":
         g = g + weight_decay * p
 
-    weight1, weight2 = 1 - beta1, 1 - beta2
-    m = torch.lerp(m, g, weight1.to(compute) if isinstance(weight1, Tensor) else weight1)
-    v = (v - weight2 * _finite_or_zero(v)) + weight2 * g * g
+    weight1 = c.weight1.to(compute) if isinstance(c.weight1, Tensor) else c.weight1
+    m = torch.lerp(m, g, weight1)
+    v = torch.where(v.isfinite(), v - c.weight2 * v, c.beta2 * v) + c.weight2 * g * g
     new = {"exp_avg": m, "exp_avg_sq": v}
     peak = v
     if group["amsgrad"]:
         peak = torch.maximum(real_view(state["max_exp_avg_sq"]).to(compute), v)
         new["max_exp_avg_sq"] = peak
 
-    update = step_size * (m / (peak.sqrt() + eps_hat))
-    if form != "coupled":
-        multiple = lr / group["base_lr"] if form == "independent" else lr
+    update = c.step_size * (m / (peak.sqrt() * c.root_scale + c.eps_hat))
+    if weight_decay != 0 and form != "coupled":
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
             d = d.masked_fill(p.sign() * update.sign() < 0, 0)
-        update = multiple * weight_decay * d + update
+        update = c.decay * d + update
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         if isinstance(taken, Tensor):
