@@ -1,5 +1,6 @@
 """What fails around a step: allocation, backends that are missing, imports, the report."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
-from warpstep import backends
+from warpstep import backends, reference
 
 LR = 0.01
 SHAPES = [(5, 3), (17,), ()]
@@ -182,7 +183,27 @@ def test_reference_step_that_runs_out_of_memory(amsgrad):
         assert torch.equal(p, expected)
 
 
-def test_reference_that_runs_out_of_memory_beside_a_kernel():
+class FailingTorch:
+    """In place of ``torch`` in a module: raises at the n-th tensor that is made by a function."""
+
+    MAKE = ("lerp", "maximum", "scalar_tensor", "stack", "where")
+
+    def __init__(self, fail_at=None):
+        self.calls = 0
+        self.fail_at = fail_at
+
+    def __getattr__(self, name):
+        function = getattr(torch, name)
+        return functools.partial(self.make, function) if name in self.MAKE else function
+
+    def make(self, function, *args, **kwargs):
+        self.calls += 1
+        if self.calls - 1 == self.fail_at:
+            raise torch.OutOfMemoryError("out of memory (a test's)")
+        return function(*args, **kwargs)
+
+
+def test_reference_that_runs_out_of_memory_beside_a_kernel(monkeypatch):
     # One parameter is the kernel's, one (with gaps) the reference's: both are stepped, or none.
     def prepared():
         params = [random((7,), 0), random((6, 8), 1)[:, ::2]]
@@ -193,15 +214,21 @@ def test_reference_that_runs_out_of_memory_beside_a_kernel():
         set_grads(params, 1)
         return optimizer, params
 
+    def step(optimizer, failing):
+        # No mode: the step would not be the one that is taken without.
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "torch", failing)
+            optimizer.step()
+
     optimizer, _ = prepared()
-    with FailingOperations() as counter:
-        optimizer.step()
+    counter = FailingTorch()
+    step(optimizer, counter)
     assert counter.calls > 5
     for fail_at in range(counter.calls):
         optimizer, params = prepared()
         before = [p.detach().clone() for p in params]
-        with pytest.raises(torch.OutOfMemoryError), FailingOperations(fail_at):
-            optimizer.step()
+        with pytest.raises(torch.OutOfMemoryError):
+            step(optimizer, FailingTorch(fail_at))
         assert_same([p.detach() for p in params], before)
         assert [optimizer.state[p]["step"].item() for p in params] == [1, 1]
 
