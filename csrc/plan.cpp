@@ -165,8 +165,7 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
       hyper.*scalar.kind =
           view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
     } else {
-      (hyper.*scalar.value).value =
-          py::float_(scalar.tensor).cast<double>();
+      (hyper.*scalar.value).value = py::float_(scalar.tensor).cast<double>();
     }
   }
   return bucket.hypers;
@@ -419,9 +418,11 @@ int Plan::traverse(visitproc visit, void* arg) const {
       if (const int stop = visit_all(*grads)) return stop;
     }
   }
-  for (const RememberedGrad& remembered : remembered_) {
-    Py_VISIT(remembered.param.ptr());
-    Py_VISIT(remembered.grad.ptr());
+  for (const auto* grads : {&gathered_, &remembered_}) {
+    for (const RememberedGrad& remembered : *grads) {
+      Py_VISIT(remembered.param.ptr());
+      Py_VISIT(remembered.grad.ptr());
+    }
   }
   return 0;
 }
@@ -431,10 +432,12 @@ void Plan::clear() {
   const auto groups = std::move(groups_);
   const auto params = std::move(params_);
   const auto buckets = std::move(buckets_);
+  const auto gathered = std::move(gathered_);
   const auto remembered = std::move(remembered_);
   groups_.clear();
   params_.clear();
   buckets_.clear();
+  gathered_.clear();
   remembered_.clear();
   states_.clear();
   names_ = py::list();

@@ -53,8 +53,9 @@ struct DeviceTables {
 // Where it lets go of the GIL (a launch that takes long), or Python runs between `check` and
 // `launch`, `keeper_` owns what was found until the launch has ended. `copied_grads` (laid out as
 // their parameters) and `copied_from` (what they are copies of) live until the next check,
-// `held_grads` until the launch. `remembered_` is what a clipping has measured: the gradients
-// themselves, until a step has used it or forget_grads() is called.
+// `held_grads` until the launch. `gathered_` are gradients whose norm is being taken, `remembered_`
+// those that a clipping has measured: the gradients themselves, until a step has used it or
+// forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
@@ -74,10 +75,10 @@ class Plan {
   void keep_alive();
   void let_go();
 
-  // Gathers gradients only, for their norm. Returns as `check` does.
+  // Gathers gradients only, for their norm, as they are: each object (which lives until
+  // forget_grads), its version counter and its address. Returns as `check` does.
   const char* gather_grads(py::handle param_groups, int threads);
-  // Remembers the gradients just gathered as they are: each object (which lives until forget_grads)
-  // and its version counter.
+  // Remembers the gradients gathered last in place of those remembered before.
   void remember_grads();
   // Of the gradients remembered, how many are still the parameters' gradients, and how many of
   // those were not written to.
@@ -226,7 +227,7 @@ class Plan {
     const void* address;  // `grad.data = other` counts no write
   };
 
-  std::vector<RememberedGrad> remembered_;
+  std::vector<RememberedGrad> gathered_, remembered_;
   Keeper keeper_;
   std::uint64_t looks_ = 0;
   py::object match_layout_;

@@ -1,6 +1,7 @@
 // Comparing a plan with what is there now: the host's share of every step. See plan.h.
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "plan.h"
 #include "threads.h"
@@ -84,24 +85,25 @@ const char* Plan::check(py::handle state, py::handle param_groups, int threads) 
 
 const char* Plan::gather_grads(py::handle param_groups, int threads) {
   keeper_.clear();
+  gathered_.clear();
   if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
-  return check_tensors(Scope::grads, looking_threads(threads));
-}
-
-void Plan::remember_grads() {
-  remembered_.clear();
+  if (const char* why = check_tensors(Scope::grads, looking_threads(threads))) return why;
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     py::object grad = gradient_of(bound.param);
     const std::int64_t version = tensor_reader().version_of(grad.ptr());
     const void* const address = address_of_grad(grad.ptr(), bound);
-    remembered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
-                           version, address});
+    gathered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
+                         version, address});
   }
+  return nullptr;
 }
+
+void Plan::remember_grads() { remembered_ = std::exchange(gathered_, {}); }
 
 void Plan::forget_grads() {
   remembered_.clear();
+  gathered_.clear();
   keeper_.clear();
   for (Bucket& bucket : buckets_) bucket.held_grads.clear();
 }

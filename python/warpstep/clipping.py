@@ -161,8 +161,10 @@ def clip_grad_norm(
     coef.clamp_(max=1.0)  # NaN stays, as in torch
     if before is not None:
         coef = coef * before.coef.to(coef.device, non_blocking=True)
-    optimizer._forget_clipping()
+    replaced = optimizer._clipping
     optimizer._clipping = plan.clipping(optimizer, coef, scale)
+    if replaced is not None and replaced.plan not in (None, plan):
+        replaced.plan.forget_grads()
     return total_norm.float()
 
 
