@@ -165,8 +165,7 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
       hyper.*scalar.kind =
           view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
     } else {
-      (hyper.*scalar.value).value =
-          py::float_(scalar.tensor).cast<double>();
+      (hyper.*scalar.value).value = py::float_(scalar.tensor).cast<double>();
     }
   }
   return bucket.hypers;

@@ -88,42 +88,6 @@ const char* Plan::gather_grads(py::handle param_groups, int threads) {
   return check_tensors(Scope::grads, looking_threads(threads));
 }
 
-void Plan::remember_grads() {
-  remembered_.clear();
-  for (const BoundParam& bound : params_) {
-    if (!has_grad(bound)) continue;
-    py::object grad = gradient_of(bound.param);
-    const std::int64_t version = tensor_reader().version_of(grad.ptr());
-    const void* const address = address_of_grad(grad.ptr(), bound);
-    remembered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
-                           version, address});
-  }
-}
-
-void Plan::forget_grads() {
-  remembered_.clear();
-  keeper_.clear();
-  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
-}
-
-Plan::Unchanged Plan::compare_grads() const {
-  Unchanged found{remembered_.size(), 0, 0};
-  const TensorReader& reader = tensor_reader();
-  for (const RememberedGrad& remembered : remembered_) {
-    PyObject* const grad = remembered.grad.ptr();
-    if (!reader.is_grad(grad, remembered.param.ptr())) continue;
-    ++found.kept;
-    found.unwritten += reader.version_of(grad) == remembered.version &&
-                       address_of_grad(grad, *remembered.bound) == remembered.address;
-  }
-  return found;
-}
-
-const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {
-  PyObject* const own = own_part_of(grad, bound.layout);
-  return own == nullptr ? nullptr : tensor_reader().address_of(own);
-}
-
 std::size_t Plan::count_grads() const {
   std::size_t count = 0;
   for (const Bucket& bucket : buckets_) {

@@ -1,0 +1,42 @@
+// Gradients that a clipping has measured: remembered, and compared with what is there. See plan.h.
+#include "plan.h"
+
+namespace warpstep {
+
+void Plan::remember_grads() {
+  remembered_.clear();
+  for (const BoundParam& bound : params_) {
+    if (!has_grad(bound)) continue;
+    py::object grad = gradient_of(bound.param);
+    const std::int64_t version = tensor_reader().version_of(grad.ptr());
+    const void* const address = address_of_grad(grad.ptr(), bound);
+    remembered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
+                           version, address});
+  }
+}
+
+void Plan::forget_grads() {
+  remembered_.clear();
+  keeper_.clear();
+  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+}
+
+Plan::Unchanged Plan::compare_grads() const {
+  Unchanged found{remembered_.size(), 0, 0};
+  const TensorReader& reader = tensor_reader();
+  for (const RememberedGrad& remembered : remembered_) {
+    PyObject* const grad = remembered.grad.ptr();
+    if (!reader.is_grad(grad, remembered.param.ptr())) continue;
+    ++found.kept;
+    found.unwritten += reader.version_of(grad) == remembered.version &&
+                       address_of_grad(grad, *remembered.bound) == remembered.address;
+  }
+  return found;
+}
+
+const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {
+  PyObject* const own = own_part_of(grad, bound.layout);
+  return own == nullptr ? nullptr : tensor_reader().address_of(own);
+}
+
+}  // namespace warpstep
