@@ -1,6 +1,7 @@
 // The Python module warpstep._native. Nothing but bindings.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <signal.h>
 
 #include <array>
 #include <vector>
@@ -82,6 +83,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_device_count", [] { return 0; });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);
+  m.def("restarts_calls", [](int signal) {  // whether system calls go on after a signal
+    struct sigaction action{};
+    return sigaction(signal, nullptr, &action) == 0 && (action.sa_flags & SA_RESTART) != 0;
+  });
   m.def("has_recipe",
         [](const std::string& param, const std::string& grad, const std::string& moment,
            bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });

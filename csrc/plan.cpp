@@ -224,8 +224,8 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     ~LetGo() { plan.let_go(); }
   } const at_the_end{*this};
   const bool brief = is_brief();
-  // Without handles, incrementing a version counter runs Python.
-  const bool runs_others = !brief || !tensor_reader().uses_handles();
+  // Without handles, incrementing a version counter runs Python; so does reading a tensor's number.
+  const bool runs_others = !brief || !tensor_reader().uses_handles() || !tensor_scalars_.empty();
   if (runs_others && keeper_.is_empty()) keep_alive();
   // What is zeroed after all gradients have been read, and those that were only read as copies.
   std::vector<py::object> zeroed_after;

@@ -1,6 +1,7 @@
 """clip_grad_norm_: which gradients it is for, with GradScaler, and what is refused."""
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -483,3 +484,44 @@ def test_copies_and_pickles_carry_no_clipping():
     mine.clip_grad_norm_(0.1)
     assert copy.deepcopy(mine)._clipping is None
     assert mine._clipping is not None
+
+
+@pytest.mark.parametrize("norm_type", [0.0, 0.5, 1.0, 3.0, -1.0, -math.inf, 2.0, math.inf])
+@pytest.mark.parametrize("value", [1.5, math.inf])
+def test_every_norm_with_a_scaler(norm_type, value):
+    """As torch's unscale_ and clip_grad_norm_, for norms too that no infinity makes infinite."""
+
+    def clipped_and_stepped(ours):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        for i, param in enumerate(params):
+            param.grad = 1024 * torch.tensor([1.0 + i, -2.0, 0.5])
+        params[1].grad[0] = 1024 * value
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))
+        optimizer = (warpstep.AdamW if ours else torch.optim.AdamW)(params, lr=0.1)
+        if ours:
+            norm = optimizer.clip_grad_norm_(0.5, norm_type, scaler=scaler)
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(params, 0.5, norm_type)
+        scaler.step(optimizer)
+        scaler.update()
+        return norm, params, scaler.get_scale()
+
+    norm, params, scale = clipped_and_stepped(True)
+    expected_norm, others, expected_scale = clipped_and_stepped(False)
+    # Sums of nine float32 numbers, and their roots.
+    torch.testing.assert_close(norm, expected_norm, rtol=20 * 2.0**-23, atol=0, equal_nan=True)
+    assert scale == expected_scale
+    for p, q in zip(params, others, strict=True):
+        # The first step's update is lr * g / |g|; p is about 1.
+        torch.testing.assert_close(p, q, rtol=0, atol=8 * 2.0**-23)
+
+
+def test_a_norm_of_scaled_float16_gradients_does_not_overflow():
+    param = torch.nn.Parameter(torch.ones(1000, dtype=torch.float16))
+    param.grad = torch.full_like(param, 100.0)  # scaled: the sum of 1,000 exceeds float16
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    norm = warpstep.AdamW([param]).clip_grad_norm_(1.0, 1.0, scaler=scaler)
+    assert norm.item() == pytest.approx(1000 * 100 / 1024, rel=1000 * 2.0**-24)

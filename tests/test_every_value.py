@@ -306,15 +306,16 @@ def test_hyper_parameters_that_change_in_place(backend, device, case):
 
 
 def test_amsgrad_that_comes_on_in_place():
-    """Its state is made then, as where the flag is replaced."""
-    (param,) = (torch.ones(3, requires_grad=True),)
+    """The flag is read at each step: its state is missing then, as where the flag is replaced."""
+    param = torch.ones(3, requires_grad=True)
     optimizer = warpstep.AdamW([param])
     flag = optimizer.param_groups[0]["amsgrad"] = torch.tensor(False)
-    for expected in (False, True):
+    for _ in range(2):
         param.grad = torch.ones(3)
-        flag.fill_(expected)
         optimizer.step()
-        assert ("max_exp_avg_sq" in optimizer.state[param]) == expected
+    flag.fill_(True)
+    with pytest.raises(RuntimeError, match="max_exp_avg_sq"):
+        optimizer.step()
 
 
 def test_a_group_of_a_new_one_may_have_what_torch_takes():

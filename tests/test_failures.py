@@ -318,7 +318,8 @@ def test_missing_option_is_an_error_and_changes_nothing(key, how):
     run(optimizer, range(2))
     before = Snapshot(optimizer)
     good = optimizer.param_groups[1].pop(key)
-    kind, message = (TypeError, "params of") if key == "params" else (ValueError, f"{key}' is miss")
+    missing = (ValueError, f"'{key}' is missing")
+    kind, message = (TypeError, "the 'params' of") if key == "params" else missing
     for _ in range(2):
         with pytest.raises(kind, match=f"{message}.*group 1"):
             optimizer.step()

@@ -97,7 +97,7 @@ def test_a_group_that_has_lost_a_hyper_parameter_is_told(key):
 
 
 def test_text_for_a_number_in_a_group_is_told():
-    message = r"learning rate of type str: 1e-3 \(in parameter group 0\)"
+    message = r"learning rate: '1e-3' is not a number \(in parameter group 0\)"
     with pytest.raises(ValueError, match=message):
         warpstep.AdamW([{"params": params(), "lr": "1e-3"}])
 

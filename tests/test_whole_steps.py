@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import warpstep
-from warpstep import signals
+from warpstep import backends, signals
 
 PACKAGE = str(Path(warpstep.__file__).parent)
 
@@ -181,6 +181,14 @@ def test_several_signals_wait_and_each_handler_runs():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_system_calls_go_on_after_a_signal_as_they_did(raising_handler):
+    optimizer = warpstep.AdamW(params_with_grads(["strided"]))
+    for interrupts in (False, True):
+        signal.siginterrupt(signal.SIGUSR1, interrupts)
+        optimizer.step()
+        assert backends.native()[0].restarts_calls(signal.SIGUSR1) is not interrupts
 
 
 @pytest.mark.parametrize("kind", ["plain", "strided"])

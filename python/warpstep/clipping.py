@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from warpstep.optimizer import Adam
     from warpstep.plan import Plan
 
+_summed_in = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
 
 @dataclass
 class Clipping:
@@ -126,6 +128,9 @@ def clip_grad_norm(
     if not max_norm >= 0:
         raise ValueError(f"Invalid max_norm: {max_norm}. It has to be at least 0.")
     scale = defer_unscale(scaler, optimizer)
+    if scaler is not None and scale is not None and norm_type <= 0:
+        scaler.unscale_(optimizer)  # these norms do not show every infinity
+        scale = None
     plan = None if modes.are_active() else optimizer._plan_of_grads()
     if plan is None:
         optimizer._forget_clipping()
@@ -142,9 +147,9 @@ def clip_grad_norm(
         scale = before.grad_scale if scale is None else before.grad_scale * scale
 
     total_norm = plan.grad_norm(optimizer, norm_type)
-    if scale is not None:
+    if scale is not None and norm_type != 0:  # which counts
         total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
-    if before is not None:
+    if before is not None and norm_type != 0:
         total_norm = total_norm * before.coef.to(total_norm.device, non_blocking=True)
     if error_if_nonfinite and not total_norm.isfinite():
         if before is None:
@@ -209,6 +214,21 @@ def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
     if math.isinf(norm_type):
         return together.amax()  # NaN if any is
     return together.sum().sqrt()
+
+
+def norm_of_norms(grads: list[Tensor], norm_type: float) -> Tensor:
+    """One float64 norm as torch.nn.utils.get_total_norm takes it, of gradients in any format.
+
+    16-bit ones are summed in float32: scaled by a GradScaler, they would soon be infinite.
+    """
+    norms = [
+        torch.linalg.vector_norm(g, norm_type, dtype=_summed_in.get(g.dtype)).to(
+            grads[0].device, non_blocking=True
+        )
+        for g in grads
+    ]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return total.double()
 
 
 def share_of_norm(grad: Tensor, norm_type: float) -> Tensor:

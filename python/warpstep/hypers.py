@@ -100,7 +100,7 @@ def check_group(group: dict[str, Any], where: str) -> None:
     for key in FLAGS:
         try:
             bool(group[key])
-        except Exception as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"Invalid {key}: {group[key]!r} is not a flag{where}") from error
 
     check_own_options(group, where)

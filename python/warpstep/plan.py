@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from warpstep import backends, reference
 from warpstep.buckets import Bucket, Entry, place_of, publish, with_grads
-from warpstep.clipping import Clipping, RememberedGrad, combined_norm, share_of_norm
+from warpstep.clipping import Clipping, RememberedGrad, combined_norm, norm_of_norms, share_of_norm
 from warpstep.hypers import check_group, pack_groups
 from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
@@ -378,8 +378,8 @@ class Plan:
         none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
         if self._native is None or norm_type not in (2.0, math.inf):
             grads = [grad for _, _, grad in with_grads(optimizer, self._in_buckets())]
-            grads = [whole(grad) for grad in (*grads, *others)]
-            return torch.nn.utils.get_total_norm(grads, norm_type).double() if grads else none
+            grads = [whole(grad) for grad in (*grads, *others) if grad.numel() > 0]
+            return norm_of_norms(grads, norm_type) if grads else none
         for bucket in self.cuda_buckets:
             bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         shares = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal makes an enum of each answer, slowly
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from warpstep import backends
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -18,6 +21,7 @@ class _Gate:
     def __init__(self) -> None:
         self.is_closed = True
         self.handlers: dict[int, Handler] = {}
+        self.restarting: set[int] = set()  # signals that system calls go on after
         self.came: dict[int, FrameType | None] = {}
 
     def handle(self, number: int, frame: FrameType | None) -> Any:
@@ -29,11 +33,14 @@ class _Gate:
 
     def put_up(self) -> None:
         """Takes the place of all handlers that are Python's: the others raise nothing."""
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
+        module, _ = backends.native()
+        for number in range(1, signal.NSIG):
+            handler = _signal.getsignal(number)
             if callable(handler):
+                if module is not None and module.restarts_calls(number):
+                    self.restarting.add(number)
                 self.handlers[number] = handler
-                signal.signal(number, self.handle)
+                _signal.signal(number, self.handle)
 
     def take_down(self) -> None:
         """Puts the handlers back, then calls those whose signal came.
@@ -47,8 +54,10 @@ class _Gate:
                 try:
                     while to_restore:
                         number = to_restore[-1]
-                        if signal.getsignal(number) == self.handle:  # nobody has put up another
-                            signal.signal(number, self.handlers[number])
+                        if _signal.getsignal(number) == self.handle:  # nobody has put up another
+                            _signal.signal(number, self.handlers[number])
+                            if number in self.restarting:  # which signal.signal() turns off
+                                _signal.siginterrupt(number, False)
                         to_restore.pop()
                     while self.came:
                         number, frame = self.came.popitem()

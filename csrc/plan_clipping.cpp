@@ -1,0 +1,52 @@
+// Gradients that a clipping has measured: remembered, and compared with what is there. See plan.h.
+#include <utility>
+
+#include "plan.h"
+
+namespace warpstep {
+
+const char* Plan::gather_grads(py::handle param_groups, int threads) {
+  keeper_.clear();
+  gathered_.clear();
+  if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
+  if (const char* why = check_tensors(Scope::grads, looking_threads(threads))) return why;
+  // Owned from here on: another thread may replace them while their norm is taken.
+  for (const BoundParam& bound : params_) {
+    if (!has_grad(bound)) continue;
+    py::object grad = gradient_of(bound.param);
+    const std::int64_t version = tensor_reader().version_of(grad.ptr());
+    const void* const address = address_of_grad(grad.ptr(), bound);
+    gathered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
+                         version, address});
+  }
+  return nullptr;
+}
+
+void Plan::remember_grads() { remembered_ = std::exchange(gathered_, {}); }
+
+void Plan::forget_grads() {
+  remembered_.clear();
+  gathered_.clear();
+  keeper_.clear();
+  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+}
+
+Plan::Unchanged Plan::compare_grads() const {
+  Unchanged found{remembered_.size(), 0, 0};
+  const TensorReader& reader = tensor_reader();
+  for (const RememberedGrad& remembered : remembered_) {
+    PyObject* const grad = remembered.grad.ptr();
+    if (!reader.is_grad(grad, remembered.param.ptr())) continue;
+    ++found.kept;
+    found.unwritten += reader.version_of(grad) == remembered.version &&
+                       address_of_grad(grad, *remembered.bound) == remembered.address;
+  }
+  return found;
+}
+
+const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {
+  PyObject* const own = own_part_of(grad, bound.layout);
+  return own == nullptr ? nullptr : tensor_reader().address_of(own);
+}
+
+}  // namespace warpstep
