@@ -39,6 +39,7 @@ def step(lists, always=True):
         unscale_grads=False,
         dispatched=False,
         always=always,
+        count_writes=True,
         threads=1,
     )
 

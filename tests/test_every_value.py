@@ -15,9 +15,13 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from environment import EMULATED, INTERPRETED
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Where a step takes a hundred times as long, one format and one form of decay stand for all.
+IS_SLOW = EMULATED or INTERPRETED
+FEW_DTYPES = [torch.float32] if IS_SLOW else DTYPES
 SPECIAL = {
     "param": [0.0, -0.0, 1.0, -2.0, 1e-4, INF, -INF, NAN],
     "grad": [0.0, 1.0, -3.0, INF, -INF, NAN],
@@ -133,8 +137,8 @@ HYPERS = {
 }
 
 
-@pytest.mark.parametrize("adam", [False, True], ids=["adamw", "adam"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adam", [False] if IS_SLOW else [False, True])
+@pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 @pytest.mark.parametrize("hypers", HYPERS.values(), ids=HYPERS.keys())
 def test_hyper_parameters_of_every_value(backend, device, dtype, hypers, adam):
     weight_decay = {} if "weight_decay" in hypers else {"weight_decay": 0.125}
@@ -170,7 +174,7 @@ def test_step_counters_in_every_format(backend, device, step, dtype):
     assert_as_torch(backend, device, dtype, {}, step, adam=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 @pytest.mark.parametrize("step", [0.0, 5.0, 1e4])
 @pytest.mark.parametrize("eps", [1e-45, 1e-40, 1e-38, 1e-300])
 def test_an_eps_that_nearly_vanishes(backend, device, eps, step, dtype):

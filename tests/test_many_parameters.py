@@ -147,7 +147,7 @@ def test_a_gradient_written_to_after_clipping(place):
         if step == 0:
             optimizer.step()
     params_of(optimizer)[place].grad.mul_(2)
-    with pytest.raises(RuntimeError, match=r"changed between clip_grad_norm_\(\) and step\(\)"):
+    with pytest.raises(RuntimeError, match=r"changed after clip_grad_norm_\(\)"):
         optimizer.step()
 
 
