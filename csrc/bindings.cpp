@@ -171,7 +171,7 @@ PYBIND11_MODULE(_native, m) {
       .def("compare_grads",
            [](const Plan& plan) {
              const Plan::Unchanged found = plan.compare_grads();
-             return py::make_tuple(found.remembered, found.kept, found.unwritten);
+             return py::make_tuple(found.kept, found.unwritten);
            })
       .def("host_tables", &Plan::host_tables)
       .def(

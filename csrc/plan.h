@@ -78,12 +78,12 @@ class Plan {
   // Gathers gradients only, for their norm, as they are: each object (which lives until
   // forget_grads), its version counter and its address. Returns as `check` does.
   const char* gather_grads(py::handle param_groups, int threads);
-  // Remembers the gradients gathered last in place of those remembered before.
-  void remember_grads();
+  // Remembers the gradients gathered last in place of those remembered before; how many.
+  std::size_t remember_grads();
   // Of the gradients remembered, how many are still the parameters' gradients, and how many of
   // those were not written to.
   struct Unchanged {
-    std::size_t remembered, kept, unwritten;
+    std::size_t kept, unwritten;
   };
   Unchanged compare_grads() const;
   void forget_grads();

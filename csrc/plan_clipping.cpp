@@ -22,7 +22,10 @@ const char* Plan::gather_grads(py::handle param_groups, int threads) {
   return nullptr;
 }
 
-void Plan::remember_grads() { remembered_ = std::exchange(gathered_, {}); }
+std::size_t Plan::remember_grads() {
+  remembered_ = std::exchange(gathered_, {});
+  return remembered_.size();
+}
 
 void Plan::forget_grads() {
   remembered_.clear();
@@ -32,7 +35,7 @@ void Plan::forget_grads() {
 }
 
 Plan::Unchanged Plan::compare_grads() const {
-  Unchanged found{remembered_.size(), 0, 0};
+  Unchanged found{0, 0};
   const TensorReader& reader = tensor_reader();
   for (const RememberedGrad& remembered : remembered_) {
     PyObject* const grad = remembered.grad.ptr();

@@ -175,7 +175,7 @@ ODD = [strided, expanded, with_gaps, one_number, conjugated, shared, off_alignme
 def test_gradients_of_other_layouts(backend, device, kind, taken):
     """Each is multiplied once, after all have been read."""
 
-    def made():  # twins of the same layout: the reference steps some, and rounds otherwise than kernels
+    def made():  # twins have the same layout, so that the same backend steps both
         torch.manual_seed(0)
         params = [*kind(device), Parameter(torch.randn(300, device=device))]
         params[-1].grad = torch.randn(300, device=device)

@@ -33,18 +33,16 @@ class Clipping:
     grad_scale: Tensor | None  # that the gradients still carry
     plan: Plan | None  # remembers the gradients that its native part looks at
     others: list[RememberedGrad]
+    measured: int  # gradients remembered, by the plan and here
 
-    def compare(self) -> tuple[int, int, int]:
-        """Gradients remembered; of those, the ones still there; of those, the unwritten."""
-        remembered, kept, unwritten = 0, 0, 0
-        if self.plan is not None:
-            remembered, kept, unwritten = self.plan.compare_grads()
+    def compare(self) -> tuple[int, int]:
+        """How many of the gradients measured are still there; and of those, how many unwritten."""
+        kept, unwritten = (0, 0) if self.plan is None else self.plan.compare_grads()
         for other in self.others:
             is_kept = other.param.grad is other.grad
-            remembered += 1
             kept += is_kept
             unwritten += is_kept and other.is_unwritten()
-        return remembered, kept, unwritten
+        return kept, unwritten
 
     def still_holds(self) -> bool:
         """Whether the gradients are those that were measured; False if they were all replaced.
@@ -52,19 +50,19 @@ class Clipping:
         Raises RuntimeError where some are and some are not, or where one was written to: what was
         measured is then no longer there, and what is there was not measured.
         """
-        remembered, kept, unwritten = self.compare()
-        if kept > 0 and unwritten < remembered:
-            self.raise_changed(remembered)
+        kept, unwritten = self.compare()
+        if kept > 0 and unwritten < self.measured:
+            self.raise_changed(self.measured)
         return kept > 0
 
     def raise_changed(self, grads_now: int) -> NoReturn:
         """Raises RuntimeError: the gradients, ``grads_now`` of them, are not what was measured."""
-        remembered, kept, unwritten = self.compare()
+        kept, unwritten = self.compare()
         raise RuntimeError(
-            f"gradients changed after clip_grad_norm_(): of the {remembered} that were measured, "
-            f"{remembered - kept} were replaced and {kept - unwritten} written to, and there are "
-            f"{grads_now} now. Clip right before the step, after everything else that writes "
-            "gradients; or forget the clipping with zero_grad()."
+            f"gradients changed after clip_grad_norm_(): of the {self.measured} that were "
+            f"measured, {self.measured - kept} were replaced and {kept - unwritten} written to, "
+            f"and there are {grads_now} now. Clip right before the step, after everything else "
+            "that writes gradients; or forget the clipping with zero_grad()."
         )
 
     def added_to(self, tail: Tail, optimizer: Adam) -> Tail:
@@ -82,9 +80,7 @@ class Clipping:
                 "before it. No parameter has been changed; zero_grad() forgets the clipping."
             )
         scale = tail.grad_scale if self.grad_scale is None else self.grad_scale
-        return replace(
-            tail, grad_scale=scale, clip_coef=self.coef, measured_grads=self.compare()[0]
-        )
+        return replace(tail, grad_scale=scale, clip_coef=self.coef, measured_grads=self.measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +137,7 @@ def clip_grad_norm(
     before = optimizer._clipping
     if before is not None and not before.still_holds():
         before = None
-    if before is not None and before.compare()[0] != plan.count_grads(optimizer):
+    if before is not None and before.measured != plan.count_grads(optimizer):
         before.raise_changed(plan.count_grads(optimizer))
     if before is not None and before.grad_scale is not None:  # the scaler was told, not they
         scale = before.grad_scale if scale is None else before.grad_scale * scale

@@ -205,7 +205,7 @@ class Plan:
 
     @property
     def checked_by_native(self) -> bool:
-        """Whether ``stale`` can tell; else a plan serves one step only."""
+        """Whether ``step`` says when the plan is stale; else a plan serves one step only."""
         return self._native is not None
 
     def is_one_call(self, tail: Tail) -> bool:
@@ -405,15 +405,15 @@ class Plan:
 
     def clipping(self, optimizer: Adam, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
-        if self._native is not None:
-            self._native.remember_grads()
+        measured = 0 if self._native is None else self._native.remember_grads()
         elsewhere = [*self.python_only, *(() if self._native else self._in_buckets())]
         others = [RememberedGrad.of(p, grad) for _, p, grad in with_grads(optimizer, elsewhere)]
-        return Clipping(coef, grad_scale, self if self._native else None, others)
+        plan = self if self._native else None
+        return Clipping(coef, grad_scale, plan, others, measured + len(others))
 
-    def compare_grads(self) -> tuple[int, int, int]:
-        """Of the gradients remembered: their number, how many are kept, and how many unwritten."""
-        found: tuple[int, int, int] = self._native.compare_grads()
+    def compare_grads(self) -> tuple[int, int]:
+        """How many of the gradients remembered are kept; and of those, how many unwritten."""
+        found: tuple[int, int] = self._native.compare_grads()
         return found
 
     def forget_grads(self) -> None:
