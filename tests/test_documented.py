@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import warpstep
-from warpstep import backends, functional, hypers, optimizer, tail
+from warpstep import adam, backends, functional, hypers, report, statistics
 
 CLASSES = [warpstep.AdamW, warpstep.Adam]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_choices_are_literal_types(cls):
-    hints = typing.get_type_hints(cls.__init__, vars(optimizer))
+    hints = typing.get_type_hints(cls.__init__, vars(adam))
     assert typing.get_args(hints["backend"]) == ("auto", *backends.BACKENDS)
     forms, none = typing.get_args(hints["decay_form"])
     assert typing.get_args(forms) == hypers.DECAY_FORMS
@@ -40,7 +40,7 @@ def test_operators_have_the_functions_docstrings(name):
         assert "weight_decay * p" in documented.__doc__
 
 
-@pytest.mark.parametrize("kind", [backends.Status, tail.Statistics])
+@pytest.mark.parametrize("kind", [report.Status, statistics.Statistics])
 def test_every_field_of_a_report_is_described(kind):
     for field in dataclasses.fields(kind):
         assert f"\n        {field.name}: " in kind.__doc__, field.name

@@ -1,11 +1,12 @@
 """warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
 
 from warpstep import functional, torch_ops
+from warpstep.adam import Adam
 from warpstep.adamw import AdamW
-from warpstep.backends import BackendUnavailableError, native, status
-from warpstep.optimizer import Adam
+from warpstep.backends import BackendUnavailableError, native
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
+from warpstep.report import status
 from warpstep.version import __version__
 
 __all__ = [

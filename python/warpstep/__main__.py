@@ -1,5 +1,5 @@
 """``python -m warpstep``: what is available here, what would be chosen, and why not the others."""
 
-from warpstep.backends import status
+from warpstep.report import status
 
 print(status())

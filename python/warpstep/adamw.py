@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.optim.adamw import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
+from warpstep.adam import Adam, Betas
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName
 from warpstep.hypers import DecayForm
-from warpstep.optimizer import Adam, Betas
 
 
 class AdamW(Adam, TorchAdamW):

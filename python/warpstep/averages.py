@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import Adam as TorchAdam  # not torch.optim's: someone may put ours there
+from torch.optim.optimizer import Optimizer
 
 from warpstep.swapping import swapped
 
 EmaDecay = float | Callable[[int], float]
 
 
-class Averaging(TorchAdam):
-    """An Adam whose steps may keep an average of each parameter, in its state as ``"ema"``."""
+class Averaging(Optimizer):
+    """An optimizer whose steps may keep an average of each parameter, in its state as ``"ema"``."""
 
     ema_decay: EmaDecay | None = None
     ema_dtype: torch.dtype | None = None
@@ -102,7 +102,18 @@ class Averaging(TorchAdam):
             RuntimeError: the optimizer keeps no averages; or, at the end, a parameter cannot be
                 restored: the message names it, and all others are restored.
         """
-        return swapped(self, self._kept_averages())
+        return self._swapped(self._kept_averages())
+
+    @contextmanager
+    def _swapped(self, averages: dict[Tensor, Tensor]) -> Iterator[None]:
+        if self._averages_swapped:
+            raise RuntimeError("swap_ema() inside swap_ema(): the averages are in place already")
+        self._averages_swapped = True
+        try:
+            with swapped(self.param_groups, averages):
+                yield
+        finally:
+            self._averages_swapped = False
 
     def _averaged_parameters(self) -> list[Tensor]:
         averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]

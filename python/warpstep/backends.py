@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 
 from warpstep.recipes import FORMATS, Recipe, one_of
-from warpstep.version import __version__
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BackendName = Literal["auto", "cuda", "triton", "cpu", "reference"]
@@ -185,127 +182,17 @@ def choose(requested: str, device: torch.device) -> str:
     """
     if requested == "auto":
         _tell_of_slow_steps()
-        return _first_available(device)
+        return first_available(device)
     reason = unavailable_reason(requested, device)
     if reason:
         raise BackendUnavailableError(
             f"backend {requested!r} cannot step parameters on {device}: {reason}. "
-            f"Or use backend='auto', which would choose {_first_available(device)!r}."
+            f"Or use backend='auto', which would choose {first_available(device)!r}."
         )
     return requested
 
 
-def _first_available(device: torch.device) -> str:
+def first_available(device: torch.device) -> str:
+    """The backend that ``auto`` takes on ``device``."""
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     return next((b for b in candidates if not unavailable_reason(b, device)), "reference")
-
-
-@dataclass(frozen=True)
-class Status:
-    """What ``warpstep.status()`` found. Printing it gives a report.
-
-    Attributes:
-        versions: of ``warpstep``, ``torch`` and ``Python``.
-        chosen: for each device of this machine, the backend that ``backend="auto"`` (or the
-            environment variable ``WARPSTEP_BACKEND``) takes there.
-        unavailable: for each (device, backend) that cannot run, the reason.
-        launches: how many kernels each of ``cpu``, ``cuda`` and ``triton`` has launched in this
-            process.
-        native: what the native module has: its ``CPU code`` (instruction set), its ``CUDA code``
-            (compute capabilities), how tensors are read, whose threads it uses; or ``missing``, and
-            why.
-        enabled: whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``).
-        taken: how many of their calls warpstep's kernels have taken in this process.
-        passed_on: how many went to torch's kernels all the same, by reason.
-        override: the report's line about these three.
-    """
-
-    versions: dict[str, str]
-    chosen: dict[str, str]
-    unavailable: dict[tuple[str, str], str]
-    launches: dict[str, int]
-    native: dict[str, Any] = field(default_factory=dict)
-    enabled: bool = False
-    taken: int = 0
-    passed_on: dict[str, int] = field(default_factory=dict)
-    override: str = ""
-
-    def __str__(self) -> str:
-        lines = [", ".join(f"{name} {version}" for name, version in self.versions.items())]
-        missing = self.native.get("missing")
-        if missing:
-            lines.append(f"{missing[0].upper()}{missing[1:]}.")
-        else:
-            lines.append("native module: " + ", ".join(f"{k} {v}" for k, v in self.native.items()))
-        for device, backend in self.chosen.items():
-            lines.append(f"{device}: steps run on the {backend!r} backend")
-            lines += [
-                f"  not {other}: {'there is no native module' if reason == missing else reason}"
-                for (where, other), reason in self.unavailable.items()
-                if where == device
-            ]
-        lines.append("launches so far: " + ", ".join(f"{n} {c}" for n, c in self.launches.items()))
-        lines.append(self.override)
-        return "\n".join(lines)
-
-
-def _devices() -> list[torch.device]:
-    devices = [torch.device("cpu")]
-    for kind in ("cuda", "xpu", "mps"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available():
-            devices += [torch.device(kind, i) for i in range(module.device_count())]
-    return devices
-
-
-def status() -> Status:
-    """What is available on this machine, what would be chosen, and why not the others."""
-    versions = {"warpstep": __version__, "torch": str(torch.__version__)}
-    versions["Python"] = platform.python_version()
-    requested = requested_backend("auto")
-    chosen, unavailable = {}, {}
-    for device in _devices():
-        reasons = {b: unavailable_reason(b, device) for b in BACKENDS}
-        unavailable.update({(str(device), b): r for b, r in reasons.items() if r})
-        usable = requested == "auto" or not reasons[requested]
-        available = _first_available(device) if requested == "auto" else requested
-        chosen[str(device)] = available if usable else "none (see below)"
-
-    module, reason = native()
-    about: dict[str, Any] = {"missing": reason}
-    launches = {"cpu": 0, "cuda": 0}
-    if module is not None:
-        about = {"CPU code": module.cpu_instruction_set()}
-        about["CUDA code"] = module.cuda_architectures or f"none: {module.why_no_cuda}"
-        about["tensors read through"] = "torch" if module.uses_handles() else "DLPack"
-        about["threads"] = "torch's" if module.uses_torchs_threads() else "its own"
-        launches = module.launch_counts()
-    kernel, _ = triton_kernel()
-    launches["triton"] = 0 if kernel is None else kernel.launches
-    from warpstep import override  # which imports this module
-
-    return Status(
-        versions,
-        chosen,
-        unavailable,
-        launches,
-        about,
-        override.is_enabled(),
-        override.taken,
-        dict(override.passed_on),
-        override.report(),
-    )
-
-
-__all__ = [
-    "BACKENDS",
-    "BackendUnavailableError",
-    "Status",
-    "choose",
-    "has_kernel",
-    "native",
-    "requested_backend",
-    "status",
-    "triton_kernel",
-    "unavailable_reason",
-]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from warpstep.recipes import Recipe
-
-if TYPE_CHECKING:
-    from warpstep.optimizer import Adam
 
 
 @dataclass(eq=False)
@@ -29,7 +27,7 @@ class Entry:
     new_state: dict[str, Any] | None = None  # to be merged into the state
 
 
-def place_of(optimizer: Adam, entry: Entry) -> Tensor | None:
+def place_of(optimizer: Optimizer, entry: Entry) -> Tensor | None:
     """The parameter in an entry's place; None where the optimizer has none there any more."""
     groups = optimizer.param_groups
     if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
@@ -38,7 +36,10 @@ def place_of(optimizer: Adam, entry: Entry) -> Tensor | None:
     return None
 
 
-def with_grads(optimizer: Adam, entries: Iterable[Entry]) -> list[tuple[Entry, Tensor, Tensor]]:
+WithGrad = tuple[Entry, Tensor, Tensor]  # an entry, its parameter and the parameter's gradient
+
+
+def with_grads(optimizer: Optimizer, entries: Iterable[Entry]) -> list[WithGrad]:
     """Those entries whose parameter has a gradient, with both."""
     placed = ((entry, place_of(optimizer, entry)) for entry in entries)
     return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
@@ -70,7 +71,7 @@ class Bucket:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
 
 
-def publish(optimizer: Adam, entries: list[Entry]) -> None:
+def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
     """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
     for entry in entries:
         if entry.new_state is not None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from warpstep.hypers import HYPERS, check_own_options
+from warpstep.averages import Averaging
+from warpstep.hypers import HYPERS, check_own_options, complete_group
 from warpstep.recipes import ema_dtype
 from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
-
-if TYPE_CHECKING:
-    from warpstep.optimizer import Adam
 
 _OTHERS = "Is it the state dict of another optimizer? Load one of AdamW's or Adam's"
 
 
-def load(optimizer: Adam, state_dict: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place."""
+def load(optimizer: Averaging, state_dict: dict[str, Any], state_dtype: torch.dtype | None) -> None:
+    """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place.
+
+    Moments get ``state_dtype``, or keep the dtypes that they were saved with.
+    """
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(optimizer, state_dict) or state_dict
@@ -38,12 +39,13 @@ def load(optimizer: Adam, state_dict: dict[str, Any]) -> None:
     )
     place_of = dict(zip(chain.from_iterable(ids), places, strict=True))
 
+    dtypes = {**dict.fromkeys(MOMENTS, state_dtype), "ema": optimizer.ema_dtype}
     state: dict[Any, Any] = type(optimizer.state)(dict)
     steps = [0.0]
     for key, value in state_dict["state"].items():
         if key in place_of:
             param, group, name = place_of[key]
-            state[param] = _loaded_state(optimizer, name, param, group, value)
+            state[param] = _loaded_state(name, param, group, value, dtypes)
             if callable(optimizer.ema_decay) and "step" in state[param]:
                 steps.append(float(state[param]["step"]))
         else:
@@ -62,7 +64,7 @@ def load(optimizer: Adam, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _loaded_groups(optimizer: Adam, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _loaded_groups(optimizer: Averaging, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of a state dict, with the optimizer's parameters and what a step needs."""
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -87,13 +89,13 @@ def _loaded_groups(optimizer: Adam, groups: list[dict[str, Any]]) -> list[dict[s
             loaded.setdefault("param_names", mine["param_names"])
         if "base_lr" in mine and loaded.get("decay_form", mine.get("decay_form")) == "independent":
             loaded.setdefault("base_lr", mine["base_lr"])
-        optimizer._complete_group(loaded)
+        complete_group(loaded, optimizer.defaults)
         check_own_options(loaded, f" (in parameter group {index} of the loaded state dict)")
     return groups
 
 
 def _loaded_state(
-    optimizer: Adam, name: str, param: Tensor, group: dict[str, Any], saved: Any
+    name: str, param: Tensor, group: dict[str, Any], saved: Any, dtypes: dict[str, Any]
 ) -> dict[str, Any]:
     """Copies of the tensors of one parameter's saved state, where and as they are needed."""
     misfit = f"loaded state dict does not fit {name}"
@@ -111,8 +113,8 @@ def _loaded_state(
         if key == "step":
             on_device = group.get("capturable") or group.get("fused")
             state[key] = _loaded_step(misfit, value, param.device if on_device else None)
-        elif key in (*MOMENTS, "ema") and value is not None:
-            state[key] = _loaded_moment(optimizer, misfit, param, key, value)
+        elif key in dtypes and value is not None:
+            state[key] = _loaded_moment(misfit, param, key, value, dtypes[key])
         elif isinstance(value, Tensor):
             state[key] = value.detach().to(param.device, copy=True)
         else:
@@ -132,7 +134,9 @@ def _loaded_step(misfit: str, step: Any, device: torch.device | None) -> Tensor:
     return step.detach().to(device or step.device, torch.float32, copy=True)
 
 
-def _loaded_moment(optimizer: Adam, misfit: str, param: Tensor, key: str, value: Any) -> Tensor:
+def _loaded_moment(
+    misfit: str, param: Tensor, key: str, value: Any, wanted: torch.dtype | None
+) -> Tensor:
     """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")
@@ -142,8 +146,8 @@ def _loaded_moment(optimizer: Adam, misfit: str, param: Tensor, key: str, value:
         or value.is_floating_point() != param.is_floating_point()
     ):
         raise ValueError(f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}")
-    wanted = optimizer.state_dtype if value.is_floating_point() else None
     if key == "ema":
-        given = optimizer.ema_dtype
-        wanted = ema_dtype(param, given) if given is not None else None
+        wanted = ema_dtype(param, wanted) if wanted is not None else None
+    elif value.is_complex():
+        wanted = None
     return value.detach().to(param.device, wanted or value.dtype, copy=True)

@@ -62,6 +62,15 @@ def decay_form(group: dict[str, Any]) -> str:
     return form
 
 
+def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Adds what a group needs beside torch's keys, from an optimizer's defaults."""
+    for key in ("decay_form", "ema_decay"):
+        if key in defaults:
+            group.setdefault(key, defaults[key])
+    if group.get("decay_form") == "independent":
+        group.setdefault("base_lr", float(group["lr"]))
+
+
 def check_group(group: dict[str, Any], where: str) -> None:
     """Raises ValueError if a hyper-parameter of ``group`` is missing or cannot be computed with.
 

@@ -1,7 +1,8 @@
-"""``warpstep.Adam``, torch's class stepped in one launch, and all that AdamW has of it."""
+"""What optimizers of warpstep have in common: steps by plans, options, pickles, state dicts."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,37 +10,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
-from torch.optim.adam import Adam as TorchAdam
-from torch.optim.optimizer import ParamsT
 
 from warpstep import checkpoint, modes, signals, watched
 from warpstep.averages import Averaging, EmaDecay
 from warpstep.backends import BackendName, requested_backend
-from warpstep.clipping import Clipping, clip_grad_norm
+from warpstep.clip_grad_norm import ClipsGradNorm
 from warpstep.groups import Members
-from warpstep.hypers import DecayForm, check_arguments, check_group
-from warpstep.plan import Plan
+from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
+from warpstep.plan import Options, Plan
 from warpstep.recipes import FORMATS, one_of
 from warpstep.state import names_of
-from warpstep.tail import Statistics, Tail
-
-Betas = tuple[float | Tensor, float | Tensor]
+from warpstep.statistics import Statistics
+from warpstep.tail import Tail
 
 # How often a plan is made where another thread changes what is stepped while that is looked at.
 _ATTEMPTS = 5
 _CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
 
-class Adam(Averaging):
-    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
-
-    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
-    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
-    errors are those of :class:`AdamW`, which is derived from it, as torch's is from torch's.
-
-    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
+class Optimizer(Averaging, ClipsGradNorm):
+    """What every optimizer of warpstep has, beside one of torch's classes that it is derived from.
 
     Attributes:
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
@@ -56,61 +47,7 @@ class Adam(Averaging):
     plan: Plan | None = None
     # Plans in captured CUDA graphs, whose tables the graphs go on reading.
     _captured_plans: list[Plan]
-    _turn: threading.RLock  # held by the thread that steps, clips or drops gradients
-    _clipping: Clipping | None = None  # of clip_grad_norm_, for the next step
-    _unscales: bool = False  # whether torch would have GradScaler leave the unscaling to the step
     _members: Members | None = None  # while constructed
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        backend: BackendName = "auto",
-        state_dtype: torch.dtype | None = None,
-        decay_form: DecayForm | None = None,
-        ema_decay: EmaDecay | None = None,
-        ema_dtype: torch.dtype | None = None,
-        stats: bool = False,
-        unscale_grads: bool = False,
-    ) -> None:
-        check_arguments(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self._members = Members()
-        TorchAdam.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-        self._set_options(
-            differentiable,
-            backend=backend,
-            state_dtype=state_dtype,
-            decay_form=decay_form,
-            ema_decay=ema_decay,
-            ema_dtype=ema_dtype,
-            stats=stats,
-            unscale_grads=unscale_grads,
-        )
 
     def _set_options(
         self,
@@ -148,32 +85,8 @@ class Adam(Averaging):
         if ema_decay is not None:
             self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
         for index, group in enumerate(self.param_groups):
-            self._complete_group(group)
+            complete_group(group, self.defaults)
             check_group(group, f" (in parameter group {index})")
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether ``GradScaler.step`` leaves the unscaling to this step, with no synchronisation.
-
-        As torch has it: where ``fused=True`` was asked for. Else GradScaler unscales the gradients
-        and looks for infs before it steps or skips, and what is built on that works: Lightning
-        clips only what it has unscaled, accelerate tells skipped steps. And where the step has a
-        clipping to apply, which goes with the scale: it may have left the unscaling to the step, or
-        have been told of no scale where there is one.
-        """
-        return self._unscales or self._clipping is not None
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, value: bool) -> None:  # by torch's constructor
-        self._unscales = value
-
-    def _complete_group(self, group: dict[str, Any]) -> None:
-        """Adds what a group needs beside torch's keys."""
-        for key in ("decay_form", "ema_decay"):
-            if key in self.defaults:
-                group.setdefault(key, self.defaults[key])
-        if group.get("decay_form") == "independent":
-            group.setdefault("base_lr", float(group["lr"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
@@ -183,7 +96,7 @@ class Adam(Averaging):
         members = self._members
         with members.stand_in(self, param_group, add) if members else nullcontext():
             add(param_group)
-        self._complete_group(self.param_groups[-1])
+        complete_group(self.param_groups[-1], self.defaults)
 
     @_disable_dynamo
     def _step(self, zero_grads: bool = False) -> None:
@@ -225,9 +138,16 @@ class Adam(Averaging):
                     "step(zero_grads=True) and clip_grad_norm_() are not supported with "
                     "`differentiable`: use zero_grad() and torch.nn.utils.clip_grad_norm_()"
                 )
-            _torch_step(self)
+            self._torch_step()
             return
         raise RuntimeError(_CHANGING.format(reason))
+
+    def _torch_step(self) -> None:
+        """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
+        step: Any = super().step
+        if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
+            step = functools.partial(step.__wrapped__, self)
+        step()
 
     def _tail(self, zero_grads: bool) -> Tail:
         """What surrounds the step that is asked for."""
@@ -269,7 +189,7 @@ class Adam(Averaging):
                 "a step on the same parameters and state before capturing"
             )
         self.plan = None  # never a stale one, should the next line raise
-        self.plan = kind(self)
+        self.plan = kind(self, Options(self.backend, self.state_dtype, self.ema_dtype))
         return self.plan
 
     def _plan_of_grads(self) -> Plan | None:
@@ -283,67 +203,6 @@ class Adam(Averaging):
             if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
                 raise RuntimeError(_CHANGING.format(reason))
         return plan
-
-    @_disable_dynamo
-    def clip_grad_norm_(
-        self,
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        *,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> Tensor:
-        """Clips the norm of all gradients together, in the next step.
-
-        In place of :func:`torch.nn.utils.clip_grad_norm_`, where that is called. One pass reads the
-        gradients; they stay as they are, and the next ``step`` multiplies them by
-        ``min(1, max_norm / (total_norm + 1e-6))`` in registers. There is no synchronisation. A
-        second call before the step clips what the first has left, as it would in torch.
-
-        The clipping is for the gradients that it has seen. ``zero_grad`` forgets it, as do new
-        gradients in place of all of them; a gradient that is written to in between makes ``step``
-        and a second clipping raise. What autograd's version counter does not count (a write
-        through ``.grad.data``, through NumPy, or by a kernel of one's own; any write to a tensor
-        made in inference mode) goes unnoticed, and is clipped with the rest. So write gradients
-        before they are clipped; to add noise to clipped ones, clip with torch's function.
-
-        Args:
-            max_norm: what the norm is to be at most; at least 0.
-            norm_type: 2 and inf take one fused pass; others go through torch.
-            error_if_nonfinite: raise if the norm is NaN or infinite (this waits for the device).
-            scaler: a :class:`torch.amp.GradScaler` whose ``unscale_`` has not been called. The norm
-                is then that of the unscaled gradients, which ``step`` unscales in its own pass; a
-                norm that is not finite makes ``scaler.step`` skip, so no other inf check is made.
-                Needed where the scaler is used without ``unscale_``; ``scaler.step`` raises if it
-                is forgotten.
-
-        Returns:
-            The norm before clipping, a float32 scalar tensor on the gradients' device, of the same
-            bits each time. Each parameter counts once. Of a DTensor the whole tensor counts, and
-            every rank has to call this; plain tensors of other ranks do not count.
-
-        Raises:
-            ValueError: ``max_norm`` is negative or NaN.
-            RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient is invalid,
-                or was written to since the clipping before; or ``scaler`` has stepped already. A
-                clipping before it stays in force then.
-        """
-        norms = float(max_norm), float(norm_type)
-        with self._turn:
-            return clip_grad_norm(self, *norms, error_if_nonfinite, scaler)
-
-    def _forget_clipping(self) -> None:
-        """Drops a clipping, and lets go of the gradients that it or its attempt held."""
-        with self._turn:
-            for plan in (self.plan, self._clipping.plan if self._clipping is not None else None):
-                if plan is not None:
-                    plan.forget_grads()
-            self._clipping = None
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets all gradients, and forgets a clipping that no step has applied."""
-        self._forget_clipping()
-        super().zero_grad(set_to_none)
 
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.
@@ -406,7 +265,7 @@ class Adam(Averaging):
         self.__dict__.setdefault("_turn", threading.RLock())
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
-            self._complete_group(group)
+            complete_group(group, self.defaults)
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -418,12 +277,4 @@ class Adam(Averaging):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        checkpoint.load(self, state_dict)
-
-
-def _torch_step(optimizer: Adam) -> None:
-    """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
-    step = TorchAdam.step
-    if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
-        step = step.__wrapped__  # type: ignore[attr-defined]  # set by functools.wraps
-    step(optimizer)
+        checkpoint.load(self, state_dict, self.state_dtype)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer
 
 from warpstep import backends, reference
-from warpstep.buckets import Bucket, Entry, place_of, publish, with_grads
-from warpstep.clipping import Clipping, RememberedGrad, combined_norm, norm_of_norms, share_of_norm
+from warpstep.buckets import Bucket, Entry, WithGrad, place_of, publish, with_grads
+from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.hypers import check_group, pack_groups
+from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.recipes import Recipe, dtype_name, real_dtype
 from warpstep.shards import largest, layout_of, own_part, summed, whole
 from warpstep.state import (
@@ -32,13 +34,20 @@ from warpstep.state import (
     moments_dtype,
     parameter_name,
 )
-from warpstep.tail import Statistics, Tail, statistics_of
-
-if TYPE_CHECKING:
-    from warpstep.optimizer import Adam
+from warpstep.statistics import Statistics, statistics_of
+from warpstep.tail import Tail
 
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an optimizer asks of its plans: see its class."""
+
+    backend: str = "auto"
+    state_dtype: torch.dtype | None = None  # of new moments
+    ema_dtype: torch.dtype | None = None  # of new averages
 
 
 class Plan:
@@ -53,7 +62,8 @@ class Plan:
 
     @torch.inference_mode(False)  # state is for steps outside, too
     @torch.no_grad()
-    def __init__(self, optimizer: Adam) -> None:
+    def __init__(self, optimizer: Optimizer, options: Options) -> None:
+        self.options = options
         self.buckets: list[Bucket] = []
         # The reference's parameters; and second mentions of a parameter, stepped after its first.
         self.python_only: list[Entry] = []
@@ -124,14 +134,14 @@ class Plan:
         self.cuda_buckets = [b for b in self.buckets if b.device.type == b.backend == "cuda"]
         self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
 
-    def _prepare(self, optimizer: Adam, entry: Entry, repeated: bool = False) -> None:
+    def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
         check_gradient(entry.name, param, grad)
         if group["fused"] and not entry.state:
             check_device_for_fused(entry.name, param)
-        chosen = backends.choose(optimizer.backend, param.device)
+        chosen = backends.choose(self.options.backend, param.device)
 
         amsgrad = bool(group["amsgrad"])
         on_device = chosen != "reference" or group["fused"] or group["capturable"]
@@ -140,10 +150,10 @@ class Plan:
             param,
             entry.state,
             amsgrad=amsgrad,
-            state_dtype=optimizer.state_dtype,
+            state_dtype=self.options.state_dtype,
             step_device=param.device if on_device else torch.device("cpu"),
             ema=group.get("ema_decay") is not None,
-            wanted_ema_dtype=optimizer.ema_dtype,
+            wanted_ema_dtype=self.options.ema_dtype,
         )
         state = {**entry.state, **(entry.new_state or {})}
         moment = moments_dtype(state, amsgrad)
@@ -213,7 +223,7 @@ class Plan:
         others = self.python_only or self.repeated or self.triton_buckets
         return self._native is not None and not others and not tail.unscales
 
-    def step(self, optimizer: Adam, tail: Tail) -> str | None:
+    def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
         """Takes the step; or says why the plan does not hold any more, and nothing is changed."""
         tensors: list[tuple[Tensor | None, ...]] | None = None
         if tail.needs_tensors:
@@ -245,7 +255,7 @@ class Plan:
     @torch.inference_mode(False)
     @torch.no_grad()  # which the line above turns off
     def _step_in_parts(
-        self, optimizer: Adam, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
+        self, optimizer: Optimizer, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
     ) -> str | None:
         """The step where Python runs or launches some of it. The caller keeps signals away."""
         threads = torch.get_num_threads()
@@ -286,7 +296,7 @@ class Plan:
         }
         return None
 
-    def _writes_grads_later(self, optimizer: Adam, tail: Tail) -> bool:
+    def _writes_grads_later(self, optimizer: Optimizer, tail: Tail) -> bool:
         """Whether kernels must not write gradients, or would write copies of them."""
         if not (tail.zero_grads or tail.unscales):
             return False
@@ -296,7 +306,7 @@ class Plan:
         are_copies = any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
         return are_copies or self._has_shared_grads(optimizer)
 
-    def _has_shared_grads(self, optimizer: Adam) -> bool:
+    def _has_shared_grads(self, optimizer: Optimizer) -> bool:
         if self._native is not None:
             return bool(self.repeated or self._native.has_shared_grads())
         grads = [own_part(grad) for _, _, grad in with_grads(optimizer, self._in_buckets())]
@@ -305,7 +315,7 @@ class Plan:
         return bool(self.repeated) or overlap
 
     def _computed_by_reference(
-        self, optimizer: Adam, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
+        self, optimizer: Optimizer, mentions: list[WithGrad], tail: Tail
     ) -> list[reference.Computed]:
         """Checks and steps parameters that the native module does not look at."""
         entries = []
@@ -349,7 +359,7 @@ class Plan:
     def _in_buckets(self) -> Iterator[Entry]:
         return (entry for bucket in self.buckets for entry in bucket.entries)
 
-    def statistics(self, optimizer: Adam) -> Statistics | None:
+    def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
         if not self._has_statistics:
             return None
@@ -369,7 +379,7 @@ class Plan:
             tables.append(whole(self._reference_sums.get(entry, none))[None])
         return statistics_of(params, tables) if tables else None
 
-    def grad_norm(self, optimizer: Adam, norm_type: float) -> Tensor:
+    def grad_norm(self, optimizer: Optimizer, norm_type: float) -> Tensor:
         """The norm of all gradients as they are, after they were gathered. float64.
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
@@ -397,13 +407,13 @@ class Plan:
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else none
 
-    def stale_grads(self, optimizer: Adam) -> str | None:
+    def stale_grads(self, optimizer: Optimizer) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers them."""
         threads = torch.get_num_threads()
         reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
         return reason
 
-    def clipping(self, optimizer: Adam, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
+    def clipping(self, optimizer: Optimizer, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
         measured = 0 if self._native is None else self._native.remember_grads()
         elsewhere = [*self.python_only, *(() if self._native else self._in_buckets())]
@@ -421,7 +431,7 @@ class Plan:
         if self._native is not None:
             self._native.forget_grads()
 
-    def count_grads(self, optimizer: Adam) -> int:
+    def count_grads(self, optimizer: Optimizer) -> int:
         """How many parameters have a gradient, of those that are stepped once."""
         others = len(with_grads(optimizer, self.python_only))
         if self._native is not None:
@@ -429,7 +439,7 @@ class Plan:
         return others + len(with_grads(optimizer, self._in_buckets()))
 
     def _triton_inputs(
-        self, optimizer: Adam, index: int
+        self, optimizer: Optimizer, index: int
     ) -> tuple[Tensor, bytes, list[tuple[Tensor, Tensor, Tensor]]]:
         """Gradients' addresses and hyper-parameters.
 
@@ -450,7 +460,7 @@ class Plan:
 
     def _run_triton(
         self,
-        optimizer: Adam,
+        optimizer: Optimizer,
         index: int,
         bucket: Bucket,
         of_bucket: tuple[Tensor | None, ...],

@@ -9,9 +9,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from warpstep.adam import Adam
 from warpstep.adamw import AdamW
 from warpstep.hypers import check_group
-from warpstep.optimizer import Adam
 from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
 
 _CLASSES: dict[type, type[Adam]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}

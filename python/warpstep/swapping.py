@@ -6,16 +6,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from warpstep.shards import own_part
 from warpstep.state import describe, is_freed, is_plain, parameter_name, same_layout
-
-if TYPE_CHECKING:
-    from warpstep.averages import Averaging
 
 
 @dataclass
@@ -55,34 +52,30 @@ class _Own:
 
 
 @contextmanager
-def swapped(optimizer: Averaging, averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
-    if optimizer._averages_swapped:
-        raise RuntimeError("swap_ema() inside swap_ema(): the averages are in place already")
-    groups = optimizer.param_groups
     names = {
         param: parameter_name(groups, g, i)
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
     kept = [_Own.of(param, names[param]) for param in averages]
-    optimizer._averages_swapped = True
     try:
         with torch.no_grad():
             for param, average in averages.items():
                 param.copy_(average)
         yield
     except BaseException as error:
-        complaint = _restored(optimizer, kept)
+        complaint = _restored(kept)
         if complaint:  # beside what was raised inside, not in its place
             getattr(error, "add_note", warnings.warn)(complaint)  # Python 3.10 has no notes
         raise
-    complaint = _restored(optimizer, kept)
+    complaint = _restored(kept)
     if complaint:
         raise RuntimeError(complaint)
 
 
-def _restored(optimizer: Averaging, kept: list[_Own]) -> str:
+def _restored(kept: list[_Own]) -> str:
     """Restores all that can be restored, for steps to go on; what to say of the others, if any."""
     left, complaints = list(reversed(kept)), []
     interrupt: BaseException | None = None
@@ -99,7 +92,6 @@ def _restored(optimizer: Averaging, kept: list[_Own]) -> str:
             )
         except BaseException as error:  # a signal's: it can wait until all are restored
             interrupt = error
-    optimizer._averages_swapped = False
     if complaints:
         complaints.append("All other parameters are restored. Load a checkpoint to go on.")
     if interrupt is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,41 +58,3 @@ def _number_on(
     if number.numel() != 1:
         raise ValueError(f"{name} must have one element, not {describe(number)}")
     return number.to(device=device, dtype=dtype, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What the last step saw, one number a parameter, on the first parameter's device.
-
-    Attributes:
-        params: the parameters, in the order of the plan's buckets. The other fields have theirs.
-        grad_norm: 2-norm of the unscaled gradient, before clipping. float32.
-        param_norm: 2-norm of the parameter after the step. float32.
-        update_norm: 2-norm of what the step changed the parameter by, decay included. float32.
-        nonfinite: how many values of the gradient were NaN or infinite; -1 where there was no
-            gradient. int64. A step that was skipped for found_inf is counted as well.
-        names: the parameters' names, if they were given to the optimizer with their parameters
-            (``model.named_parameters()``), else ``parameter 3 of group 0``.
-    """
-
-    params: list[Tensor]
-    grad_norm: Tensor
-    param_norm: Tensor
-    update_norm: Tensor
-    nonfinite: Tensor
-    names: list[str] = field(default_factory=list)
-
-
-def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
-    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h).
-
-    Rows of parameters that are no more (None) are left out.
-    """
-    device = tables[0].device
-    sums = torch.cat([table.to(device, non_blocking=True) for table in tables])
-    alive = [param for param in params if param is not None]
-    if len(alive) < len(params):
-        sums = sums[[row for row, param in enumerate(params) if param is not None]]
-    norms = sums[:, :3].sqrt().float()
-    counts = sums[:, 3].clamp(min=-1).to(torch.int64)
-    return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)

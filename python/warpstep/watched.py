@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from warpstep import backends, functional, reference
-from warpstep.buckets import Entry, with_grads
+from warpstep.buckets import Entry, WithGrad, with_grads
 from warpstep.hypers import decay_form
-from warpstep.plan import Plan
+from warpstep.plan import Options, Plan
 from warpstep.shards import holds_values, layout_of, own_part, summed
 from warpstep.state import MOMENTS
 from warpstep.tail import Tail
-
-if TYPE_CHECKING:
-    from warpstep.optimizer import Adam
 
 OPERATORS = {"decoupled": functional.adamw_, "coupled": functional.adam_}  # by form of decay
 
@@ -33,15 +31,15 @@ class WatchedPlan(Plan):
     docs/design.md, NOTE [watched steps].
     """
 
-    def __init__(self, optimizer: Adam) -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: Optimizer, options: Options) -> None:
+        super().__init__(optimizer, options)
         self._native = None  # for this step only: there is nothing to compare with
 
-    def _prepare(self, optimizer: Adam, entry: Entry, repeated: bool = False) -> None:
+    def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)
         entry.backend, entry.recipe = "reference", None  # in no bucket
 
-    def step(self, optimizer: Adam, tail: Tail) -> str | None:
+    def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
         """Takes the step. Everything has been checked: what fails now, a mode has refused."""
         step_tail = replace(tail, zero_grads=False, unscale_grads=False)
         params = with_grads(optimizer, self.python_only)
@@ -54,7 +52,7 @@ class WatchedPlan(Plan):
         return None
 
     def _step_operators(
-        self, optimizer: Adam, mentions: list[tuple[Entry, Tensor, Tensor]], tail: Tail
+        self, optimizer: Optimizer, mentions: list[WithGrad], tail: Tail
     ) -> dict[Entry, Tensor]:
         """Steps the parameters that have a gradient. Returns the sums that statistics need."""
         calls: dict[tuple[int, torch.device], list[Tensors]] = defaultdict(list)
@@ -71,7 +69,7 @@ class WatchedPlan(Plan):
                 tensors = {key: own_part(tensor) for key, tensor in tensors.items()}
                 if layout is not None:
                     sharded.append(param)
-            if by_parts and _is_for_operator(optimizer, group, tensors, tail):
+            if by_parts and _is_for_operator(self.options.backend, group, tensors, tail):
                 calls[entry.group, param.device].append(tensors)
                 continue
             one = _computed(tensors, group, tail, on_host=not by_parts)
@@ -102,10 +100,10 @@ def _tensors_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Tensors:
     return {"param": param, "grad": grad, **kept}
 
 
-def _is_for_operator(optimizer: Adam, group: dict[str, Any], tensors: Tensors, tail: Tail) -> bool:
+def _is_for_operator(backend: str, group: dict[str, Any], tensors: Tensors, tail: Tail) -> bool:
     """Whether warpstep's operators can express one parameter's step, and are to take it."""
     return not (
-        backends.choose(optimizer.backend, tensors["param"].device) == "reference"
+        backends.choose(backend, tensors["param"].device) == "reference"
         or tail.clip_coef is not None
         or tail.statistics
         or group.get("ema_decay") is not None

@@ -1,0 +1,78 @@
+"""``warpstep.Adam``: torch's class, stepped in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adam import Adam as TorchAdam  # not torch.optim's: someone may put ours there
+from torch.optim.optimizer import ParamsT
+
+from warpstep.averages import EmaDecay
+from warpstep.backends import BackendName
+from warpstep.groups import Members
+from warpstep.hypers import DecayForm, check_arguments
+from warpstep.optimizer import Optimizer
+
+Betas = tuple[float | Tensor, float | Tensor]
+
+
+class Adam(Optimizer, TorchAdam):
+    """Adam (weight decay coupled: added to the gradient) in one kernel launch.
+
+    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
+    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
+    errors are those of :class:`AdamW`, which is derived from it, as torch's is from torch's.
+
+    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: BackendName = "auto",
+        state_dtype: torch.dtype | None = None,
+        decay_form: DecayForm | None = None,
+        ema_decay: EmaDecay | None = None,
+        ema_dtype: torch.dtype | None = None,
+        stats: bool = False,
+        unscale_grads: bool = False,
+    ) -> None:
+        check_arguments(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._members = Members()
+        TorchAdam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._set_options(
+            differentiable,
+            backend=backend,
+            state_dtype=state_dtype,
+            decay_form=decay_form,
+            ema_decay=ema_decay,
+            ema_dtype=ema_dtype,
+            stats=stats,
+            unscale_grads=unscale_grads,
+        )
