@@ -1,5 +1,7 @@
 """What the design forbids, looked for in the files: who may know whom, and how large things get."""
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -44,3 +46,21 @@ def test_files_say_what_they_are_for_and_stay_readable(path):
     assert re.match(r'(//|""").{20,}', lines[0]), lines[0]
     assert len(lines) <= 500
     assert max(map(len, lines)) <= 100
+
+
+def imported_modules(path):
+    """The package's own modules that one imports anywhere, also in functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("warpstep"):
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {name.name for name in node.names}
+    return found
+
+
+def test_imports_have_no_circles():
+    """A file can be read with only what stands below it: there is an order of all modules."""
+    package = ROOT / "python" / "warpstep"
+    imports = {p.stem: imported_modules(p) for p in package.glob("*.py") if p.stem[0] != "_"}
+    assert imports["optimizer"] >= {"plan", "checkpoint"}  # they are found
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle

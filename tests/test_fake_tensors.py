@@ -175,7 +175,7 @@ def test_a_default_device_is_no_watcher(meta_by_default):
         give_gradients(optimizer, 0)
     assert not modes.are_active()
     optimizer.step()
-    assert optimizer.plan.checked_by_native
+    assert optimizer.plan.lasts
     with Called():
         assert modes.are_active()
     assert not modes.are_active()

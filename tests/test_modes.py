@@ -127,7 +127,7 @@ def test_operators_give_the_bits_of_a_launch(options, mode):
     assert_same(watched, launched)
     give_gradients(watched, STEPS)
     watched.step()  # with nobody looking: a launch, and it goes on
-    assert watched.plan.checked_by_native
+    assert watched.plan.lasts
 
 
 @pytest.mark.parametrize("mode", [Dispatched, Called])

@@ -1,82 +1,199 @@
-"""Entries: parameters with what their step needs. Buckets: entries that are stepped together."""
+"""Buckets: parameters of one recipe on one device, which one launch steps. A class for each way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from warpstep import backends
+from warpstep.entries import Entry
 from warpstep.recipes import Recipe
+from warpstep.shards import largest, own_part, summed
+from warpstep.tail import Tail
 
-
-@dataclass(eq=False)
-class Entry:
-    """A parameter that has a gradient or a state, with what its step needs."""
-
-    group: int
-    index: int  # in its group
-    name: str
-    param: Any  # while a plan is made: later it is found by its place, and not kept alive
-    state: dict[str, Any]
-    backend: str = "reference"
-    recipe: Recipe | None = None
-    new_state: dict[str, Any] | None = None  # to be merged into the state
-
-
-def place_of(optimizer: Optimizer, entry: Entry) -> Tensor | None:
-    """The parameter in an entry's place; None where the optimizer has none there any more."""
-    groups = optimizer.param_groups
-    if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
-        param: Tensor = groups[entry.group]["params"][entry.index]
-        return param
-    return None
-
-
-WithGrad = tuple[Entry, Tensor, Tensor]  # an entry, its parameter and the parameter's gradient
-
-
-def with_grads(optimizer: Optimizer, entries: Iterable[Entry]) -> list[WithGrad]:
-    """Those entries whose parameter has a gradient, with both."""
-    placed = ((entry, place_of(optimizer, entry)) for entry in entries)
-    return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
+# A step's scalars on a bucket's device, as kernels read them, and the table of its statistics.
+TailTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass
 class Bucket:
-    """Entries of one recipe on one device that one backend steps together."""
+    """Entries that one backend steps together; their tensors are bound by a `_native.Plan`."""
 
     backend: str
     recipe: Recipe
     device: torch.device
     shards: Any  # how its tensors are laid out over processes: layout_of()
     entries: list[Entry] = field(default_factory=list)
-    tables: Any = None  # device memory, kept alive
+    bound: Any = None  # the plan's native part, or a PythonPlan in its place
+    index: int = -1  # of this bucket there
     statistics: Tensor | None = None  # float64[chunks, 4], once asked for
     chunk_counts: Tensor | None = None  # int64[tensors], beside them
-    stream: Any = None  # the one that the tables are known to be used on
 
-    def use_tables_on(self, stream: torch.cuda.Stream) -> None:
-        """Keeps the tables' memory from reuse until what ``stream`` does by now is done."""
-        if stream != self.stream:
-            self.stream = stream
-            statistics = () if self.statistics is None else (self.statistics,)
-            for table in (*self.tables.values(), *statistics):
-                table.record_stream(stream)
+    def bind(self, bound: Any, index: int) -> None:
+        """Makes what launches need, once its tensors are bound."""
+        self.bound, self.index = bound, index
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the native module launches it."""
+        return True
+
+    def count_chunks(self) -> list[int]:
+        """How many chunks each tensor is cut into."""
+        counts: list[int] = self.bound.chunk_counts(self.index)
+        return counts
+
+    def tensors_of(self, tail: Tail) -> TailTensors:
+        """What a launch reads and writes for a step's tail."""
+        return (*tail.on(self.device), self._statistics_table() if tail.statistics else None)
+
+    def _statistics_table(self) -> Tensor:
+        """Where chunks leave their sums: made once, for graphs to keep."""
+        if self.statistics is None:
+            counts = torch.tensor(self.count_chunks(), dtype=torch.int64, device="cpu")
+            shape = (int(counts.sum()), 4)
+            self.statistics = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.chunk_counts = counts.to(self.device)
+        return self.statistics
+
+    def sums_of_statistics(self) -> Tensor:
+        """The sums of the last step over whole tensors, float64[tensors, 4]."""
+        assert self.statistics is not None
+        # In the order of the chunks: the same bits each time. Unsafe: lengths are not read.
+        sums = torch.segment_reduce(
+            self.statistics, "sum", lengths=self.chunk_counts, axis=0, unsafe=True
+        )
+        return summed(sums, self.shards)
+
+    def use_on_current_stream(self, tail: Tail | None = None) -> None:
+        """Keeps what a launch reads from reuse until the current stream has done with it."""
+
+    def share_of_norm(self, is_largest: bool) -> Tensor:
+        """The sum of the gradients' squares, or the largest magnitude: over whole tensors."""
+        chunks = sum(self.count_chunks())
+        out = torch.zeros(2 + chunks, dtype=torch.float64, device=self.device)
+        self._launch_norm(is_largest, out)
+        return (largest if is_largest else summed)(out[0], self.shards)
+
+    def _launch_norm(self, is_largest: bool, out: Tensor) -> None:
+        threads = torch.get_num_threads()
+        self.bound.grad_norm(self.index, largest=is_largest, threads=threads, out=out)
 
     def __str__(self) -> str:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
 
 
-def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
-    """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
-    for entry in entries:
-        if entry.new_state is not None:
-            state = optimizer.state[entry.param]
-            for key, value in entry.new_state.items():
-                if entry.state.get(key) is state.get(key):  # not published for its first mention
-                    state[key] = value
-        entry.state = optimizer.state[entry.param]
+@dataclass
+class CudaBucket(Bucket):
+    """A bucket whose stable tables lie in the device's memory."""
+
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    stream: Any = None  # the one that the tables are known to be used on
+
+    def bind(self, bound: Any, index: int) -> None:
+        """Puts the stable tables in the device's memory."""
+        super().bind(bound, index)
+        host = bound.host_tables(index)
+        self.tables = {
+            name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+            for name, data in host.items()
+            if data
+        }
+        addresses = {n: self.tables[n].data_ptr() if n in self.tables else 0 for n in host}
+        bound.set_device_tables(index, **addresses)
+
+    def _statistics_table(self) -> Tensor:
+        if self.statistics is None:
+            self.stream = None  # it does not know of them
+        return super()._statistics_table()
+
+    def use_on_current_stream(self, tail: Tail | None = None) -> None:
+        """Records tables and scalars for the current stream."""
+        if self.device.type != "cuda":  # the tests' build runs the CUDA source on the CPU
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self.stream:
+            self.stream = stream
+            statistics = () if self.statistics is None else (self.statistics,)
+            for table in (*self.tables.values(), *statistics):
+                table.record_stream(stream)
+        numbers = () if tail is None else (tail.grad_scale, tail.clip_coef)
+        for number in numbers:  # let go of after the launch
+            if number is not None and number.is_cuda:
+                number.record_stream(stream)
+
+
+@dataclass
+class TritonBucket(Bucket):
+    """A bucket that Python launches, by Triton."""
+
+    table: Any = None  # a kernels.launch_triton.TensorTable
+
+    @property
+    def is_native(self) -> bool:
+        """False: the native module only looks at its tensors."""
+        return False
+
+    @property
+    def _kernel(self) -> Any:
+        kernel, _ = backends.triton_kernel()
+        assert kernel is not None
+        return kernel
+
+    def bind(self, bound: Any, index: int) -> None:
+        """Makes the tensor table that Triton's kernels read."""
+        super().bind(bound, index)
+
+        def stream(key: str) -> list[Tensor]:
+            return [_flat(entry.state[key]) for entry in self.entries]
+
+        self.table = self._kernel.TensorTable(
+            [_flat(entry.param.detach()) for entry in self.entries],
+            stream("exp_avg"),
+            stream("exp_avg_sq"),
+            stream("max_exp_avg_sq") if self.recipe.amsgrad else None,
+            stream("ema") if self.recipe.ema is not None else None,
+            stream("step"),
+            [entry.group for entry in self.entries],
+            self.device,
+        )
+
+    def count_chunks(self) -> list[int]:
+        """How many chunks, which are programs here, each tensor is cut into."""
+        counts: list[int] = self.table.chunk_counts.tolist()
+        return counts
+
+    def launch(self, tensors: TailTensors, tail: Tail) -> None:
+        """Launches the step's kernel. Version counters are the plan's business."""
+        grad_scale, found_inf, clip_coef, statistics = tensors
+        self._kernel.launch(
+            self.table,
+            self._grads(),
+            self.bound.hyper_table(self.index),
+            recipe=self.recipe,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            clip_coef=clip_coef,
+            statistics=statistics,
+            zero_grads=tail.zero_grads,
+            unscale_grads=tail.unscales,
+        )
+
+    def _launch_norm(self, is_largest: bool, out: Tensor) -> None:
+        grads, recipe = self._grads(), self.recipe
+        self._kernel.grad_norm(self.table, grads, out, recipe=recipe, largest=is_largest)
+
+    def _grads(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.bound.grad_table(self.index)), dtype=torch.int64)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, as the numbers that it is made of."""
+    part = own_part(tensor)
+    return torch.view_as_real(part) if part.is_complex() else part
+
+
+BUCKETS = {"cpu": Bucket, "cuda": CudaBucket, "triton": TritonBucket}

@@ -145,7 +145,7 @@ class ClipsGradNorm(Optimizer):
             coef = coef * before.coef.to(coef.device, non_blocking=True)
         replaced = self._clipping
         self._clipping = plan.clipping(self, coef, scale)
-        if replaced is not None and replaced.plan not in (None, plan):
+        if replaced is not None and replaced.plan is not plan:
             replaced.plan.forget_grads()
         return total_norm.float()
 

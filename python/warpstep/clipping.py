@@ -32,17 +32,16 @@ class Clipping:
 
     coef: Tensor  # float64, one number: the gradients are to be multiplied by it
     grad_scale: Tensor | None  # that the gradients still carry
-    plan: RemembersGrads | None  # those that kernels step
+    plan: RemembersGrads  # those that kernels step
     others: list[RememberedGrad]
     measured: int  # gradients remembered, by the plan and here
 
     def compare(self) -> tuple[int, int]:
         """How many of the gradients measured are still there; and of those, how many unwritten."""
-        kept, unwritten = (0, 0) if self.plan is None else self.plan.compare_grads()
+        kept, unwritten = self.plan.compare_grads()
         for other in self.others:
-            is_kept = other.param.grad is other.grad
-            kept += is_kept
-            unwritten += is_kept and other.is_unwritten()
+            kept += other.is_kept()
+            unwritten += other.is_kept() and other.is_unwritten()
         return kept, unwritten
 
     def still_holds(self) -> bool:
@@ -97,6 +96,10 @@ class RememberedGrad:
     def of(cls, param: Tensor, grad: Tensor) -> RememberedGrad:
         """``param``'s gradient, as it is now."""
         return cls(param, grad, *_version_and_address(grad))
+
+    def is_kept(self) -> bool:
+        """Whether it is its parameter's gradient still."""
+        return self.param.grad is self.grad
 
     def is_unwritten(self) -> bool:
         """Whether neither its version counter nor its memory is another since."""

@@ -118,7 +118,7 @@ class Optimizer(Averaging, ClipsGradNorm):
         tail, plan = self._tail(zero_grads), self.plan
         reason: str | None = "there is none yet"
         is_watched = modes.are_active()
-        if plan is not None and plan.checked_by_native and not is_watched:
+        if plan is not None and plan.lasts and not is_watched:
             reason = self._run(plan, tail, capturing)
         if reason is None:
             return
@@ -196,11 +196,11 @@ class Optimizer(Averaging, ClipsGradNorm):
         """The plan, with gradients gathered; nothing else is looked at."""
         plan = self.plan
         reason: str | None = "there is none yet"
-        if plan is not None and plan.checked_by_native:
+        if plan is not None and plan.lasts:
             reason = plan.stale_grads(self)
         if reason is not None:
             plan = self._new_plan(reason)
-            if plan is not None and plan.checked_by_native and (reason := plan.stale_grads(self)):
+            if plan is not None and plan.lasts and (reason := plan.stale_grads(self)):
                 raise RuntimeError(_CHANGING.format(reason))
         return plan
 

@@ -6,24 +6,23 @@ The native module compares a plan with the optimizer at each step and says when 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
 from warpstep import backends, reference
-from warpstep.buckets import Bucket, Entry, WithGrad, place_of, publish, with_grads
+from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.clipping import Clipping, RememberedGrad
-from warpstep.hypers import check_group, pack_groups
+from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
+from warpstep.hypers import check_group
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
+from warpstep.python_plan import PythonPlan
 from warpstep.recipes import Recipe, dtype_name, real_dtype
-from warpstep.shards import largest, layout_of, own_part, summed, whole
+from warpstep.shards import layout_of, own_part, whole
 from warpstep.state import (
     MOMENTS,
     check_device_for_fused,
@@ -108,31 +107,34 @@ class Plan:
 
         self._reference_sums: dict[Entry, Tensor] = {}
         self._has_statistics = False
-        self._native: Any = None
-        module, _ = backends.native()
-        if module is not None:
-            self._native = module.Plan(
-                state=optimizer.state,
-                param_groups=groups,
-                assignments=assignments,
-                buckets=[
-                    module.BucketSpec(
-                        backend="external" if b.backend == "triton" else b.backend,
-                        **dict(zip(("param", "grad", "moment"), b.recipe.names(), strict=True)),
-                        amsgrad=b.recipe.amsgrad,
-                        ema=None if b.recipe.ema is None else dtype_name(b.recipe.ema),
-                    )
-                    for b in self.buckets
-                ],
-                match_layout=match_layout,
-            )
+        self._bound = self._bind(optimizer, assignments)
         for index, bucket in enumerate(self.buckets):
-            self._fill_tables(index, bucket)
+            bucket.bind(self._bound, index)
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
             entry.param, entry.state, entry.new_state = None, {}, None
-        self.cuda_buckets = [b for b in self.buckets if b.device.type == b.backend == "cuda"]
-        self.triton_buckets = [(i, b) for i, b in enumerate(self.buckets) if b.backend == "triton"]
+        self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
+
+    def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
+        """What holds the tensors of the buckets, looks at them at each step and launches."""
+        module, _ = backends.native()
+        if module is None:
+            return PythonPlan(optimizer, [bucket.entries for bucket in self.buckets])
+        return module.Plan(
+            state=optimizer.state,
+            param_groups=optimizer.param_groups,
+            assignments=assignments,
+            buckets=[
+                module.BucketSpec(
+                    backend=b.backend if b.is_native else "external",
+                    **dict(zip(("param", "grad", "moment"), b.recipe.names(), strict=True)),
+                    amsgrad=b.recipe.amsgrad,
+                    ema=None if b.recipe.ema is None else dtype_name(b.recipe.ema),
+                )
+                for b in self.buckets
+            ],
+            match_layout=match_layout,
+        )
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
@@ -179,66 +181,28 @@ class Plan:
             if same_kind and same_place:
                 bucket.entries.append(entry)
                 return index
-        self.buckets.append(Bucket(entry.backend, entry.recipe, device, shards, [entry]))
+        kind = BUCKETS[entry.backend]
+        self.buckets.append(kind(entry.backend, entry.recipe, device, shards, [entry]))
         return len(self.buckets) - 1
 
-    def _fill_tables(self, index: int, bucket: Bucket) -> None:
-        """Puts a bucket's stable tables in its device's memory."""
-        if bucket.backend == "triton":
-            kernel, _ = backends.triton_kernel()
-            assert kernel is not None
-
-            def stream(key: str) -> list[Tensor]:
-                tensors = [own_part(e.state[key]) for e in bucket.entries]
-                return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-
-            params = [own_part(e.param).detach() for e in bucket.entries]
-            bucket.tables = kernel.TensorTable(
-                [torch.view_as_real(p) if p.is_complex() else p for p in params],
-                stream("exp_avg"),
-                stream("exp_avg_sq"),
-                stream("max_exp_avg_sq") if bucket.recipe.amsgrad else None,
-                stream("ema") if bucket.recipe.ema is not None else None,
-                stream("step"),
-                [e.group for e in bucket.entries],
-                bucket.device,
-            )
-        elif bucket.backend == "cuda":
-            host = self._native.host_tables(index)
-            bucket.tables = {
-                name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(bucket.device)
-                for name, data in host.items()
-                if data
-            }
-            addresses = {n: bucket.tables[n].data_ptr() if n in bucket.tables else 0 for n in host}
-            self._native.set_device_tables(index, **addresses)
-
     @property
-    def checked_by_native(self) -> bool:
-        """Whether ``step`` says when the plan is stale; else a plan serves one step only."""
-        return self._native is not None
+    def lasts(self) -> bool:
+        """Whether ``step`` says when the plan is stale; else the plan serves one step only."""
+        return not isinstance(self._bound, PythonPlan)
 
     def is_one_call(self, tail: Tail) -> bool:
         """Whether the native module takes the whole step, so that no signal can come between."""
-        others = self.python_only or self.repeated or self.triton_buckets
-        return self._native is not None and not others and not tail.unscales
+        others = self.python_only or self.repeated or self._by_python
+        return self.lasts and not others and not tail.unscales
 
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
         """Takes the step; or says why the plan does not hold any more, and nothing is changed."""
-        tensors: list[tuple[Tensor | None, ...]] | None = None
-        if tail.needs_tensors:
-            tensors = [
-                (*tail.on(b.device), self._statistics_table(i) if tail.statistics else None)
-                for i, b in enumerate(self.buckets)
-            ]
-        for bucket in self.cuda_buckets:
-            stream = torch.cuda.current_stream(bucket.device)
-            bucket.use_tables_on(stream)
-            if tail.clip_coef is not None and tail.clip_coef.is_cuda:
-                tail.clip_coef.record_stream(stream)  # it is let go of after the launch
+        tensors = [b.tensors_of(tail) for b in self.buckets] if tail.needs_tensors else None
+        for bucket in self.buckets:
+            bucket.use_on_current_stream(tail)
         reason: str | None
         if self.is_one_call(tail):
-            reason = self._native.step(
+            reason = self._bound.step(
                 optimizer.state,
                 optimizer.param_groups,
                 torch.get_num_threads(),
@@ -255,38 +219,32 @@ class Plan:
     @torch.inference_mode(False)
     @torch.no_grad()  # which the line above turns off
     def _step_in_parts(
-        self, optimizer: Optimizer, tail: Tail, tensors: list[tuple[Tensor | None, ...]] | None
+        self, optimizer: Optimizer, tail: Tail, tensors: list[TailTensors] | None
     ) -> str | None:
         """The step where Python runs or launches some of it. The caller keeps signals away."""
         threads = torch.get_num_threads()
-        if self._native is not None:
-            reason: str | None = self._native.check(
-                optimizer.state, optimizer.param_groups, threads
-            )
-            if reason is not None:
-                return reason
+        reason: str | None = self._bound.check(optimizer.state, optimizer.param_groups, threads)
+        if reason is not None:
+            return reason
         if tail.measured_grads not in (None, self.count_grads(optimizer)):
             return "gradients came or went after their norm was taken"
-        later = self._writes_grads_later(optimizer, tail)
+        later = self._writes_grads_later(tail)
         in_pass = replace(tail, zero_grads=False, unscale_grads=False) if later else tail
-        if self._native is not None:
-            self._native.keep_alive()
+        self._bound.keep_alive()
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
-            for index, bucket in self.triton_buckets:
-                of_bucket = tensors[index] if tensors is not None else (None,) * 4
-                self._run_triton(optimizer, index, bucket, of_bucket, in_pass)
+            for bucket in self._by_python:
+                of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
+                bucket.launch(of_bucket, in_pass)
             reference.store(computed)
-            if self._native is not None:
-                zeroes, unscales = in_pass.zero_grads, in_pass.unscales
-                self._native.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
+            zeroes, unscales = in_pass.zero_grads, in_pass.unscales
+            self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
             for mention in with_grads(optimizer, self.repeated):
                 reference.store(self._computed_by_reference(optimizer, [mention], in_pass))
         finally:
-            if self._native is not None:
-                self._native.let_go()
+            self._bound.let_go()
         if later:  # all have been read
             reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
         self._reference_sums = {
@@ -296,23 +254,14 @@ class Plan:
         }
         return None
 
-    def _writes_grads_later(self, optimizer: Optimizer, tail: Tail) -> bool:
+    def _writes_grads_later(self, tail: Tail) -> bool:
         """Whether kernels must not write gradients, or would write copies of them."""
         if not (tail.zero_grads or tail.unscales):
             return False
-        if self._native is None or tail.zero_grads:
-            return not tail.zero_grads or self._has_shared_grads(optimizer)
-        copied = self._native.copied_grads()
-        are_copies = any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
-        return are_copies or self._has_shared_grads(optimizer)
-
-    def _has_shared_grads(self, optimizer: Optimizer) -> bool:
-        if self._native is not None:
-            return bool(self.repeated or self._native.has_shared_grads())
-        grads = [own_part(grad) for _, _, grad in with_grads(optimizer, self._in_buckets())]
-        runs = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in grads if g.numel() > 0)
-        overlap = any(after[0] < one[1] for one, after in itertools.pairwise(runs))
-        return bool(self.repeated) or overlap
+        if self.repeated or self._bound.has_shared_grads():
+            return True
+        copied = () if tail.zero_grads else self._bound.copied_grads()
+        return any(own_part(grad).data_ptr() != copy.data_ptr() for grad, copy in copied)
 
     def _computed_by_reference(
         self, optimizer: Optimizer, mentions: list[WithGrad], tail: Tail
@@ -333,32 +282,6 @@ class Plan:
             computed.append(one)
         return computed
 
-    def _chunk_count(self, index: int) -> int:
-        if self.buckets[index].backend == "triton":
-            programs: int = self.buckets[index].tables.programs
-            return programs
-        return int(self._native.chunk_count(index))
-
-    def _chunk_counts(self, index: int) -> Tensor:
-        """Of each tensor of a bucket."""
-        if self.buckets[index].backend == "triton":
-            counts: Tensor = self.buckets[index].tables.chunk_counts
-            return counts
-        return torch.tensor(self._native.chunk_counts(index), dtype=torch.int64, device="cpu")
-
-    def _statistics_table(self, index: int) -> Tensor:
-        """The memory in which a bucket's chunks leave their sums: made once, for graphs to keep."""
-        bucket = self.buckets[index]
-        if bucket.statistics is None:
-            shape = (self._chunk_count(index), 4)
-            bucket.statistics = torch.zeros(shape, dtype=torch.float64, device=bucket.device)
-            bucket.chunk_counts = self._chunk_counts(index).to(bucket.device)
-            bucket.stream = None  # it does not know of them
-        return bucket.statistics
-
-    def _in_buckets(self) -> Iterator[Entry]:
-        return (entry for bucket in self.buckets for entry in bucket.entries)
-
     def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
         if not self._has_statistics:
@@ -368,11 +291,7 @@ class Plan:
         for bucket in self.buckets:
             if bucket.statistics is not None:
                 params += [place_of(optimizer, entry) for entry in bucket.entries]
-                # In the order of the chunks: the same bits each time. Unsafe: lengths are not read.
-                sums = torch.segment_reduce(
-                    bucket.statistics, "sum", lengths=bucket.chunk_counts, axis=0, unsafe=True
-                )
-                tables.append(summed(sums, bucket.shards))
+                tables.append(bucket.sums_of_statistics())
         for entry in self.python_only:
             params.append(place_of(optimizer, entry))
             none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device="cpu")
@@ -386,115 +305,43 @@ class Plan:
         """
         others = [grad for _, _, grad in with_grads(optimizer, self.python_only)]
         none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
-        if self._native is None or norm_type not in (2.0, math.inf):
-            grads = [grad for _, _, grad in with_grads(optimizer, self._in_buckets())]
+        if norm_type not in (2.0, math.inf):
+            in_buckets = (entry for bucket in self.buckets for entry in bucket.entries)
+            grads = [grad for _, _, grad in with_grads(optimizer, in_buckets)]
             grads = [whole(grad) for grad in (*grads, *others) if grad.numel() > 0]
             return norm_of_norms(grads, norm_type) if grads else none
-        for bucket in self.cuda_buckets:
-            bucket.use_tables_on(torch.cuda.current_stream(bucket.device))
         shares = []
-        for index, bucket in enumerate(self.buckets):
-            out = torch.zeros(
-                2 + self._chunk_count(index), dtype=torch.float64, device=bucket.device
-            )
-            is_largest = math.isinf(norm_type)
-            if bucket.backend == "triton":
-                self._triton_grad_norm(index, bucket, is_largest, out)
-            else:
-                threads = torch.get_num_threads()
-                self._native.grad_norm(index, largest=is_largest, threads=threads, out=out)
-            shares.append((largest if is_largest else summed)(out[0], bucket.shards))
+        for bucket in self.buckets:
+            bucket.use_on_current_stream()
+            shares.append(bucket.share_of_norm(math.isinf(norm_type)))
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else none
 
     def stale_grads(self, optimizer: Optimizer) -> str | None:
         """Why this plan does not describe the gradients, or None. Gathers them."""
         threads = torch.get_num_threads()
-        reason: str | None = self._native.gather_grads(optimizer.param_groups, threads)
+        reason: str | None = self._bound.gather_grads(optimizer.param_groups, threads)
         return reason
 
     def clipping(self, optimizer: Optimizer, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
-        measured = 0 if self._native is None else self._native.remember_grads()
-        elsewhere = [*self.python_only, *(() if self._native else self._in_buckets())]
-        others = [RememberedGrad.of(p, grad) for _, p, grad in with_grads(optimizer, elsewhere)]
-        plan = self if self._native else None
-        return Clipping(coef, grad_scale, plan, others, measured + len(others))
+        measured = self._bound.remember_grads()
+        elsewhere = with_grads(optimizer, self.python_only)
+        others = [RememberedGrad.of(param, grad) for _, param, grad in elsewhere]
+        return Clipping(coef, grad_scale, self, others, measured + len(others))
 
     def compare_grads(self) -> tuple[int, int]:
         """How many of the gradients remembered are kept; and of those, how many unwritten."""
-        found: tuple[int, int] = self._native.compare_grads()
+        found: tuple[int, int] = self._bound.compare_grads()
         return found
 
     def forget_grads(self) -> None:
         """Lets go of the gradients remembered."""
-        if self._native is not None:
-            self._native.forget_grads()
+        self._bound.forget_grads()
 
     def count_grads(self, optimizer: Optimizer) -> int:
         """How many parameters have a gradient, of those that are stepped once."""
-        others = len(with_grads(optimizer, self.python_only))
-        if self._native is not None:
-            return others + int(self._native.count_grads())
-        return others + len(with_grads(optimizer, self._in_buckets()))
-
-    def _triton_inputs(
-        self, optimizer: Optimizer, index: int
-    ) -> tuple[Tensor, bytes, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Gradients' addresses and hyper-parameters.
-
-        Without the native module also parameters, their gradients, and these laid out as them.
-        """
-        if self._native is not None:
-            grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
-            return grads, self._native.hyper_table(index), []
-        entries = self.buckets[index].entries
-        found = {
-            entry: (param, grad, match_layout(own_part(param), own_part(grad)))
-            for entry, param, grad in with_grads(optimizer, entries)
-        }
-        # An empty tensor's gradient has no address; any but 0 makes its step count.
-        addresses = [(found[e][2].data_ptr() or 1) if e in found else 0 for e in entries]
-        grads = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        return grads, pack_groups(optimizer.param_groups), list(found.values())
-
-    def _run_triton(
-        self,
-        optimizer: Optimizer,
-        index: int,
-        bucket: Bucket,
-        of_bucket: tuple[Tensor | None, ...],
-        tail: Tail,
-    ) -> None:
-        kernel, _ = backends.triton_kernel()
-        assert kernel is not None
-        grads, hypers, found = self._triton_inputs(optimizer, index)
-        grad_scale, found_inf, clip_coef, statistics = of_bucket
-        kernel.launch(
-            bucket.tables,
-            grads,
-            hypers,
-            recipe=bucket.recipe,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip_coef=clip_coef,
-            statistics=statistics,
-            zero_grads=tail.zero_grads,
-            unscale_grads=tail.unscales,
-        )
-        if self._native is None:
-            increment_version([param for param, _, _ in found])
-            if tail.zero_grads:
-                increment_version([grad for _, grad, _ in found])
-                for _, grad, seen in found:
-                    if seen.data_ptr() != own_part(grad).data_ptr():
-                        grad.zero_()
-
-    def _triton_grad_norm(self, index: int, bucket: Bucket, largest: bool, out: Tensor) -> None:
-        kernel, _ = backends.triton_kernel()
-        assert kernel is not None
-        grads = torch.frombuffer(bytearray(self._native.grad_table(index)), dtype=torch.int64)
-        kernel.grad_norm(bucket.tables, grads, out, recipe=bucket.recipe, largest=largest)
+        return len(with_grads(optimizer, self.python_only)) + int(self._bound.count_grads())
 
     def __str__(self) -> str:
         lines = [str(bucket) for bucket in self.buckets]

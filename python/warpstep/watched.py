@@ -13,9 +13,10 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from warpstep import backends, functional, reference
-from warpstep.buckets import Entry, WithGrad, with_grads
+from warpstep.entries import Entry, WithGrad, with_grads
 from warpstep.hypers import decay_form
-from warpstep.plan import Options, Plan
+from warpstep.plan import Plan
+from warpstep.python_plan import PythonPlan
 from warpstep.shards import holds_values, layout_of, own_part, summed
 from warpstep.state import MOMENTS
 from warpstep.tail import Tail
@@ -31,9 +32,8 @@ class WatchedPlan(Plan):
     docs/design.md, NOTE [watched steps].
     """
 
-    def __init__(self, optimizer: Optimizer, options: Options) -> None:
-        super().__init__(optimizer, options)
-        self._native = None  # for this step only: there is nothing to compare with
+    def _bind(self, optimizer: Optimizer, assignments: list[int]) -> PythonPlan:
+        return PythonPlan(optimizer, [])  # for this step only: there is nothing to compare with
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)
@@ -85,11 +85,6 @@ class WatchedPlan(Plan):
                     reference.write(tensor.detach(), value)
         increment_version(sharded)  # of which only the shards were written to
         return sums
-
-    @property
-    def checked_by_native(self) -> bool:
-        """False: a plan of this kind serves one step."""
-        return False
 
     def __str__(self) -> str:
         return f"operators, for a mode or a transform: {len(self.python_only)} tensors"

@@ -1,0 +1,55 @@
+"""Entries: the parameters of a plan, each with what its step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from warpstep.recipes import Recipe
+
+
+@dataclass(eq=False)
+class Entry:
+    """A parameter that has a gradient or a state, with what its step needs."""
+
+    group: int
+    index: int  # in its group
+    name: str
+    param: Any  # while a plan is made: later it is found by its place, and not kept alive
+    state: dict[str, Any]
+    backend: str = "reference"
+    recipe: Recipe | None = None
+    new_state: dict[str, Any] | None = None  # to be merged into the state
+
+
+WithGrad = tuple[Entry, Tensor, Tensor]  # an entry, its parameter and the parameter's gradient
+
+
+def place_of(optimizer: Optimizer, entry: Entry) -> Tensor | None:
+    """The parameter in an entry's place; None where the optimizer has none there any more."""
+    groups = optimizer.param_groups
+    if entry.group < len(groups) and entry.index < len(groups[entry.group]["params"]):
+        param: Tensor = groups[entry.group]["params"][entry.index]
+        return param
+    return None
+
+
+def with_grads(optimizer: Optimizer, entries: Iterable[Entry]) -> list[WithGrad]:
+    """Those entries whose parameter has a gradient, with both."""
+    placed = ((entry, place_of(optimizer, entry)) for entry in entries)
+    return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
+
+
+def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
+    """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
+    for entry in entries:
+        if entry.new_state is not None:
+            state = optimizer.state[entry.param]
+            for key, value in entry.new_state.items():
+                if entry.state.get(key) is state.get(key):  # not published for its first mention
+                    state[key] = value
+        entry.state = optimizer.state[entry.param]
