@@ -1,46 +1,69 @@
 // Bindings of ListStepper, apart from the plan's.
 #include "bind_lists.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "lists.h"
 
 namespace warpstep {
 
+namespace {
+
+// The fields of warpstep.lists.Options, in their order there.
+constexpr std::array kFields{"lr",         "beta1",     "beta2",         "weight_decay",
+                             "eps",        "amsgrad",   "maximize",      "coupled",
+                             "grad_scale", "found_inf", "advance_steps", "unscale_grads"};
+
+class Fields {
+ public:
+  explicit Fields(const py::tuple& fields) : fields_(fields) {
+    if (fields.size() != kFields.size()) throw py::type_error("not warpstep.lists.Options");
+  }
+  py::handle next() { return PyTuple_GET_ITEM(fields_.ptr(), at_++); }
+  double number() { return next().cast<double>(); }
+  bool flag() { return next().cast<bool>(); }
+
+ private:
+  const py::tuple& fields_;
+  Py_ssize_t at_ = 0;
+};
+
+}  // namespace
+
 void bind_lists(py::module_& m) {
+  m.attr("list_options") = py::tuple(py::cast(kFields));
   py::class_<ListStepper>(m, "ListStepper")
       .def(py::init<py::object, py::object, std::size_t>(), py::kw_only(), py::arg("upload"),
            py::arg("use"), py::arg("resident_bytes"))
       .def(
           "step",
-          [](ListStepper& stepper, py::list params, py::list grads, py::list exp_avgs,
-             py::list exp_avg_sqs, py::list max_exp_avg_sqs, py::list state_steps, py::object lr,
-             double beta1, double beta2, double weight_decay, double eps, bool amsgrad,
-             bool maximize, py::object grad_scale, py::object found_inf, bool coupled, bool cuda,
-             bool advance_steps, bool unscale_grads, bool dispatched, bool always,
-             bool count_writes, int threads) {
+          [](ListStepper& stepper, const std::array<py::list, 6>& lists, const py::tuple& given,
+             bool cuda, bool dispatched, bool always, bool count_writes, int threads) {
+            Fields fields(given);
             ListOptions options{};
-            options.hyper.beta1.value = beta1;
-            options.hyper.beta2.value = beta2;
-            options.hyper.weight_decay = weight_decay;
-            options.hyper.eps = eps;
-            options.hyper.maximize = maximize;
-            options.hyper.decay = coupled ? Decay::coupled : Decay::decoupled;
-            options.amsgrad = amsgrad;
+            const py::handle lr = fields.next();
+            options.hyper.beta1.value = fields.number();
+            options.hyper.beta2.value = fields.number();
+            options.hyper.weight_decay = fields.number();
+            options.hyper.eps = fields.number();
+            options.amsgrad = fields.flag();
+            options.hyper.maximize = fields.flag();
+            options.hyper.decay = fields.flag() ? Decay::coupled : Decay::decoupled;
+            const py::handle grad_scale = fields.next(), found_inf = fields.next();
+            options.advance_steps = fields.flag();
+            options.unscale_grads = fields.flag();
             options.cuda = cuda;
-            options.advance_steps = advance_steps;
-            options.unscale_grads = unscale_grads;
             options.dispatched = dispatched;
             options.always = always;
             options.count_writes = count_writes;
             options.threads = threads;
-            const TensorLists lists{params,      grads,           exp_avgs,
-                                    exp_avg_sqs, max_exp_avg_sqs, state_steps};
-            return stepper.step(lists, lr, grad_scale, found_inf, options);
+            const auto& [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps] = lists;
+            return stepper.step({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps}, lr,
+                                grad_scale, found_inf, options);
           },
-          py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-          py::arg("max_exp_avg_sqs"), py::arg("state_steps"), py::kw_only(), py::arg("lr"),
-          py::arg("beta1"), py::arg("beta2"), py::arg("weight_decay"), py::arg("eps"),
-          py::arg("amsgrad"), py::arg("maximize"), py::arg("grad_scale"), py::arg("found_inf"),
-          py::arg("coupled"), py::arg("cuda"), py::arg("advance_steps"), py::arg("unscale_grads"),
+          py::arg("lists"), py::arg("options"), py::kw_only(), py::arg("cuda"),
           py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"));
 }
 

@@ -26,21 +26,18 @@ def uploads(backend, monkeypatch):
 
 
 def step(lists, always=True):
-    return native_lists.stepper().step(
-        *lists,
+    options = native_lists.Options(
         **HYPERS,
         amsgrad=False,
         maximize=False,
+        coupled=False,
         grad_scale=None,
         found_inf=None,
-        coupled=False,
-        cuda=True,
         advance_steps=True,
         unscale_grads=False,
-        dispatched=False,
-        always=always,
-        count_writes=True,
-        threads=1,
+    )
+    return native_lists.stepper().step(
+        lists, options, cuda=True, dispatched=False, always=always, count_writes=True, threads=1
     )
 
 

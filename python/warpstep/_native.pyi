@@ -7,6 +7,7 @@ from torch import Tensor
 
 cuda_architectures: str | None
 why_no_cuda: str
+list_options: tuple[str, ...]
 
 def cuda_device_count() -> int: ...
 def cpu_instruction_set() -> str: ...
@@ -90,26 +91,10 @@ class ListStepper:
     ) -> None: ...
     def step(
         self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
+        lists: Sequence[list[Tensor]],
+        options: tuple[Any, ...],
         *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        weight_decay: float,
-        eps: float,
-        amsgrad: bool,
-        maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coupled: bool,
         cuda: bool,
-        advance_steps: bool,
-        unscale_grads: bool,
         dispatched: bool,
         always: bool,
         count_writes: bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,48 +10,13 @@ from torch import Tensor
 
 from warpstep import backends, lists, modes, reference, signals
 from warpstep.hypers import check_group
+from warpstep.lists import NAMES, Options
 from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
 from warpstep.tail import Tail
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
-NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a step takes beside its lists."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    weight_decay: float
-    eps: float
-    amsgrad: bool
-    maximize: bool
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    advance_steps: bool
-    unscale_grads: bool
-    coupled: bool
-
-    def group(self) -> dict[str, Any]:
-        """As a parameter group of an optimizer has them."""
-        return {
-            "lr": self.lr,
-            "betas": (self.beta1, self.beta2),
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-            "amsgrad": self.amsgrad,
-            "maximize": self.maximize,
-            "decoupled_weight_decay": not self.coupled,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
-        }
-
-
 Streams = list[list[Tensor]]  # the six lists
 
 
@@ -60,7 +24,7 @@ def run(
     streams: Streams, options: Options, backend: str = "auto", dispatched: bool = False
 ) -> None:
     """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
-    check_group(options.group(), "")
+    check_group(_group(options), "")
     if backend == "triton":
         raise ValueError(
             "Invalid backend: 'triton' does not take lists of tensors. Choose "
@@ -80,26 +44,31 @@ def run(
 def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) -> str | None:
     """Runs the native kernels on everything; or says why not, and then nothing is changed."""
     reason: str | None = lists.stepper().step(
-        *streams,
-        lr=options.lr,
-        beta1=options.beta1,
-        beta2=options.beta2,
-        weight_decay=options.weight_decay,
-        eps=options.eps,
-        amsgrad=options.amsgrad,
-        maximize=options.maximize,
-        grad_scale=options.grad_scale,
-        found_inf=options.found_inf,
-        coupled=options.coupled,
+        streams,
+        options,
         cuda=backend == "cuda",
-        advance_steps=options.advance_steps,
-        unscale_grads=options.unscale_grads,
         dispatched=dispatched,
         always=True,
         count_writes=True,
         threads=torch.get_num_threads(),
     )
     return reason
+
+
+def _group(options: Options) -> dict[str, Any]:
+    """The options as a parameter group of an optimizer has them."""
+    return {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "amsgrad": options.amsgrad,
+        "maximize": options.maximize,
+        "decoupled_weight_decay": not options.coupled,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
 
 
 def _check(streams: Streams, options: Options) -> None:
@@ -171,12 +140,11 @@ def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
     """Steps lists that were checked: by kernels what they take, the others by the reference."""
     by_kernel: dict[tuple[str, torch.device], Streams] = {}
     by_reference: list[int] = []
-    scalars = {
-        name: value.to(torch.float32)
-        for name, value in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf))
-        if value is not None
-    }
-    options = Options(**{**vars(options), **scalars})
+    grad_scale, found_inf = (
+        None if scalar is None else scalar.to(torch.float32)
+        for scalar in (options.grad_scale, options.found_inf)
+    )
+    options = options._replace(grad_scale=grad_scale, found_inf=found_inf)
     for i, param in enumerate(streams[0]):
         chosen = backends.choose(requested, param.device)
         one = [[s[i]] if s else [] for s in streams]
@@ -228,7 +196,7 @@ def _compute(streams: Streams, i: int, options: Options) -> reference.Computed:
         state["max_exp_avg_sq"] = streams[4][i]
     tail = Tail(options.grad_scale, options.found_inf)
     taken = options.found_inf is None or options.found_inf.item() == 0
-    one = reference.computed(param, grad, state, options.group(), tail, taken)
+    one = reference.computed(param, grad, state, _group(options), tail, taken)
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
             one.stores.append((grad, reference.real_view(grad) * (1 / options.grad_scale)))

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from warpstep import backends
+
+TensorLists = Sequence[list[Tensor]]  # as NAMES
+
+
+class Options(NamedTuple):
+    """What a step takes beside its lists. ``_native.list_options`` has the same fields."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    weight_decay: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+    coupled: bool  # Adam's decay, else AdamW's
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    advance_steps: bool
+    unscale_grads: bool
+
+
+# As aten::_fused_adamw_ takes them: an entry a tensor; without amsgrad the fifth is ignored.
+NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
 
 Tables = tuple[Tensor, ...]
 RESIDENT_BYTES = 32 << 20  # of tables kept on GPUs: those of some 300,000 tensors

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep import backends, lists, shortcut
+from warpstep import backends, shortcut
+from warpstep.lists import Options, stepper
 
 OPERATORS = ("_fused_adamw_", "_fused_adamw_.tensor_lr", "_fused_adam_", "_fused_adam_.tensor_lr")
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
@@ -42,7 +43,7 @@ passed_on: Counter[str] = Counter()
 
 def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
     """The kernel for one operator and key; ``original`` takes what it does not."""
-    step = lists.stepper().step
+    step = stepper().step
     threads = torch.get_num_threads
 
     def fused(
@@ -66,26 +67,25 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
     ) -> None:
         reason = _gpu_reason(params) if cuda else ""
         # torch has advanced the steps, and has its kernel leave the gradients unscaled.
-        reason = reason or step(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            coupled=coupled,
-            cuda=cuda,
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        options = Options(
+            lr,
+            beta1,
+            beta2,
+            weight_decay,
+            eps,
+            amsgrad,
+            maximize,
+            coupled,
+            grad_scale,
+            found_inf,
             advance_steps=False,
             unscale_grads=True,
+        )
+        reason = reason or step(
+            lists,
+            options,
+            cuda=cuda,
             dispatched=True,
             always=False,
             count_writes=False,
@@ -97,12 +97,7 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
         passed_on[reason] += 1
         original.call_boxed(
             keys,
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
+            *lists,
             lr=lr,
             beta1=beta1,
             beta2=beta2,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from warpstep import backends, lists, modes
+from warpstep import backends, modes
+from warpstep.lists import Options, stepper
 
 NAME = "_fused_adam"
 KNOWN = [
@@ -32,7 +33,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
 
     Someone may have wrapped it, and it cannot be taken off: then ``is_on`` says if it is wanted.
     """
-    step = lists.stepper().step
+    step = stepper().step
     threads = torch.get_num_threads
 
     def fused_adam(
@@ -52,26 +53,24 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
         if plain and not options["differentiable"] and not modes.is_watched():
             device = params[0].device
             cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
-            reason = step(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                state_steps,
-                lr=options["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=options["weight_decay"],
-                eps=options["eps"],
-                amsgrad=options["amsgrad"],
-                maximize=options["maximize"],
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                coupled=not options["decoupled_weight_decay"],
-                cuda=cuda,
+            taken = Options(
+                options["lr"],
+                beta1,
+                beta2,
+                options["weight_decay"],
+                options["eps"],
+                options["amsgrad"],
+                options["maximize"],
+                not options["decoupled_weight_decay"],
+                grad_scale,
+                found_inf,
                 advance_steps=True,
                 unscale_grads=True,
+            )
+            reason = step(
+                (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
+                taken,
+                cuda=cuda,
                 dispatched=False,
                 always=False,
                 count_writes=False,

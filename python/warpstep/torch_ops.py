@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from warpstep import batching, functional
+from warpstep.lists import Options
 
 OPERATORS = ("adamw_", "adam_")
 KEYS = ("CPU", "CUDA", "XPU")
@@ -50,7 +51,7 @@ def _implementation(coupled: bool) -> Callable[..., None]:
         advance_steps: bool = True,
         unscale_grads: bool = False,
     ) -> None:
-        options = functional.Options(
+        options = Options(
             lr=lr,
             beta1=beta1,
             beta2=beta2,
