@@ -84,37 +84,48 @@ class TensorTable:
         if not INTERPRETED:
             with self.device_module.device(self.device):
                 self.block = block_of(triton.runtime.driver.active.get_current_target())
-        self._last: tuple[int, Tensor, Tensor] | None = None
+        self.hypers = Uploaded(self.device)
+        self.grads = Uploaded(self.device)
+
+    def current_stream(self) -> Any:
+        """The stream that a launch goes to; None in the interpreter."""
+        return None if INTERPRETED else self.device_module.current_stream(self.device)
+
+
+class Uploaded:
+    """One kind of words that launches read: sent to the device when they have changed.
+
+    Host buffers are pinned, so that nobody waits for a copy, and each is written once: a copy under
+    way, or a captured graph at each replay, may yet read it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._words: Tensor | None = None  # on the host, as last sent
+        # Written next. Pinned ahead, because not every driver pins memory during a capture.
         self._spare: Tensor | None = None
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._sent: tuple[Any, Tensor] | None = None  # a stream; `_words` on the device, for it
+        self._captured: list[Tensor] = []  # host buffers that graphs read
 
-    def upload(self, hypers: bytes, grads: Tensor) -> Tensor:
-        """`hypers`, then `grads`, as int64 words on the device; sent if they are not there yet."""
-        words = grads
-        if hypers:
-            words = torch.cat([torch.frombuffer(bytearray(hypers), dtype=torch.int64), grads])
-        if self.device.type == "cpu":
+    def send(self, words: Tensor, stream: Any) -> Tensor:
+        """`words` on the device, for launches on `stream`, which is the current one."""
+        if stream is None:
             return words
-        stream = self.device_module.current_stream(self.device)
-        # A captured copy happens at replay: steps before it cannot use it.
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._last is not None and not capturing:
-            last_stream, last_words, on_device = self._last
-            if last_stream != stream.stream_id:
-                for tensor in (self.rows, self.chunks, self.arrivals, on_device):
-                    tensor.record_stream(stream)  # so that it is not freed under the new stream
-            elif torch.equal(last_words, words):
-                return on_device
+        if self._words is None or not torch.equal(self._words, words):
+            host = torch.empty_like(words, pin_memory=True) if self._spare is None else self._spare
+            self._words, self._spare, self._sent = host.copy_(words), None, None
+        if self._spare is None and not capturing:
+            self._spare = torch.empty_like(words, pin_memory=True)
 
-        # A buffer that a copy under way, or a captured graph, may yet read is never written again.
-        # Older versions of torch cannot pin memory during a capture, so one buffer is kept ready.
-        host = torch.empty_like(words, pin_memory=True) if self._spare is None else self._spare
-        self._spare = None if capturing else torch.empty_like(words, pin_memory=True)
-        on_device = host.copy_(words).to(self.device, non_blocking=True)
+        # A captured copy is made at replay: it is of no use to a step before, or to another graph.
+        if not capturing and self._sent is not None and self._sent[0] == stream:
+            return self._sent[1]
+        on_device = self._words.to(self.device, non_blocking=True)
         if capturing:
-            self._captured.append((host, on_device))
+            self._captured.append(self._words)
         else:
-            self._last = (stream.stream_id, words, on_device)
+            self._sent = (stream, on_device)
         return on_device
 
 
@@ -174,8 +185,11 @@ def launch(
     parts = (statistics is not None, zero_grads, unscale_grads)
     tail = Tail(*parts, is_selective(hypers), skippable)
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
-        sizes = [len(hypers) // 8, len(grads)]
-        hypers_at, grads_at = table.upload(hypers, grads).split(sizes)
+        stream = table.current_stream()
+        hypers_at = table.hypers.send(
+            torch.frombuffer(bytearray(hypers), dtype=torch.int64), stream
+        )
+        grads_at = table.grads.send(grads, stream)
         tables = (table.rows, table.chunks, table.arrivals, hypers_at, grads_at)
         scalars = (grad_scale, found_inf, clip_coef, statistics)
         constants = (formats_of(recipe), tail, CHUNK, table.block)
@@ -196,11 +210,10 @@ def grad_norm(
     """
     global launches
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
-        grads_at = table.upload(b"", grads)
+        stream = table.current_stream()
+        tables = (table.rows, table.chunks, table.grads.send(grads, stream))
         constants = (formats_of(recipe).grad, largest, CHUNK, table.block)
-        grad_norm_kernel[(table.programs,)](
-            table.rows, table.chunks, grads_at, out, *constants, **OPTIONS
-        )
+        grad_norm_kernel[(table.programs,)](*tables, out, *constants, **OPTIONS)
     launches += 1
 
 

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -312,40 +311,6 @@ def test_nan_and_inf_propagate(recipe: Recipe) -> None:
             want = param.detach() if name == "param" else reference.state[param][name]
             assert found.cpu().isnan().equal(want.isnan()), name
             assert found.cpu().isinf().equal(want.isinf()), name
-
-
-@compiles
-def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table believes that it is on a GPU, and copies within the CPU."""
-    with pytest.raises(RuntimeError, match="cpu with TRITON_INTERPRET not set"):
-        kernel.TensorTable([], [], [], None, None, [], [], torch.device("cpu"))
-    now = SimpleNamespace(stream_id=1, capturing=False, recorded=[])
-    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: torch.zeros_like(x))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
-    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: self.clone())
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: now.recorded.append(self))
-    table = object.__new__(kernel.TensorTable)
-    table.device, table._last, table._spare, table._captured = torch.device("cuda"), None, None, []
-    table.device_module = SimpleNamespace(current_stream=lambda device: now)
-    table.rows = table.chunks = table.arrivals = torch.zeros(1)
-
-    def upload(grad: int) -> Tensor:
-        words = table.upload(Hyper().pack(), torch.tensor([grad]))
-        assert words[-1] == grad
-        return words
-
-    first, second = upload(1), upload(2)
-    assert first[-1] == 1  # not written over
-    assert upload(2) is second
-    now.capturing, spare = True, table._spare
-    captured = [upload(2), upload(3)]
-    assert [on_device for _, on_device in table._captured] == captured
-    assert table._captured[0][0] is spare
-    now.capturing = False
-    assert upload(2) is second  # a capture has put nothing on the device
-    now.stream_id = 2
-    assert upload(2) is not second
-    assert any(tensor is second for tensor in now.recorded)
 
 
 @compiles

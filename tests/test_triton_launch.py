@@ -1,0 +1,129 @@
+"""What is uploaded for Triton's kernels, as for a GPU that is not here."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from warpstep.kernels import launch_triton as kernel
+
+from fake_gpu import FakeGpu
+from test_triton_kernel import Hyper, Recipe
+
+pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
+
+f32, f64 = torch.float32, torch.float64
+
+
+class Training:
+    """Steps and clippings of one table's tensors. Nothing reads their elements."""
+
+    def __init__(self, gpu: FakeGpu, tensors: int = 5, groups: int = 1, ema: bool = False) -> None:
+        self.gpu, self.groups = gpu, groups
+        self.recipe = Recipe(f32, f32, f32, ema=f32 if ema else None)
+        params, steps = [torch.zeros(40_000)] * tensors, [torch.zeros(())] * tensors
+        streams = (params, params, params, None, params if ema else None, steps)
+        groups_of = [index % groups for index in range(tensors)]
+        self.table = kernel.TensorTable(*streams, groups_of, torch.device("cuda"))
+        self.grads, self.lr = torch.arange(1, tensors + 1), 1.0
+
+    def number(self, dtype: torch.dtype = f32) -> Tensor:
+        return self.gpu.tensor([1.0], dtype=dtype)
+
+    def step(self, l1: bool = False, **tail: Any) -> None:
+        hypers = Hyper(lr=self.lr, decoupled=3 if l1 else 1).pack() * self.groups
+        kernel.launch(self.table, self.grads.clone(), hypers, recipe=self.recipe, **tail)
+
+    def clip(self, largest: bool = False) -> Tensor:
+        """As clip_grad_norm_ does; what the step is to multiply the gradients by."""
+        out = self.gpu.tensor([0.0] * (2 + self.table.programs), dtype=f64)
+        kernel.grad_norm(self.table, self.grads.clone(), out, recipe=self.recipe, largest=largest)
+        return self.number(f64)
+
+    def clip_and_step(self) -> None:
+        self.step(clip_coef=self.clip())
+
+    def change(self) -> None:
+        """As after zero_grad() and with a scheduler."""
+        self.grads, self.lr = self.grads + 1, self.lr / 2
+
+    def assert_launched(self, launches: int, grads: Tensor, lr: float) -> None:
+        """The latest launches read these gradients' addresses, and this learning rate."""
+        assert len(self.gpu.launched) >= launches
+        for values in self.gpu.launched[-launches:]:
+            assert values["grads"].equal(grads)
+            assert "hypers" not in values or values["hypers"].view(f64)[0] == lr
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return FakeGpu(monkeypatch, kernel, compiles=False)
+
+
+def test_a_table_is_refused_where_triton_compiles_for_no_gpu() -> None:
+    with pytest.raises(RuntimeError, match="cpu with TRITON_INTERPRET not set"):
+        kernel.TensorTable([], [], [], None, None, [], [], torch.device("cpu"))
+
+
+def test_each_launch_reads_what_is_now(gpu: FakeGpu) -> None:
+    training = Training(gpu)
+    for _ in range(3):
+        training.clip_and_step()
+        training.assert_launched(2, training.grads, training.lr)
+        training.change()
+
+
+def test_what_is_on_the_device_is_not_sent_again(gpu: FakeGpu) -> None:
+    training = Training(gpu)
+    training.clip_and_step()
+    copies = gpu.copies
+    training.clip_and_step()
+    assert gpu.copies == copies
+    training.lr /= 2
+    training.clip_and_step()
+    assert gpu.copies == copies + 1
+    training.grads += 1
+    training.clip_and_step()
+    assert gpu.copies == copies + 2
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_captured_clippings_and_steps(gpu: FakeGpu, changed: bool) -> None:
+    """A replay reads what was there at its capture, whatever was stepped or captured since."""
+    training, graphs = Training(gpu), []
+    training.clip_and_step()
+    for _ in range(2):
+        if changed:  # gradients from the graph's pool, say
+            training.change()
+        launches = len(gpu.launched)
+        with gpu.capture() as replay:
+            training.clip_and_step()
+        graphs.append((replay, training.grads.clone(), training.lr))
+        assert len(gpu.launched) == launches
+        training.clip_and_step()
+        training.assert_launched(2, training.grads, training.lr)
+    training.change()
+    training.clip_and_step()
+    for replay, grads, lr in graphs:
+        replay()
+        training.assert_launched(2, grads, lr)
+    training.clip_and_step()
+    training.assert_launched(2, training.grads, training.lr)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_captures_in_a_row(gpu: FakeGpu, changed: bool) -> None:
+    training, graphs = Training(gpu), []
+    training.clip_and_step()
+    for _ in range(2):
+        with gpu.capture() as replay:
+            training.clip_and_step()
+        graphs.append((replay, training.grads.clone(), training.lr))
+        if changed:
+            training.change()
+            gpu.pins_in_captures = True
+    for replay, grads, lr in graphs:
+        replay()
+        training.assert_launched(2, grads, lr)
