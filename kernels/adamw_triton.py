@@ -307,7 +307,8 @@ def take_step(counter, arrivals, chunks, taken):
     return step
 
 
-SCALARS = ["grad_scale", "found_inf", "clip_coef"]
+# What is read or written an element at a time, wherever it is.
+SCALARS = ["grad_scale", "found_inf", "clip_coef", "statistics"]
 
 
 @triton.jit(do_not_specialize_on_alignment=SCALARS)

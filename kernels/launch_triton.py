@@ -186,11 +186,9 @@ def launch(
     tail = Tail(*parts, is_selective(hypers), skippable)
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
         stream = table.current_stream()
-        hypers_at = table.hypers.send(
-            torch.frombuffer(bytearray(hypers), dtype=torch.int64), stream
-        )
-        grads_at = table.grads.send(grads, stream)
-        tables = (table.rows, table.chunks, table.arrivals, hypers_at, grads_at)
+        words = torch.frombuffer(bytearray(hypers), dtype=torch.int64)
+        uploaded = (table.hypers.send(words, stream), table.grads.send(grads, stream))
+        tables = (table.rows, table.chunks, table.arrivals, *uploaded)
         scalars = (grad_scale, found_inf, clip_coef, statistics)
         constants = (formats_of(recipe), tail, CHUNK, table.block)
         adamw_kernel[(table.programs,)](*tables, *scalars, *constants, **OPTIONS)

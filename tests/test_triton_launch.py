@@ -1,5 +1,6 @@
-"""What is uploaded for Triton's kernels, as for a GPU that is not here."""
+"""What is uploaded for Triton's kernels, and how often they are compiled: for a GPU not here."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel
 
-from fake_gpu import FakeGpu
+from fake_gpu import FakeGpu, variant_of
 from test_triton_kernel import Hyper, Recipe
 
 pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
@@ -127,3 +128,53 @@ def test_captures_in_a_row(gpu: FakeGpu, changed: bool) -> None:
     for replay, grads, lr in graphs:
         replay()
         training.assert_launched(2, grads, lr)
+
+
+TAILS = {
+    "plain": {},
+    "clipped": {"clip_coef": f64},
+    "scaled": {"grad_scale": f32, "found_inf": f32},
+    "scaled and clipped": {"grad_scale": f32, "found_inf": f32, "clip_coef": f64},
+    "zeroed": {"zero_grads": True},
+    "clipped, zeroed": {"clip_coef": f64, "zero_grads": True},
+    "scaled, unscaled": {"grad_scale": f32, "found_inf": f32, "unscale_grads": True},
+    "statistics": {"statistics": f64},
+    "all": {"grad_scale": f32, "found_inf": f32, "clip_coef": f64, "statistics": f64},
+    "l1": {"l1": True},
+}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
+def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -> None:
+    """A kernel is compiled once for a kind of step, so that none is in a capture."""
+
+    def train(tensors: int, groups: int) -> None:
+        training = Training(gpu, tensors, groups, ema)
+        for _ in range(2):
+            given = {n: x if x is True else training.number(x) for n, x in tail.items()}
+            training.clip()
+            training.clip(largest=True)
+            training.step(**given)
+            training.change()
+
+    train(1, 1)
+    assert len(gpu.variants) == 3
+    for tensors, groups in itertools.product((1, 2, 3, 16), (1, 2, 3, 16)):
+        train(tensors, groups)
+    assert len(gpu.variants) == 3, gpu.variants[3:]
+
+
+def test_code_is_compiled_ahead_as_at_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tests which read code for a GPU that is not here read what would run there."""
+    gpu = FakeGpu(monkeypatch, kernel, compiles=False)
+    training = Training(gpu)
+    training.clip()
+    numbers = {name: training.number(dtype) for name, dtype in TAILS["all"].items()}
+    training.step(**numbers)
+    monkeypatch.setattr(kernel.triton, "compile", lambda source, target, options: source)
+    target = kernel.GPUTarget("cuda", 90, 32)
+    norm = kernel.compile_grad_norm_for(target, training.recipe, largest=False)
+    tail = kernel.NO_TAIL._replace(statistics=True, skippable=True)
+    step = kernel.compile_for(target, training.recipe, tail)
+    assert gpu.variants == [variant_of(norm), variant_of(step)]
