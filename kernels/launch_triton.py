@@ -91,6 +91,12 @@ class TensorTable:
         """The stream that a launch goes to; None in the interpreter."""
         return None if INTERPRETED else self.device_module.current_stream(self.device)
 
+    def use_on(self, stream: Any, *others: Tensor | None) -> None:
+        """Keeps these tables, and `others`, from being freed before `stream` is done with them."""
+        for tensor in (self.rows, self.chunks, self.arrivals, *others):
+            if tensor is not None and stream is not None:
+                tensor.record_stream(stream)
+
 
 class Uploaded:
     """One kind of words that launches read: sent to the device when they have changed.
@@ -190,6 +196,7 @@ def launch(
         uploaded = (table.hypers.send(words, stream), table.grads.send(grads, stream))
         tables = (table.rows, table.chunks, table.arrivals, *uploaded)
         scalars = (grad_scale, found_inf, clip_coef, statistics)
+        table.use_on(stream, *scalars)
         constants = (formats_of(recipe), tail, CHUNK, table.block)
         adamw_kernel[(table.programs,)](*tables, *scalars, *constants, **OPTIONS)
     launches += 1
@@ -210,6 +217,7 @@ def grad_norm(
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
         stream = table.current_stream()
         tables = (table.rows, table.chunks, table.grads.send(grads, stream))
+        table.use_on(stream, out)
         constants = (formats_of(recipe).grad, largest, CHUNK, table.block)
         grad_norm_kernel[(table.programs,)](*tables, out, *constants, **OPTIONS)
     launches += 1

@@ -1,8 +1,9 @@
 """A GPU that is not there, for what launches Triton's kernels: its memory is the CPU's.
 
 Triton's own JIT binds, specialises and compiles each launch. The driver then looks at what would be
-launched: whether a host buffer stays as it was while a copy may yet read it, in a captured graph at
-each replay; and whether what a graph reads is still there when it is replayed.
+launched: whether memory that is read on a stream was made on it or recorded for it; whether a host
+buffer stays as it was while a copy may yet read it, in a captured graph at each replay; and whether
+what a graph reads is still there when it is replayed.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class FakeGpu:
         """What a kernel is launched with."""
         self._check_copied()
         tensors = {n: x for n, x in zip(names, arguments, strict=True) if isinstance(x, Tensor)}
+        for name, tensor in tensors.items():
+            assert self.stream in self._known(tensor), f"{name} may be freed under the launch"
         read = _Captured(**tensors)
         if self._graph is not None:
             self._graph.append(lambda: self.launched.append(read.values()))

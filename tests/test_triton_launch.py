@@ -130,6 +130,18 @@ def test_captures_in_a_row(gpu: FakeGpu, changed: bool) -> None:
         training.assert_launched(2, grads, lr)
 
 
+def test_other_streams(gpu: FakeGpu) -> None:
+    """Each launch has what it reads made or recorded for its stream: the fake GPU looks."""
+    training = Training(gpu)
+    for stream in (1, 0, 1, 2):
+        gpu.stream = stream
+        coef = training.clip()
+        gpu.stream = stream + 3
+        numbers = {name: training.number() for name in ("grad_scale", "found_inf", "statistics")}
+        gpu.stream = stream + 6
+        training.step(clip_coef=coef, **numbers)
+
+
 TAILS = {
     "plain": {},
     "clipped": {"clip_coef": f64},
