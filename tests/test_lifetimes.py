@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import warpstep
+from warpstep.buckets import CudaBucket
+from warpstep.recipes import Recipe
+from warpstep.tail import Tail
 
 
 def stepped(**options):
@@ -156,3 +159,23 @@ def test_another_thread_replaces_what_is_being_stepped(what, torch_abi):
     )
     assert run.returncode == 0, f"{run.returncode}: {run.stderr[-2000:]}"
     assert int(run.stdout.split()[1]) > 0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+    stream = None
+
+    def record_stream(self, stream):
+        self.stream = stream
+
+
+def test_what_a_clipping_made_is_recorded_for_the_stream_of_the_step(monkeypatch):
+    """It is let go of after the launch, and may have been made on another stream."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "side stream")
+    scale, coef = (torch.ones(1).as_subclass(OnGpu) for _ in range(2))
+    recipe = Recipe(torch.float32, torch.float32, torch.float32, amsgrad=False)
+    bucket = CudaBucket("cuda", recipe, torch.device("cuda"), shards=None)
+    bucket.use_on_current_stream(Tail(grad_scale=scale, clip_coef=coef))
+    assert scale.stream == coef.stream == "side stream"
