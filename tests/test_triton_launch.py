@@ -177,6 +177,24 @@ def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -
     assert len(gpu.variants) == 3, gpu.variants[3:]
 
 
+def test_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with Triton's compiler: a plain step, a clipped one, and the norm."""
+    gpu = FakeGpu(monkeypatch, kernel, compiles=True)
+    for tensors, groups in [(1, 1), (2, 1), (2, 2), (5, 3)]:
+        training = Training(gpu, tensors, groups)
+        training.step()
+        training.clip_and_step()
+        with gpu.capture() as replay:
+            training.clip_and_step()
+        replay()
+        training.assert_launched(5, training.grads, training.lr)
+    assert [variant.split()[0] for variant in gpu.variants] == [
+        "adamw_kernel",
+        "grad_norm_kernel",
+        "adamw_kernel",
+    ]
+
+
 def test_code_is_compiled_ahead_as_at_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tests which read code for a GPU that is not here read what would run there."""
     gpu = FakeGpu(monkeypatch, kernel, compiles=False)
