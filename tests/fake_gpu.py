@@ -42,19 +42,20 @@ class FakeGpu:
         self.launched: list[Values] = []
         self.variants: list[str] = []
         self._compiles = compiles
-        self._streams: dict[int, set[int]] = defaultdict(set)  # by the memory's address
         self._copied: list[tuple[Callable[[], Tensor | None], Tensor]] = []  # from where, and what
         self._pool: list[Tensor] = []
         self._graph: list[Callable[[], None]] | None = None
 
         monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(self))
         for function in (kernel.adamw_kernel, kernel.grad_norm_kernel):
-            binder = self._binder_of(function)
+            binder = self._binder_of(monkeypatch, function)
             monkeypatch.setattr(function, "device_caches", defaultdict(binder))
         monkeypatch.setattr(kernel, "torch", _Torch(self))
         to = Tensor.to
         monkeypatch.setattr(Tensor, "to", lambda t, *a, **k: self._copy(t, to, *a, **k))
-        monkeypatch.setattr(Tensor, "record_stream", lambda t, s: self._known(t).add(s.stream_id))
+        monkeypatch.setattr(
+            Tensor, "record_stream", lambda t, s: self._streams_of(t).add(s.stream_id)
+        )
 
     def tensor(self, *data: Any, **options: Any) -> Tensor:
         """A tensor made on the current stream."""
@@ -79,14 +80,17 @@ class FakeGpu:
         """Whether the current stream is being captured."""
         return self._graph is not None
 
-    def _known(self, tensor: Tensor) -> set[int]:
-        return self._streams[tensor.untyped_storage().data_ptr()]
-
     def _made(self, tensor: Tensor) -> Tensor:
-        self._streams[tensor.untyped_storage().data_ptr()] = {self.stream}
+        tensor.streams = {self.stream}
         if self.capturing:
             self._pool.append(tensor)  # a graph's own memory lives as long as it
         return tensor
+
+    def _streams_of(self, tensor: Tensor) -> set[int]:
+        """The streams that it was made on or recorded for; one met first is new."""
+        if not hasattr(tensor, "streams"):
+            self._made(tensor)
+        return tensor.streams
 
     def pinned(self, like: Tensor) -> Tensor:
         assert self.pins_in_captures or not self.capturing, "memory is pinned in a capture"
@@ -120,14 +124,14 @@ class FakeGpu:
         self._check_copied()
         tensors = {n: x for n, x in zip(names, arguments, strict=True) if isinstance(x, Tensor)}
         for name, tensor in tensors.items():
-            assert self.stream in self._known(tensor), f"{name} may be freed under the launch"
+            assert self.stream in self._streams_of(tensor), f"{name} may be freed under the launch"
         read = _Captured(**tensors)
         if self._graph is not None:
             self._graph.append(lambda: self.launched.append(read.values()))
         else:
             self.launched.append(read.values())
 
-    def _binder_of(self, function: Any) -> Callable[[], Any]:
+    def _binder_of(self, monkeypatch: pytest.MonkeyPatch, function: Any) -> Callable[[], Any]:
         """Makes a kernel's cache of variants, whose making is counted."""
 
         def compiled(source: Any, **options: Any) -> Any:
@@ -141,7 +145,7 @@ class FakeGpu:
 
         def binder() -> Any:
             made = function.create_binder()
-            function.compile = compiled
+            monkeypatch.setattr(function, "compile", compiled)
             return made
 
         return binder

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import warpstep
+
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel
 
@@ -175,6 +177,48 @@ def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -
     for tensors, groups in itertools.product((1, 2, 3, 16), (1, 2, 3, 16)):
         train(tensors, groups)
     assert len(gpu.variants) == 3, gpu.variants[3:]
+
+
+def test_an_optimizer_meets_its_variants_at_once(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever comes later: other gradients, another learning rate, a capture."""
+
+    class Table(kernel.TensorTable):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments[:-1], torch.device("cuda"))
+
+    monkeypatch.setattr(kernel, "TensorTable", Table)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that parameters on the CPU are its own
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (1, 40_000, 7)]
+    groups = [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(params)]
+    optimizer = warpstep.AdamW(groups, backend="triton", ema_decay=0.9, stats=True)
+    grads = []
+
+    def step(lr: float) -> list[int]:
+        grads[:] = [torch.ones_like(p) for p in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step(zero_grads=True)
+        return [grad.data_ptr() for grad in grads]
+
+    for lr in (0.1, 0.2, 0.2):
+        addresses = step(lr)
+        assert len(gpu.variants) == 2
+        for values in gpu.launched[-2:]:
+            assert values["grads"].tolist() == addresses
+        assert gpu.launched[-1]["hypers"].view(torch.float64)[0] == lr
+    with gpu.capture() as replay:
+        addresses = step(0.3)
+    step(0.4)
+    replay()
+    for values in gpu.launched[-2:]:
+        assert values["grads"].tolist() == addresses
+    assert gpu.launched[-1]["hypers"].view(torch.float64)[0] == 0.3
+    assert len(gpu.variants) == 2
 
 
 def test_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
