@@ -5,6 +5,10 @@ import triton.language as tl
 
 from .adamw_triton import ROW_WORDS, device_function, load, maximum, pointers
 
+# Shares that a thread of the last program asks for before it waits, for each element that it takes
+# at a time: alone on the device, that program has nothing else to hide memory's latency behind.
+LAST = tl.constexpr(4)
+
 
 @device_function
 def largest_of(x):
@@ -50,12 +54,12 @@ def grad_norm_kernel(
         total = tl.full((), 0, tl.float64)
         start = tl.cast(0, tl.int32)
         while start < programs:
-            offsets = start + tl.arange(0, BLOCK)
+            offsets = start + tl.arange(0, LAST * BLOCK)
             mask = offsets < programs
             shares = tl.load(out + 2 + offsets, mask=mask, other=0.0, volatile=True)
             if LARGEST:
                 total = maximum(total, largest_of(shares))
             else:
                 total += tl.sum(shares, 0)
-            start += BLOCK
+            start += LAST * BLOCK
         tl.store(out, total)

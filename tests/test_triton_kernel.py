@@ -374,6 +374,15 @@ def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
             assert not re.search(r"\b(ld|st)\.local\b", code.asm["ptx"])
 
 
+@compiles
+@pytest.mark.parametrize("largest", [False, True])
+def test_the_norms_last_program_asks_for_many_shares_at_once(largest: bool) -> None:
+    """They are thousands, and it waits for each batch of them."""
+    target = kernel.GPUTarget("cuda", 90, 32)
+    ptx = kernel.compile_grad_norm_for(target, Recipe(f32, f32, f32), largest).asm["ptx"]
+    assert len(re.findall(r"ld\.volatile\.global\S*64", ptx)) == 4 * kernel.THREAD_ELEMENTS
+
+
 @pytest.mark.not_quick
 @pytest.mark.skipif(NESTED in os.environ, reason="this is the other process")
 def test_in_the_other_mode() -> None:
