@@ -260,6 +260,9 @@ def step_range(
         m = load(m_at, mask, FORMATS.compute)
         v = load(v_at, mask, FORMATS.compute)
         peak = load(peak_at, mask, FORMATS.compute) if FORMATS.amsgrad else v
+        if FORMATS.ema is not None:  # asked for with the others: later it would be waited for alone
+            ema_at = pointers(at.ema, at.first, offsets, FORMATS.ema, ALIGNED > 0)
+            average = load(ema_at, mask, FORMATS.compute)
         param, m, v, peak = adamw_rule(c, before, grad, m, v, peak, FORMATS.amsgrad, TAIL.selective)
         param = elements(param, FORMATS.param)
         written = mask
@@ -275,8 +278,6 @@ def step_range(
         if TAIL.skippable:
             after = tl.where(taken, after, before)
         if FORMATS.ema is not None:
-            ema_at = pointers(at.ema, at.first, offsets, FORMATS.ema, ALIGNED > 0)
-            average = load(ema_at, mask, FORMATS.compute)
             average = lerp(average, after, c.ema_weight, c.ema_kept)
             tl.store(ema_at, elements(average, FORMATS.ema), mask=written)
         if TAIL.zero_grads:

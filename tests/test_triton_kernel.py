@@ -375,6 +375,19 @@ def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
 
 
 @compiles
+def test_all_operands_are_asked_for_before_any_is_written() -> None:
+    """A load behind a store, which may be of the same memory, would wait for memory alone."""
+    target = kernel.GPUTarget("cuda", 90, 32)
+    tail = kernel.NO_TAIL._replace(statistics=True, unscale_grads=True)
+    ptx = kernel.compile_for(target, Recipe(f32, f32, f32, True, f32), tail).asm["ptx"]
+    blocks = [re.findall(r"\b(ld|st)\.global\.v4", block) for block in ptx.split("$L__BB")]
+    vectors = 4 * kernel.THREAD_ELEMENTS // 16  # of one operand
+    loops = [block for block in blocks if len(block) > vectors]
+    # In one of the two the gradient is not aligned, and not accessed in vectors.
+    assert loops == [["ld"] * n * vectors + ["st"] * n * vectors for n in (5, 6)]
+
+
+@compiles
 @pytest.mark.parametrize("largest", [False, True])
 def test_the_norms_last_program_asks_for_many_shares_at_once(largest: bool) -> None:
     """They are thousands, and it waits for each batch of them."""
