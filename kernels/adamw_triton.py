@@ -312,7 +312,7 @@ def take_step(counter, arrivals, chunks, taken):
 SCALARS = ["grad_scale", "found_inf", "clip_coef", "statistics"]
 
 
-@triton.jit(do_not_specialize_on_alignment=SCALARS)
+@triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=SCALARS)
 def adamw_kernel(
     rows,  # int64[tensors, ROW_WORDS]: param, exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step, ...
     chunks,  # int32[programs, 2]: tensor, index of the chunk within it
@@ -323,9 +323,9 @@ def adamw_kernel(
     found_inf,  # float32[1] or None
     clip_coef,  # float64[1] or None
     statistics,  # float64[programs, STATISTICS] or None
+    chunk_size,  # elements, a multiple of GRANULE
     FORMATS: tl.constexpr,
     TAIL: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The step of one chunk."""
@@ -351,15 +351,15 @@ def adamw_kernel(
     hyper = hypers + tl.load(row + 7) * HYPER_WORDS
     c = constants_of(hyper, step, grad_scale, clip_coef, FORMATS.compute)
 
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    size = tl.minimum(tl.load(row + 6) - first, CHUNK).to(tl.int32)
+    first = tl.load(chunk + 1).to(tl.int64) * chunk_size
+    size = tl.minimum(tl.load(row + 6) - first, chunk_size).to(tl.int32)
     moments = (tl.load(row + 1), tl.load(row + 2), tl.load(row + 3))
     at = Streams(tl.load(row), grad, *moments, tl.load(row + 4), first)
     zero = tl.full((), 0, tl.float64)
     sums = (zero, zero, zero, zero)
 
     # NOTE [alignment]
-    # A vector access takes a proof that address and mask come in whole vectors (CHUNK is whole
+    # A vector access takes a proof that address and mask come in whole vectors (a chunk is whole
     # vectors). So the address is looked at here and the promise made in the branch, and whole
     # granules have a bound of their own; what they leave, and streams that begin anywhere, go one
     # element at a time. Gradients have their own case: views into a bucket are often misaligned.

@@ -16,23 +16,23 @@ def largest_of(x):
     return tl.max(x.to(tl.int64, bitcast=True), 0).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize_on_alignment=["out"])
+@triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=["out"])
 def grad_norm_kernel(
     rows,  # as adamw_kernel's
     chunks,
     grads,
     out,  # float64[2 + programs]: the result, a count of programs done (zero), a share each
+    chunk_size,
     FORMAT: tl.constexpr,
     LARGEST: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sum of squares, or the largest magnitude, of all gradients; the same bits each time."""
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program)
     grad = tl.load(grads + tensor)
-    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    size = tl.minimum(tl.load(rows + tensor * ROW_WORDS + 6) - first, CHUNK).to(tl.int32)
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk_size
+    size = tl.minimum(tl.load(rows + tensor * ROW_WORDS + 6) - first, chunk_size).to(tl.int32)
     size = tl.where(grad == 0, 0, size)
     share = tl.full((), 0, tl.float64)
     start = tl.cast(0, tl.int32)

@@ -23,9 +23,10 @@ from .adamw_triton import (
 )
 from .grad_norm_triton import grad_norm_kernel
 
-# Elements that a program takes. As in the CUDA kernel: a 100M-element model makes thousands of
-# programs, and a chunk is large enough that working out the constants does not show.
-CHUNK = 16384
+# Elements that a program takes: enough that working out the constants does not show, but fewer
+# where there would be less than PROGRAMS programs, some eight for a large GPU's multiprocessor.
+CHUNKS = (2048, 4096, 8192, 16384)
+PROGRAMS = 1024
 # Few warps, so that several programs share a multiprocessor and one loads while another computes.
 NUM_WARPS = 4
 # Elements that a thread takes at a time: a 16-byte access of a 2-byte stream, two of a 4-byte one.
@@ -65,7 +66,8 @@ class TensorTable:
             raise RuntimeError(f"{found} at import: set it for the CPU, and for the CPU alone")
         host = torch.device("cpu")  # named, so that a default device is not taken
         numels = torch.tensor([p.numel() for p in params], device=host)
-        counts = ((numels + CHUNK - 1) // CHUNK).clamp(min=1)
+        self.chunk = chunk_of(int(numels.sum()))
+        counts = ((numels + self.chunk - 1) // self.chunk).clamp(min=1)
         tensors = torch.arange(len(params), device=host).repeat_interleave(counts)
         indices = torch.arange(len(tensors), device=host) - (counts.cumsum(0) - counts)[tensors]
         none = [None] * len(params)
@@ -135,6 +137,13 @@ class Uploaded:
         return on_device
 
 
+def chunk_of(elements: int) -> int:
+    """How many elements a program takes where there are so many in all."""
+    if INTERPRETED:
+        return CHUNKS[-1]
+    return next((c for c in reversed(CHUNKS) if c * PROGRAMS <= elements), CHUNKS[0])
+
+
 def block_of(target: GPUTarget) -> int:
     """How many elements a program takes at a time on a target."""
     return THREAD_ELEMENTS * NUM_WARPS * target.warp_size
@@ -197,8 +206,8 @@ def launch(
         tables = (table.rows, table.chunks, table.arrivals, *uploaded)
         scalars = (grad_scale, found_inf, clip_coef, statistics)
         table.use_on(stream, *scalars)
-        constants = (formats_of(recipe), tail, CHUNK, table.block)
-        adamw_kernel[(table.programs,)](*tables, *scalars, *constants, **OPTIONS)
+        constants = (formats_of(recipe), tail, table.block)
+        adamw_kernel[(table.programs,)](*tables, *scalars, table.chunk, *constants, **OPTIONS)
     launches += 1
 
 
@@ -218,21 +227,20 @@ def grad_norm(
         stream = table.current_stream()
         tables = (table.rows, table.chunks, table.grads.send(grads, stream))
         table.use_on(stream, out)
-        constants = (formats_of(recipe).grad, largest, CHUNK, table.block)
-        grad_norm_kernel[(table.programs,)](*tables, out, *constants, **OPTIONS)
+        constants = (formats_of(recipe).grad, largest, table.block)
+        grad_norm_kernel[(table.programs,)](*tables, out, table.chunk, *constants, **OPTIONS)
     launches += 1
 
 
 def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> CompiledKernel:
     """The step's kernel compiled ahead of time, for a target that need not be present."""
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
-    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64"]
-    types += ["constexpr"] * 4
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64", "i32"]
+    types += ["constexpr"] * 3
     signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
     constants = {
         "FORMATS": formats_of(recipe),
         "TAIL": tail,
-        "CHUNK": CHUNK,
         "BLOCK": block_of(target),
     }
     return _compiled(adamw_kernel, signature, constants, target)
@@ -240,10 +248,9 @@ def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> Compile
 
 def compile_grad_norm_for(target: GPUTarget, recipe: Any, largest: bool) -> CompiledKernel:
     """The norm's kernel compiled ahead of time, for a target that need not be present."""
-    types = ["*i64", "*i32", "*i64", "*fp64", *["constexpr"] * 4]
+    types = ["*i64", "*i32", "*i64", "*fp64", "i32", *["constexpr"] * 3]
     signature = dict(zip(grad_norm_kernel.arg_names, types, strict=True))
-    constants = {"FORMAT": formats_of(recipe).grad, "LARGEST": largest}
-    constants |= {"CHUNK": CHUNK, "BLOCK": block_of(target)}
+    constants = {"FORMAT": formats_of(recipe).grad, "LARGEST": largest, "BLOCK": block_of(target)}
     return _compiled(grad_norm_kernel, signature, constants, target)
 
 

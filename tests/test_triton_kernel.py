@@ -224,7 +224,7 @@ def test_misaligned_views(recipe: Recipe, offsets: str) -> None:
 def test_bits_do_not_depend_on_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = []
     for chunk, block in [(16384, 4096), (1024, 4096), (16384, 256), (1024, 512)]:
-        monkeypatch.setattr(kernel, "CHUNK", chunk)
+        monkeypatch.setattr(kernel, "CHUNKS", (chunk,))
         monkeypatch.setattr(kernel, "INTERPRETER_BLOCK", block)
         model = Model(Recipe(bf16, bf16, bf16), [4097, 1, 1024], GROUPS)
         for step in range(3):

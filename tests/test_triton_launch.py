@@ -23,10 +23,17 @@ f32, f64 = torch.float32, torch.float64
 class Training:
     """Steps and clippings of one table's tensors. Nothing reads their elements."""
 
-    def __init__(self, gpu: FakeGpu, tensors: int = 5, groups: int = 1, ema: bool = False) -> None:
+    def __init__(
+        self,
+        gpu: FakeGpu,
+        tensors: int = 5,
+        groups: int = 1,
+        ema: bool = False,
+        numel: int = 40_000,
+    ) -> None:
         self.gpu, self.groups = gpu, groups
         self.recipe = Recipe(f32, f32, f32, ema=f32 if ema else None)
-        params, steps = [torch.zeros(40_000)] * tensors, [torch.zeros(())] * tensors
+        params, steps = [torch.zeros(1).expand(numel)] * tensors, [torch.zeros(())] * tensors
         streams = (params, params, params, None, params if ema else None, steps)
         groups_of = [index % groups for index in range(tensors)]
         self.table = kernel.TensorTable(*streams, groups_of, torch.device("cuda"))
@@ -144,6 +151,24 @@ def test_other_streams(gpu: FakeGpu) -> None:
         training.step(clip_coef=coef, **numbers)
 
 
+@pytest.mark.parametrize(
+    ("numel", "chunk", "programs"),
+    [
+        (10, 2048, 1),
+        (2**20, 2048, 512),  # 3.9 for each multiprocessor of an H100
+        (2**22, 4096, 1024),
+        (2**24 - 1, 8192, 2048),
+        (2**24, 16384, 1024),
+        (2**28, 16384, 16384),
+    ],
+)
+def test_few_elements_make_small_chunks(
+    gpu: FakeGpu, numel: int, chunk: int, programs: int
+) -> None:
+    table = Training(gpu, tensors=1, numel=numel).table
+    assert (table.chunk, table.programs) == (chunk, programs)
+
+
 TAILS = {
     "plain": {},
     "clipped": {"clip_coef": f64},
@@ -163,8 +188,8 @@ TAILS = {
 def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -> None:
     """A kernel is compiled once for a kind of step, so that none is in a capture."""
 
-    def train(tensors: int, groups: int) -> None:
-        training = Training(gpu, tensors, groups, ema)
+    def train(tensors: int, groups: int, numel: int = 10) -> None:
+        training = Training(gpu, tensors, groups, ema, numel)
         for _ in range(2):
             given = {n: x if x is True else training.number(x) for n, x in tail.items()}
             training.clip()
@@ -176,6 +201,8 @@ def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -
     assert len(gpu.variants) == 3
     for tensors, groups in itertools.product((1, 2, 3, 16), (1, 2, 3, 16)):
         train(tensors, groups)
+    for numel in (1, 2**20, 2**21 + 1, 2**24, 2**26):
+        train(1, 1, numel)
     assert len(gpu.variants) == 3, gpu.variants[3:]
 
 
