@@ -24,8 +24,8 @@ line="$(basename "$0") $*"
 echo "called: $line uncached=$PYTORCH_NO_CUDA_MEMORY_CACHING threads=$OMP_NUM_THREADS"
 case "$line" in
   *get_device_properties*) printf 'NVIDIA H200\\n90\\n'; exit ;;
-  *"${HANG:-nothing}"*) echo "begun"; sleep 60 & echo "$!" > "$HANG_PID"; wait ;;
-  *"${FAIL:-nothing}"*) echo "a line without an end" | tr -d '\\n'; exit 3 ;;
+  *"${HANG:-no line}"*) echo "begun"; sleep 60 & echo "$!" > "$HANG_PID"; wait ;;
+  *"${FAIL:-no line}"*) echo "a line without an end" | tr -d '\\n'; exit 3 ;;
 esac
 """
 
