@@ -28,8 +28,9 @@ TESTS = ROOT / "tests"
 PYTHON = sys.executable
 BUILD, SITE = ROOT / "build" / "gpu-cmake", ROOT / "build" / "gpu-site"
 
-# The suite's processes, with two threads each. A GPU with 16 cores needs two to three minutes.
+# The suite's processes, and the threads of each process.
 PROCESSES, THREADS = 8, 2
+COLUMNS = ("part", "command", "outcome", "seconds_of_part", "gpu", "commit", "ended_utc")
 POLL_SECONDS = 0.2
 # A stopped command may take so long to end by itself.
 GRACE_SECONDS = 5.0
@@ -142,8 +143,14 @@ def stage_python() -> None:
 
 
 def stress(setting: Setting) -> Stages:
-    """The stress test at its full size."""
-    return [[python("stress", TESTS / "stress.py")]]
+    """The stress test at its full size, its scenarios side by side: the GPU is then never quiet."""
+    script = TESTS / "stress.py"
+    return [
+        [
+            python(f"stress-{name}", script, "--scenario", name, OMP_NUM_THREADS="4")
+            for name in ("plain", "scaled", "tail")
+        ]
+    ]
 
 
 def test(setting: Setting) -> Stages:
@@ -332,7 +339,7 @@ def record(setting: Setting, part: str, command: Command, outcome: str, seconds:
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
-            writer.writerow("part command outcome seconds_of_part gpu commit ended_utc".split())
+            writer.writerow(COLUMNS)
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         what = (part, str(command).replace(f"{ROOT}/", ""), outcome, f"{seconds:.1f}")
         writer.writerow([*what, setting.gpu, setting.commit or "", ended])

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import gpu  # noqa: E402
+from stress import SCENARIOS  # noqa: E402
 
 PROGRAMS = ("cmake", "ninja", "nvcc", "nvidia-smi", "compute-sanitizer", "python")
 # Fails where the line that it was called with has $FAIL in it; where it has $HANG, it and a process
@@ -66,7 +67,7 @@ def test_all_parts_run_in_order_and_leave_their_logs(machine, capsys):
     assert {outcome for _, outcome in outcomes(machine)} == {"passed"}
     said = capsys.readouterr().out
     assert "NVIDIA H200, commit abc123" in said
-    for log in ("build", "stress", "test", "sanitize-memcheck", "bench", "bench-cpu"):
+    for log in ("build", "stress-tail", "test", "sanitize-memcheck", "bench", "bench-cpu"):
         text = (machine / f"{log}.log").read_text()
         assert text.startswith("$ ")
         assert text.splitlines()[1] in said  # shown, too
@@ -95,19 +96,24 @@ def test_kernels_have_the_names_that_sanitizers_look_for():
         assert f" {name}(const __grid_constant__" in sources
 
 
+def test_every_scenario_is_stressed(machine):
+    assert run(machine, "stress") == 0
+    assert {path.stem for path in machine.glob("*.log")} == {f"stress-{n}" for n in SCENARIOS}
+
+
 def test_one_part_keeps_what_others_left(machine):
     assert run(machine, "stress") == 0
     assert run(machine, "bench") == 0
-    assert outcomes(machine) == [("stress", "passed"), ("bench", "passed")]
+    assert outcomes(machine) == [*[("stress", "passed")] * 3, ("bench", "passed")]
     assert run(machine, "stress") == 0
-    assert (machine / "stress.log").read_text().count("called:") == 1  # of the last time
+    assert (machine / "stress-plain.log").read_text().count("called:") == 1  # of the last time
 
 
 def test_nothing_runs_after_a_build_that_fails(machine, monkeypatch, capsys):
     monkeypatch.setenv("FAIL", "cmake --build")
     assert run(machine, "build", "stress") == 1
     assert outcomes(machine)[-1] == ("build", "failed (3)")
-    assert not (machine / "stress.log").exists()
+    assert not (machine / "stress-plain.log").exists()
     assert "--install" not in (machine / "build.log").read_text()
     captured = capsys.readouterr()
     assert "a line without an end" in captured.out
@@ -115,9 +121,10 @@ def test_nothing_runs_after_a_build_that_fails(machine, monkeypatch, capsys):
 
 
 def test_other_parts_run_after_one_that_fails(machine, monkeypatch, capsys):
-    monkeypatch.setenv("FAIL", "stress.py")
+    monkeypatch.setenv("FAIL", "scaled")
     assert run(machine, "stress", "bench") == 1
-    assert outcomes(machine) == [("stress", "failed (3)"), ("bench", "passed")]
+    wanted = [("stress", "passed"), ("stress", "failed (3)"), ("stress", "passed")]
+    assert outcomes(machine) == [*wanted, ("bench", "passed")]
     assert "FAILED: stress." in capsys.readouterr().err
 
 
@@ -149,7 +156,7 @@ def test_a_part_that_takes_too_long_is_ended_with_all_it_has_started(machine, mo
 
 def test_children_end_with_it(machine, monkeypatch):
     """When a machine's time is over, whoever called `make gpu` ends it with a signal."""
-    monkeypatch.setenv("HANG", "stress.py")
+    monkeypatch.setenv("HANG", "--scenario tail")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     code = (
         "import sys; from pathlib import Path; from bench import gpu; "
