@@ -51,12 +51,15 @@ SANITIZERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the parts run: on which GPU, measuring which commit, with results in which folder."""
+    """Where the parts run: on which GPU, measuring which commit, with results in which folder, and
+    each for how many minutes at most.
+    """
 
     gpu: str
     capability: str
     results: Path
     commit: str | None
+    minutes: float
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ def bench_cpu(setting: Setting) -> Stages:
 def benchmark(log: str, out: Path, setting: Setting, *arguments: str) -> Command:
     """bench.run with its results in `out`."""
     commit = ["--commit", setting.commit] if setting.commit else []
-    return python(log, "-m", "bench.run", "--out", out, *commit, *arguments)
+    minutes = ("--minutes", f"{setting.minutes - 1:g}")  # and one to end the last case
+    return python(log, "-m", "bench.run", "--out", out, *commit, *minutes, *arguments)
 
 
 PARTS = {
@@ -307,18 +311,18 @@ def run_together(commands: Sequence[Command], results: Path, end: float) -> list
     return [in_words.get(code, f"failed ({code})") for code in codes]
 
 
-def run_part(name: str, setting: Setting, limit: float) -> bool:
-    """Runs one part until it ends, a stage of it fails, or `limit` seconds are over; whether all
-    passed that has to.
+def run_part(name: str, setting: Setting) -> bool:
+    """Runs one part until it ends, a stage of it fails, or its time is over; whether all passed
+    that has to.
     """
     stages = PARTS[name].stages(setting)
     for command in (command for stage in stages for command in stage):
         (setting.results / f"{command.log}.log").unlink(missing_ok=True)
     start = time.monotonic()
-    print(f"== {name}: {PARTS[name].what}; at most {limit / 60:g} minutes", flush=True)
+    print(f"== {name}: {PARTS[name].what}; at most {setting.minutes:g} minutes", flush=True)
     passed = True
     for stage in stages:
-        outcomes = run_together(stage, setting.results, start + limit)
+        outcomes = run_together(stage, setting.results, start + 60 * setting.minutes)
         seconds = time.monotonic() - start
         for command, outcome in zip(stage, outcomes, strict=True):
             record(setting, name, command, outcome, seconds)
@@ -368,7 +372,7 @@ def commit_here() -> str | None:
     """What git says, where there is one and a repository."""
     done = None
     if shutil.which("git"):
-        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done is not None and done.returncode == 0 else None
 
@@ -390,7 +394,7 @@ def main(given: Sequence[str] | None = None) -> int:
     gpu, capability = find_gpu()
     results = (asked.results or ROOT / "bench" / "results" / slug(gpu)).resolve()
     results.mkdir(parents=True, exist_ok=True)
-    setting = Setting(gpu, capability, results, asked.commit or commit_here())
+    setting = Setting(gpu, capability, results, asked.commit or commit_here(), asked.minutes)
     print(f"{gpu}, commit {setting.commit or 'unknown'}. Results go to {results}", flush=True)
     for path, lacks in uncollectable().items() if "test" in names else ():
         print(f"left out: {path.relative_to(ROOT)}, which needs {', '.join(lacks)}", flush=True)
@@ -398,7 +402,7 @@ def main(given: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that children are ended
     failed = []
     for name in names:
-        if not run_part(name, setting, 60 * asked.minutes):
+        if not run_part(name, setting):
             failed.append(name)
             if name == "build":  # What was built before would be tested.
                 print("Nothing else runs, for want of a build.")

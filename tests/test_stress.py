@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+import fake_cuda
 import stress
 from stress import Model, Size
 
@@ -21,53 +21,11 @@ def test_a_small_one(backend, device, scenario):
     assert said[-1].startswith(f"{scenario}: 5 of 5 steps")
 
 
-class FakeStream:
-    """Where all runs at once, in order."""
-
-    def __init__(self, device=None):
-        self.waits = 0
-
-    def wait_stream(self, other):
-        self.waits += 1
-
-
-class FakeGraph:
-    """Holds what was called while it was captured, and calls it again."""
-
-    def __init__(self):
-        self.calls, self.replays = [], 0
-
-    def replay(self):
-        self.replays += 1
-        for call in self.calls:
-            call()
-
-
 @pytest.mark.parametrize("way", ["side stream", "graph"])
 def test_streams_and_graphs_take_each_step_once(monkeypatch, way):
     """In the place of a GPU: what is captured does not run, and runs at each replay."""
-    capturing = []
-
-    @contextmanager
-    def capture(graph, stream):
-        capturing.append(graph)
-        yield
-        capturing.pop()
-
-    clip_and_step = Model.clip_and_step
-
-    def noted(model):
-        if capturing:
-            capturing[-1].calls.append(lambda: clip_and_step(model))
-        else:
-            clip_and_step(model)
-
-    monkeypatch.setattr(Model, "clip_and_step", noted)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(Model, "clip_and_step", fake_cuda.launched(Model.clip_and_step))
     for scenario in stress.SCENARIOS:
         expected = Model(SMALL, scenario, "cpu", "cpu", "eager")
         model = Model(SMALL, scenario, "cpu", "cpu", way)
