@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -54,17 +55,19 @@ class Cuda(Cpu):
     def device_time(self, step: Step, head_start_ns: float) -> float:
         """Nanoseconds the GPU needs for `step`, queued behind a pause so that the host is ahead.
 
-        The queue holds about a thousand launches. More make the host wait for the pause to end, and
-        this would be the time of a GPU that its host keeps waiting.
+        NaN where the host was not: the GPU then waited for it. The queue holds about a thousand
+        launches, and more make the host wait for the pause to end.
         """
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(int(head_start_ns * 2))  # In cycles; no GPU runs much above 2 GHz.
+        start = clock()
         before.record()
         step()
         after.record()
+        was_ahead = clock() - start < head_start_ns
         torch.cuda.synchronize()
-        return before.elapsed_time(after) * 1e6
+        return before.elapsed_time(after) * 1e6 if was_ahead else math.nan
 
     def captured(self, step: Step) -> Callable[[], None]:
         """Takes a step, as capturing needs, then captures another; what replays that."""

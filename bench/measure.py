@@ -27,6 +27,10 @@ STEPS_AHEAD = 4
 LONG_STEP_NS = 20e6
 
 
+# A step that the host takes longer to enqueue has more launches than a GPU's queue.
+MOST_QUEUED_NS = 100e6
+
+
 @dataclass(frozen=True)
 class Effort:
     """How many rounds a case is given: as many as fit into `seconds`, within limits."""
@@ -38,7 +42,9 @@ class Effort:
 
 @dataclass
 class Times:
-    """One competitor's samples in nanoseconds, one a round, and what became of it."""
+    """One competitor's samples in nanoseconds, one a round, and what became of it. On a CPU there
+    are no `host` and `device` times, and a device time is NaN where it could not be told.
+    """
 
     step: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -72,18 +78,26 @@ class Spread:
     mean: float
 
 
-def spread(samples: Sequence[float]) -> Spread:
-    """The spread of some samples."""
-    at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+def spread(samples: Sequence[float]) -> Spread | None:
+    """The spread of the samples that there are; None where more than half are NaN."""
     values = torch.tensor(samples, dtype=torch.float64)
+    values = values[~values.isnan()]
+    if 2 * len(values) < max(1, len(samples)):
+        return None
+    at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     return Spread(*values.quantile(at).tolist(), values.mean().item())
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
     """The median of the per-round ratios: what disturbs a whole round cancels in each of them."""
     if len(numerators) != len(denominators):
         raise ValueError(f"{len(numerators)} rounds against {len(denominators)}")
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def median(samples: Spread | None) -> float | None:
+    """Of a spread, if there is one."""
+    return None if samples is None else samples.median
 
 
 class Entry:
@@ -107,8 +121,6 @@ class Entry:
         ]
         self.optimizer, self.step = competitor.build(groups, case.sequence)
         self.sequence = case.sequence
-        # Whether a step's launches fit the GPU's queue, so that its device time can be told.
-        self.is_queued = True
 
     def surroundings(self) -> AbstractContextManager[None]:
         """In which its turns take place."""
@@ -119,11 +131,9 @@ class Entry:
         times = []
         for _ in range(WARM_UP_STEPS):
             self.backward()
-            times.append(self.timed())
-        steps, hosts = zip(*times, strict=True)
-        self.is_queued = min(hosts) < LONG_STEP_NS
+            times.append(self.timed()[0])
         self.drop_gradients()
-        return min(steps)
+        return min(times)
 
     def backward(self) -> None:
         """Gradients as training makes them: by autograd, where its allocator puts them."""
@@ -205,9 +215,11 @@ def take_turn(entry: Entry, times: Times, case: Case, long: bool) -> None:
     times.step.append(step)
     if isinstance(entry.device, Cuda):
         times.host.append(host)
-        if entry.is_queued:
-            head_start = 2 * host + 100_000
-            times.device.append(entry.device.device_time(entry.step, head_start))
+        times.device.append(
+            entry.device.device_time(entry.step, head_start_ns=2 * host + 100_000)
+            if host < MOST_QUEUED_NS
+            else math.nan
+        )
     entry.drop_gradients()
 
 

@@ -19,7 +19,7 @@ from bench.competitors import OURS, Competitor, found, that_fit
 from bench.copying import copied_bytes
 from bench.devices import DEVICES
 from bench.machine import REPOSITORY, cores, describe, free_bytes, slug
-from bench.measure import Effort, Result, Times, measure, ratio, spread, threads_of
+from bench.measure import Effort, Result, Times, measure, median, ratio, spread, threads_of
 from bench.show import Show
 
 RESULTS = REPOSITORY / "bench" / "results"  # Results to keep, which git tracks.
@@ -102,29 +102,28 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         line.left_out = left_out or times.left_out or "no rounds"
         return line
     step = spread(times.step)
+    assert step is not None
     line.rounds = len(times.step)
     line.step_us, line.step_us_p10, line.step_us_p90, line.step_us_mean = (
         t / 1e3 for t in (step.median, step.p10, step.p90, step.mean)
     )
-    if times.host:
-        line.host_us = spread(times.host).median / 1e3
-    if times.device:
-        line.device_us = spread(times.device).median / 1e3
+    line.host_us, line.device_us = (
+        None if of is None else of.median / 1e3 for of in map(spread, (times.host, times.device))
+    )
     other = result.times.get(competitor.against)
     if other is not None and other.step:
         line.against = competitor.against
-        ratios = ratio(times.step, other.step)
-        line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
-        if times.host:
-            line.host_ratio = ratio(times.host, other.host).median
-        if times.device and other.device:
-            line.device_ratio = ratio(times.device, other.device).median
-    moving = times.device if times.host else times.step
-    if competitor.same_formats and case.sequence == "step" and moving:
-        line.gb_s = case.floor_bytes / spread(moving).median
-        if result.copy:
-            line.copy_gb_s = case.floor_bytes / spread(result.copy).median
-            line.copy_share = ratio(result.copy, moving).median
+        if ratios := ratio(times.step, other.step):
+            line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
+        line.host_ratio = median(ratio(times.host, other.host))
+        line.device_ratio = median(ratio(times.device, other.device))
+    moving = times.device or times.step
+    moved_in = spread(moving)
+    if competitor.same_formats and case.sequence == "step" and moved_in:
+        line.gb_s = case.floor_bytes / moved_in.median
+        if copied_in := spread(result.copy):
+            line.copy_gb_s = case.floor_bytes / copied_in.median
+            line.copy_share = median(ratio(result.copy, moving))
             line.copy_kind = result.copy_kind
     line.sm_mhz, line.sm_mhz_min = result.sm_mhz
     line.difference_lr = times.difference_lr

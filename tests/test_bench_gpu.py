@@ -1,5 +1,6 @@
 """What the benchmark does on a GPU, on one that is the CPU: host, device and replayed times."""
 
+import math
 import os
 import sys
 import time
@@ -52,7 +53,12 @@ def on_fake_gpu(monkeypatch, case, *ids):
 
 
 def test_on_a_gpu_host_device_and_graphs_have_columns_of_their_own(monkeypatch):
-    monkeypatch.setattr(measure, "LONG_STEP_NS", float("inf"))  # other processes may disturb
+    # Other processes may disturb.
+    monkeypatch.setattr(measure, "MOST_QUEUED_NS", float("inf"))
+    device_time = Cuda.device_time
+    monkeypatch.setattr(
+        FakeCuda, "device_time", lambda self, step, head_start_ns: device_time(self, step, 1e12)
+    )
     case = Case("tiny", "small", equal(5, 70), groups=2)
     ids = (OURS, BASELINE, OUR_GRAPH, BASELINE_GRAPH)
     result = on_fake_gpu(monkeypatch, case, *ids)
@@ -75,12 +81,34 @@ def test_on_a_gpu_host_device_and_graphs_have_columns_of_their_own(monkeypatch):
         assert line.copy_share == measure.ratio(result.copy, mine.device).median
 
 
-def test_device_time_is_left_out_where_launches_do_not_fit_the_queue(monkeypatch):
-    monkeypatch.setattr(measure, "LONG_STEP_NS", 0)
-    result = on_fake_gpu(monkeypatch, Case("tiny", "small", equal(5, 70)), OURS, BASELINE)
-    line = row(result, BY_ID[BASELINE])
-    assert line.host_ratio > 0
+def test_device_time_is_left_out_where_the_host_was_not_ahead(monkeypatch):
+    rounds = iter(range(100))
+    device_time = Cuda.device_time
+
+    def sometimes_late(self, step, head_start_ns):
+        ns = device_time(self, step, 1e12)
+        return ns if next(rounds) % 3 == 2 else math.nan
+
+    monkeypatch.setattr(FakeCuda, "device_time", sometimes_late)
+    monkeypatch.setattr(measure, "MOST_QUEUED_NS", float("inf"))
+    monkeypatch.setattr(copying.DeviceCopyLoop, "nanoseconds", lambda self: 1000.0)
+    line = row(on_fake_gpu(monkeypatch, Case("tiny", "small", equal(5, 70)), OURS), BY_ID[OURS])
+    assert line.host_ratio == 1
     assert (line.device_us, line.device_ratio, line.gb_s, line.copy_share) == (None,) * 4
+
+
+def test_a_host_that_enqueues_for_longer_than_the_pause_was_not_ahead(monkeypatch):
+    fake_cuda.install(monkeypatch)
+    assert math.isnan(Cuda().device_time(lambda: time.sleep(0.01), head_start_ns=5e6))
+    assert Cuda().device_time(lambda: time.sleep(0.01), head_start_ns=5e12) > 9e6
+
+
+def test_a_round_in_which_it_was_not_is_left_out():
+    nan = math.nan
+    assert measure.spread([1.0, nan, 3.0]).median == 2.0
+    assert measure.ratio([2.0, nan, 6.0, 2.0], [1.0, 1.0, 2.0, nan]).median == 2.5
+    assert measure.spread([1.0, nan, nan]) is None
+    assert measure.spread([]) is None
 
 
 def test_a_gpu_does_not_rest_and_a_cpu_does(monkeypatch):
