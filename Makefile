@@ -42,10 +42,11 @@ report: build ## make README's tables and plots again from bench/results/
 	$(BIN)/python -m bench.report
 
 # PARTS: some of build, stress, test, sanitize, bench, bench-cpu. RESULTS: the folder for logs and
-# results. COMMIT: what is measured, where there is no .git. Each may be an environment variable.
+# results. COMMIT: what is measured, where there is no .git. MINUTES: the limit of a part, 8. Each may
+# be an environment variable.
 gpu: ## all that needs an NVIDIA GPU, with the Python that is there (PARTS="build stress": some of it)
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results "$(RESULTS)") \
-	  $(if $(COMMIT),--commit "$(COMMIT)") $(PARTS)
+	  $(if $(COMMIT),--commit "$(COMMIT)") $(if $(MINUTES),--minutes $(MINUTES)) $(PARTS)
 
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, as pre-commit runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -201,6 +201,19 @@ def test_files_that_cannot_be_collected_are_left_out_and_named(machine, monkeypa
     assert f"--ignore={ROOT}/tests/test_conformance.py" in (machine / "test.log").read_text()
 
 
+def test_make_passes_on_what_it_is_told(machine):
+    variables = {"RESULTS": str(machine), "COMMIT": "abc123", "MINUTES": "4"}
+    command = ["make", "-n", "gpu", "PARTS=build stress"]
+    environment = {**os.environ, **variables}
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = told.stdout.replace("\\\n", " ").split()
+    assert words[1:3] == ["-m", "bench.gpu"]
+    assert words[3:] == [
+        *("--results", f'"{machine}"', "--commit", '"abc123"', "--minutes", "4"),
+        *("build", "stress"),
+    ]
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\necho 'No CUDA GPUs are available' >&2; exit 1\n")
     (tmp_path / "python").chmod(0o755)
