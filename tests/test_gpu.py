@@ -40,8 +40,8 @@ def set_grads(*lists, seed):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, tail):
-    """With the tail: clipped, averaged, counted and zeroed inside the graph as well. What is clipped
-    is not scaled: a scale that the clipping was not told of makes the step raise.
+    """With the tail: clipped, averaged, counted and zeroed inside the graph, too. Then nothing is
+    scaled: a scale that the clipping was not told of makes the step raise.
     """
     sizes = (1, 1000, 40_001)
     lr = torch.tensor(1e-2, device="cuda")
