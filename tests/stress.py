@@ -128,11 +128,11 @@ class Model:
         found = {name: torch.cat([state[name].view(-1) for state in states]) for name in names}
         return {"param": self.flat, **found}
 
-    def arrivals(self) -> Tensor:
-        """The arrival counters of all tables on the device; none where there are no such tables."""
-        tables = [bucket.tables for bucket in self.optimizer.plan.buckets if bucket.tables]
-        found = [t["arrivals"] if isinstance(t, dict) else t.arrivals for t in tables]
-        return torch.cat([a.view(torch.int32) for a in found]) if found else torch.zeros(0)
+    def arrivals(self) -> list[Tensor]:
+        """The arrival counters of each bucket, which has them where a GPU's kernel steps it."""
+        buckets = self.optimizer.plan.buckets
+        found = [b.tables["arrivals"].view(torch.int32) for b in buckets if b.backend == "cuda"]
+        return found + [b.table.arrivals for b in buckets if b.backend == "triton"]
 
     def findings(self, expected: Model, operands: dict[str, Tensor]) -> list[str]:
         """How this model differs from `expected`, whose `operands` these are, on this device."""
@@ -140,7 +140,7 @@ class Model:
         steps = torch.stack([self.optimizer.state[p]["step"] for p in self.params])
         counters = torch.full_like(steps, expected.taken)
         found += self.differing("step counters", steps, counters, [1] * len(self.params))
-        if arrivals := int(self.arrivals().count_nonzero()):
+        if arrivals := sum(int(counters.count_nonzero()) for counters in self.arrivals()):
             found.append(f"{arrivals} arrival counters are not zero")
         for name, mine in self.operands().items():
             theirs = operands[name]

@@ -58,9 +58,7 @@ def damage_zeroed(model):
 
 
 def damage_arrivals(model):
-    for bucket in model.optimizer.plan.buckets:
-        tables = bucket.tables
-        (tables["arrivals"] if isinstance(tables, dict) else tables.arrivals)[0] = 1
+    model.arrivals()[0][0] = 1
 
 
 # What is damaged -> what is found. damage_moment is for the reference, whose bits are its own.
