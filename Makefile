@@ -41,8 +41,12 @@ bench: build ## run the benchmark for this machine, write build/bench/ (BENCH=--
 report: build ## make README's tables and plots again from bench/results/
 	$(BIN)/python -m bench.report
 
-gpu: ## build, test, sanitize and benchmark on an NVIDIA GPU, with the Python that is there
-	PYTHON=$(PYTHON) bash bench/gpu.sh
+# PARTS: some of build, stress, test, sanitize, bench, bench-cpu. RESULTS: the folder for logs and
+# results. COMMIT: what is measured, where there is no .git. MINUTES: the limit of a part, 8. Each may
+# be an environment variable.
+gpu: ## all that needs an NVIDIA GPU, with the Python that is there (PARTS="build stress": some of it)
+	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results "$(RESULTS)") \
+	  $(if $(COMMIT),--commit "$(COMMIT)") $(if $(MINUTES),--minutes $(MINUTES)) $(PARTS)
 
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, as pre-commit runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -28,7 +28,8 @@ class Case:
     as one of several steps in a row. `beside_busy_core` times it while another process keeps a core
     busy, as data loaders do: threads that share work then wait for the scheduler. `compiled_on`
     says on which devices torch.compile joins in: it takes from seconds to minutes a case.
-    `sequence` names what a competitor runs inside the clock (bench/sequences.py).
+    `sequence` names what a competitor runs inside the clock (bench/sequences.py). `threads` is how
+    many of torch's the CPU has for it, all if None; `only` who is measured, all if empty.
     """
 
     id: str
@@ -43,6 +44,8 @@ class Case:
     compiled_on: tuple[str, ...] = ()
     quick: bool = False
     sequence: str = "step"
+    threads: int | None = None
+    only: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -133,15 +136,18 @@ def equal(tensors: int, elements: int) -> Shapes:
 
 def _in_both(case: Case) -> tuple[Case, Case]:
     """The case as it is, and all in bfloat16."""
-    on_gpus = tuple(device for device in case.compiled_on if device != "cpu")
-    bf16 = replace(case, id=f"{case.id}/bf16", dtype="bfloat16", compiled_on=on_gpus, quick=False)
-    return case, bf16
+    return case, replace(case, id=f"{case.id}/bf16", dtype="bfloat16", compiled_on=(), quick=False)
 
 
 def _in_a_row_and_after_backward(case: Case) -> tuple[Case, Case]:
     """The case as it is, hot in the caches, and as training meets it."""
     return case, replace(
-        case, id=f"{case.id}/after-backward", after_backward=True, compiled_on=(), quick=False
+        case,
+        id=f"{case.id}/after-backward",
+        after_backward=True,
+        devices=CPU,
+        compiled_on=(),
+        quick=False,
     )
 
 
@@ -157,6 +163,22 @@ def _beside_busy_core(id: str, shapes: Shapes, quick: bool = False) -> Case:
     return Case(id, "busy-core", shapes, beside_busy_core=True, devices=CPU, quick=quick)
 
 
+def _on_threads(case: Case) -> tuple[Case, ...]:
+    """The case with one thread of the CPU's, and with more of them."""
+    return tuple(
+        replace(
+            case,
+            id=f"{case.id}/{n}-threads",
+            family="threads",
+            devices=CPU,
+            quick=False,
+            threads=n,
+            only=("warpstep", "torch-fused"),
+        )
+        for n in (1, 2, 4, 8, 16)
+    )
+
+
 CPU, CUDA = ("cpu",), ("cuda",)
 BOTH = (*CPU, *CUDA)
 
@@ -165,7 +187,7 @@ CASES: tuple[Case, ...] = (
     *_in_both(Case("gpt2-124m", "model", gpt2(12, 768), compiled_on=BOTH, quick=True)),
     *_in_both(Case("gpt2-1.5b", "model", gpt2(48, 1600), devices=CUDA)),
     *_in_both(Case("resnet50", "model", resnet50(), quick=True)),
-    Case("resnet50/after-backward", "model", resnet50(), after_backward=True),
+    Case("resnet50/after-backward", "model", resnet50(), after_backward=True, devices=CPU),
     *_in_both(Case("vit-l", "model", vit(24, 1024))),
     *_in_both(Case("llama2-7b-shard-8", "model", llama2_7b(8), devices=CUDA)),
     *_in_both(Case("llama2-7b-shard-64", "model", llama2_7b(64), devices=CPU)),
@@ -185,9 +207,13 @@ CASES: tuple[Case, ...] = (
     *_in_both(
         Case("one-2^28", "large", equal(1, 2**28), devices=CUDA, compiled_on=CUDA, quick=True)
     ),
-    # Sizes that are no multiple of a vector, and addresses that are not aligned to one.
-    *_in_both(Case("odd-100x100003", "layout", equal(100, 100_003))),
-    *_in_both(Case("offset-100x100000", "layout", equal(100, 100_000), offset=1)),
+    # Sizes that are no multiple of a vector, addresses that are not aligned to one, and neither.
+    *_in_both(Case("even-100x100000", "layout", equal(100, 100_000), devices=CPU)),
+    *_in_both(Case("odd-100x100003", "layout", equal(100, 100_003), devices=CPU)),
+    *_in_both(Case("offset-100x100000", "layout", equal(100, 100_000), devices=CPU, offset=1)),
+    *_in_both(Case("even-100x1000000", "layout", equal(100, 1_000_000), devices=CUDA)),
+    *_in_both(Case("odd-100x1000003", "layout", equal(100, 1_000_003), devices=CUDA)),
+    *_in_both(Case("offset-100x1000000", "layout", equal(100, 1_000_000), devices=CUDA, offset=1)),
     # One element a tensor, so the step is all host: the cost of a launch that does no work.
     Case("host-100", "host", equal(100, 1), quick=True),
     Case("host-1000", "host", equal(1000, 1), quick=True),
@@ -196,6 +222,18 @@ CASES: tuple[Case, ...] = (
     *(_beside_busy_core(f"host-{n}", equal(n, 1), n == 1000) for n in (300, 400, 1000, 3000)),
     _beside_busy_core("400x1024", equal(400, 1024)),
     _beside_busy_core("2000x256", equal(2000, 256)),
+    # What more threads give.
+    *(
+        on_threads
+        for case in (
+            *_in_both(Case("gpt2-124m", "threads", gpt2(12, 768))),
+            *_in_both(Case("one-2^26", "threads", equal(1, 2**26))),
+            Case("2000x256", "threads", equal(2000, 256)),
+            Case("gpt2-124m/tail", "threads", gpt2(12, 768), sequence="tail"),
+            Case("2000x256/tail", "threads", equal(2000, 256), sequence="tail"),
+        )
+        for on_threads in _on_threads(case)
+    ),
     # Time against the number of tensors.
     *(
         Case(f"tensors-{n}", "sweep-tensors", equal(n, 1024))
@@ -206,12 +244,16 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def select(device: str, quick: bool, patterns: tuple[str, ...] = ()) -> list[Case]:
-    """The cases of a run: those of `device`, only the quick ones or only those matching a pattern.
+def select(
+    device: str, quick: bool, patterns: tuple[str, ...] = (), cores: int | None = None
+) -> list[Case]:
+    """The cases of a run: those of `device`, only the quick ones or only those matching a pattern,
+    with no more threads than there are cores.
 
     Raises ValueError when a pattern matches no case of the device.
     """
     cases = [case for case in CASES if device in case.devices]
+    cases = [case for case in cases if cores is None or (case.threads or 0) <= cores]
     for pattern in patterns:
         if not any(fnmatchcase(case.id, pattern) for case in cases):
             known = ", ".join(case.id for case in cases)

@@ -18,6 +18,8 @@ Groups = list[dict[str, Any]]
 
 BASELINE = "torch-fused"
 OURS = "warpstep"
+TRITON = "warpstep-triton"
+OUR_GRAPH, BASELINE_GRAPH = f"{OURS}-graph", f"{BASELINE}-graph"  # Replayed, not called.
 PLAIN = "warpstep-plain"  # The step alone, beside a sequence of more.
 
 LR = 1e-3
@@ -33,7 +35,9 @@ class Competitor:
     `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
     `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
     parameter's format, as torch's do. `same_formats` is False where they never do: then its time
-    is comparable and its bandwidth is not. `sequences` are those it knows beside the step.
+    is comparable and its bandwidth is not. `sequences` are those it knows beside the step. With
+    `graph`, its step is captured in a CUDA graph and replayed. Its times are compared with those of
+    the competitor `against`.
     """
 
     id: str
@@ -43,6 +47,8 @@ class Competitor:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     compiled: bool = False
+    graph: bool = False
+    against: str = OURS
     same_formats: bool = True
     sequences: tuple[str, ...] = ("step",)
 
@@ -62,6 +68,8 @@ class Competitor:
             return f"keeps other formats than {case.dtype}"
         if case.sequence not in self.sequences:
             return f"is not measured on {case.sequence}"
+        if case.only and self.id not in case.only:
+            return f"is not measured on {case.id}"
         if self.compiled and device not in case.compiled_on:
             return f"not among those compiled on {device}"
         return None
@@ -89,6 +97,10 @@ class Competitor:
         of = sequences.ours if self.id == OURS else sequences.torchs
         return optimizer, of(sequence, optimizer)
 
+    def bytes_for(self, case: Case) -> int:
+        """Of its own copy of a case: with a graph, gradients too, which stay where they are."""
+        return case.state_bytes + (case.state_bytes // 3 if self.graph else 0)
+
 
 def one_line(error: BaseException) -> str:
     """An exception as one short line."""
@@ -108,6 +120,17 @@ COMPETITORS: tuple[Competitor, ...] = (
         "AdamW",
         (("fused", True),),
         sequences=("step", "clip", "tail", "enabled"),
+    ),
+    Competitor(TRITON, "warpstep", "AdamW", (("backend", "triton"),), devices=CUDA),
+    Competitor(OUR_GRAPH, "warpstep", "AdamW", (("capturable", True),), devices=CUDA, graph=True),
+    Competitor(
+        BASELINE_GRAPH,
+        "torch.optim",
+        "AdamW",
+        (("fused", True), ("capturable", True)),
+        devices=CUDA,
+        graph=True,
+        against=OUR_GRAPH,
     ),
     Competitor(PLAIN, "warpstep", "AdamW", sequences=("clip", "tail", "stats", "enabled")),
     Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),)),
@@ -159,5 +182,10 @@ def that_fit(
     """
     parameter_bytes = case.state_bytes // 3
     room = free_bytes - 4 * parameter_bytes - 2**30
-    kept = max(0, int(room // max(1, case.state_bytes)))
-    return list(competitors[:kept]), list(competitors[kept:])
+    kept: list[Competitor] = []
+    for competitor in competitors:
+        room -= competitor.bytes_for(case)
+        if room < 0:
+            break
+        kept.append(competitor)
+    return kept, list(competitors[len(kept) :])

@@ -131,16 +131,24 @@ def commit() -> str | None:
     return f"{name}+changes" if output_of(["git", "status", "--porcelain", "-uno"]) else name
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Everything a reader needs to place a result."""
+def cores() -> int:
+    """How many of the CPU's this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe(device: str, named_commit: str | None = None) -> dict[str, Any]:
+    """Everything a reader needs to place a result. `named_commit` is what somebody says it is of,
+    for where git cannot tell.
+    """
     import warpstep
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {
         "device": device,
         "name": cpu_model(),
         "cpu": cpu_model(),
-        "cores": cores,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(physical_bytes() / 2**30, 1),
         "system": platform.platform(terse=True),
@@ -150,7 +158,7 @@ def describe(device: str) -> dict[str, Any]:
         "warpstep": warpstep.__version__,
         "backend": warpstep.status().chosen["cuda:0" if device == "cuda" else "cpu"],
         "native": warpstep.status().native,
-        "commit": commit(),
+        "commit": named_commit or commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     if device == "cuda":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,15 +12,12 @@ from zlib import crc32
 
 import torch
 
-from bench.cases import STREAMS_READ, STREAMS_WRITTEN, Case
+from bench.cases import Case
 from bench.competitors import LR, OURS, Competitor, Groups, one_line
+from bench.copying import Tensors, copy_loop
+from bench.devices import Cpu, Cuda, clock
 from bench.machine import Others, busy_core
-from bench.sequences import Step, surroundings
-from warpstep import backends
-
-Tensors = list[torch.Tensor]
-
-clock = time.perf_counter_ns
+from bench.sequences import surroundings
 
 WARM_UP_STEPS = 3
 
@@ -30,12 +26,9 @@ WARM_UP_STEPS = 3
 STEPS_AHEAD = 4
 LONG_STEP_NS = 20e6
 
-# An idle OpenMP worker spins before it sleeps, some 8 ms with libgomp's default: long enough to
-# take a core from a competitor with threads of its own. Waiting this long lets it go to sleep.
-SETTLE_SECONDS = 0.010
 
-# Calling the copy loop for a smaller tensor than this would measure the call.
-LEAST_COPY_FLOATS = 2**16
+# A step that the host takes longer to enqueue has more launches than a GPU's queue.
+MOST_QUEUED_NS = 100e6
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,9 @@ class Effort:
 
 @dataclass
 class Times:
-    """One competitor's samples in nanoseconds, one a round, and what became of it."""
+    """One competitor's samples in nanoseconds, one a round, and what became of it. On a CPU there
+    are no `host` and `device` times, and a device time is NaN where it could not be told.
+    """
 
     step: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -61,14 +56,16 @@ class Times:
 @dataclass
 class Result:
     """What measuring one case gave: samples by competitor, the copy loop's in nanoseconds (none
-    where it would say nothing), and how many cores other processes kept busy meanwhile.
+    where it would say nothing), and meanwhile the cores that other processes kept busy, and the
+    median and the least of the GPU's clocks.
     """
 
     case: Case
     times: dict[str, Times]
-    copy: list[float]
-    copy_kind: str
+    copy: list[float] = field(default_factory=list)
+    copy_kind: str = ""
     others_cores: float | None = None
+    sm_mhz: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -81,28 +78,41 @@ class Spread:
     mean: float
 
 
-def spread(samples: Sequence[float]) -> Spread:
-    """The spread of some samples."""
-    at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+def spread(samples: Sequence[float]) -> Spread | None:
+    """The spread of the samples that there are; None where more than half are NaN."""
     values = torch.tensor(samples, dtype=torch.float64)
+    values = values[~values.isnan()]
+    if 2 * len(values) < max(1, len(samples)):
+        return None
+    at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     return Spread(*values.quantile(at).tolist(), values.mean().item())
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread | None:
     """The median of the per-round ratios: what disturbs a whole round cancels in each of them."""
     if len(numerators) != len(denominators):
         raise ValueError(f"{len(numerators)} rounds against {len(denominators)}")
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
+def median(samples: Spread | None) -> float | None:
+    """Of a spread, if there is one."""
+    return None if samples is None else samples.median
+
+
 class Entry:
     """A competitor bound to its own copy of a case's parameters."""
 
     def __init__(
-        self, competitor: Competitor, case: Case, initial: Tensors, gradients: Tensors
+        self,
+        competitor: Competitor,
+        case: Case,
+        initial: Tensors,
+        gradients: Tensors,
+        device: Cpu,
     ) -> None:
         self.id = competitor.id
-        self.device = initial[0].device.type
+        self.device = device
         self.parameters = [torch.nn.Parameter(placed_like(t, case.offset)) for t in initial]
         self.gradients = gradients
         groups: Groups = [
@@ -116,11 +126,20 @@ class Entry:
         """In which its turns take place."""
         return surroundings(self.sequence, self.id == OURS)
 
+    def warm_up(self) -> float:
+        """The first steps, which allocate and compile; the nanoseconds that the quickest took."""
+        times = []
+        for _ in range(WARM_UP_STEPS):
+            self.backward()
+            times.append(self.timed()[0])
+        self.drop_gradients()
+        return min(times)
+
     def backward(self) -> None:
         """Gradients as training makes them: by autograd, where its allocator puts them."""
         self.drop_gradients()
         torch.autograd.backward(self.parameters, self.gradients)
-        synchronize(self.device)
+        self.device.synchronize()
 
     def operands(self) -> list[tuple[torch.Tensor, ...]]:
         """Of each parameter what one step reads, in the order of the native module's functions."""
@@ -134,14 +153,35 @@ class Entry:
             parameter.grad = None
 
     def timed(self) -> tuple[float, float]:
-        """Nanoseconds until a step's result is there, and until the step returned. On a CPU they
-        are the same.
-        """
-        start = clock()
-        self.step()
-        returned = clock()
-        synchronize(self.device)
-        return clock() - start, returned - start
+        """Nanoseconds until a step's result is there, and until the step returned."""
+        return self.device.timed(self.step)
+
+
+class GraphEntry(Entry):
+    """A competitor whose step is captured in a CUDA graph and replayed. Gradients stay in place."""
+
+    def warm_up(self) -> float:
+        """The first step is taken as it is, and the next are replayed."""
+        self.backward()
+        assert isinstance(self.device, Cuda)
+        self.step = self.device.captured(self.step)
+        times = []
+        for _ in range(1, WARM_UP_STEPS):
+            self.backward()
+            times.append(self.timed()[0])
+        return min(times)
+
+    def backward(self) -> None:
+        """The same gradients, where the graph reads them."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        with torch.no_grad():
+            torch._foreach_copy_([p.grad for p in self.parameters], self.gradients)
+        self.device.synchronize()
+
+    def drop_gradients(self) -> None:
+        """They are kept: a graph has their addresses."""
 
 
 def placed_like(values: torch.Tensor, offset: int) -> torch.Tensor:
@@ -150,126 +190,10 @@ def placed_like(values: torch.Tensor, offset: int) -> torch.Tensor:
     return flat[offset:].view(values.shape).copy_(values)
 
 
-def random_tensors(case: Case, device: str, scale: float) -> Tensors:
+def random_tensors(case: Case, device: torch.device, scale: float) -> Tensors:
     """One random tensor a shape, each allocated by itself."""
     dtype = getattr(torch, case.dtype)
     return [torch.randn(s, device=device).mul_(scale).to(dtype) for s in case.shapes]
-
-
-class CopyLoop:
-    """What memory can do: a step's bytes, moved with next to no arithmetic, in turns of its own.
-
-    The native module's loop takes the place of warpstep's step, over the same parameters, gradients
-    and moments, of which large ones stand for all: it reads all four and writes three back. The
-    memory must be the same, because a machine can have a faster and a slower one (a virtual machine
-    had 58 and 95 GB/s), and which of them a copy of a model lies in is chance.
-    """
-
-    kind = "warpstep's touch_streams (4 read, 3 written) over the tensors that it steps"
-
-    def __init__(self, case: Case, entry: Entry, touch: Callable[..., object]) -> None:
-        self.case = case
-        self.entry = entry
-        self.touch = touch
-
-    def nanoseconds(self) -> float:
-        """The time for the case's floor bytes."""
-        self.entry.backward()
-        for parameter in self.entry.parameters:
-            parameter.grad.zero_()  # With these the loop leaves what it writes as it was.
-        operands = self.entry.operands()
-        streams = [views for of_one in operands if (views := as_floats(*of_one))]
-        moved = (STREAMS_READ + STREAMS_WRITTEN) * sum(views[0].nbytes for views in streams)
-        if not self.case.after_backward:
-            time.sleep(SETTLE_SECONDS)
-            self.run(streams)
-        start = clock()
-        self.run(streams)
-        taken = clock() - start
-        self.entry.drop_gradients()
-        return taken * self.case.floor_bytes / moved
-
-    def run(self, streams: list[Tensors]) -> None:
-        """Moves all bytes once."""
-        self.touch(streams, torch.get_num_threads())
-
-
-class DeviceCopyLoop:
-    """The same on a GPU, whose memory has one speed: torch's copy_ moves as many bytes, half of
-    them read, half written.
-    """
-
-    kind = "torch's copy_"
-
-    def __init__(self, case: Case) -> None:
-        self.source = torch.ones(max(1, case.floor_bytes // 8), device="cuda")
-        self.target = torch.empty_like(self.source)
-
-    def nanoseconds(self) -> float:
-        """The time for the case's floor bytes."""
-        time.sleep(SETTLE_SECONDS)
-        self.run()
-        return device_time(self.run, head_start_ns=100_000)
-
-    def run(self) -> None:
-        """Moves all bytes once."""
-        self.target.copy_(self.source)
-
-
-def copy_loop(case: Case, entries: Sequence[Entry]) -> CopyLoop | DeviceCopyLoop | None:
-    """The copy loop for a case. None where it would say nothing (small tensors, more than a step)
-    and where there is no native module.
-    """
-    ours = next((entry for entry in entries if entry.id == OURS), None)
-    if ours is None or case.sequence != "step":
-        return None
-    if ours.device == "cuda":
-        return DeviceCopyLoop(case)
-    touch = native_touch_streams()
-    large = any(as_floats(parameter) for parameter in ours.parameters)
-    return CopyLoop(case, ours, touch) if large and touch is not None else None
-
-
-def as_floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The same stretch of each tensor as float32, whatever its format; nothing of small ones."""
-    size = tensors[0].element_size()
-    each = max(1, 4 // size)  # elements a float32
-    starts = [-t.storage_offset() % each for t in tensors]
-    count = min(t.numel() - start for t, start in zip(tensors, starts, strict=True)) // each * each
-    if count * size < 4 * LEAST_COPY_FLOATS:
-        return []
-    return [
-        t.detach().view(-1)[start : start + count].view(torch.float32)
-        for t, start in zip(tensors, starts, strict=True)
-    ]
-
-
-def native_touch_streams() -> Callable[..., object] | None:
-    """The native module's read-modify-write loop, or None where there is no native module."""
-    module, _ = backends.native()
-    return None if module is None else module.touch_streams
-
-
-def synchronize(device: str) -> None:
-    """Until the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def device_time(step: Step, head_start_ns: float) -> float:
-    """Nanoseconds the GPU needs for `step`, queued behind a pause so that the host is ahead.
-
-    More launches than the queue holds (about a thousand) make the host wait for the pause to end:
-    then this is the time of a GPU that its host keeps waiting.
-    """
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(head_start_ns * 2))  # In cycles; no GPU runs much above 2 GHz.
-    before.record()
-    step()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) * 1e6
 
 
 def take_turn(entry: Entry, times: Times, case: Case, long: bool) -> None:
@@ -281,7 +205,7 @@ def take_turn(entry: Entry, times: Times, case: Case, long: bool) -> None:
     """
     entry.backward()
     if not case.after_backward:
-        time.sleep(SETTLE_SECONDS)
+        entry.device.rest()
         ahead = 0.0
         for _ in range(0 if long else STEPS_AHEAD):
             ahead += entry.timed()[0]
@@ -289,10 +213,25 @@ def take_turn(entry: Entry, times: Times, case: Case, long: bool) -> None:
                 break
     step, host = entry.timed()
     times.step.append(step)
-    if entry.device == "cuda":
+    if isinstance(entry.device, Cuda):
         times.host.append(host)
-        times.device.append(device_time(entry.step, head_start_ns=2 * host + 100_000))
+        times.device.append(
+            entry.device.device_time(entry.step, head_start_ns=2 * host + 100_000)
+            if host < MOST_QUEUED_NS
+            else math.nan
+        )
     entry.drop_gradients()
+
+
+@contextmanager
+def threads_of(case: Case) -> Iterator[None]:
+    """With as many threads as the case says, torch's own number if it says none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -309,7 +248,7 @@ def quiet() -> Iterator[None]:
 def measure(
     case: Case,
     competitors: Sequence[Competitor],
-    device: str,
+    device: Cpu,
     *,
     effort: Effort,
     say: Callable[[str], None],
@@ -323,8 +262,8 @@ def measure(
     seed = crc32(case.id.encode())
     torch.manual_seed(seed)
     shuffle = random.Random(seed).shuffle
-    initial = random_tensors(case, device, 0.02)
-    gradients = random_tensors(case, device, 1e-3)
+    initial = random_tensors(case, device.memory, 0.02)
+    gradients = random_tensors(case, device.memory, 1e-3)
     times = {competitor.id: Times() for competitor in competitors}
 
     entries = []
@@ -332,24 +271,21 @@ def measure(
     for competitor in competitors:
         say(f"warming up {competitor.id}")
         try:
-            entry = Entry(competitor, case, initial, gradients)
+            kind = GraphEntry if competitor.graph else Entry
+            entry = kind(competitor, case, initial, gradients, device)
             with entry.surroundings():
-                for _ in range(WARM_UP_STEPS):
-                    entry.backward()
-                    step, _ = entry.timed()
-                    quickest = min(quickest, step)
+                quickest = min(quickest, entry.warm_up())
         except Exception as error:  # A peer can fail in any way; the others are still measured.
             times[competitor.id].left_out = one_line(error)
             continue
-        entry.drop_gradients()
         entries.append(entry)
     del initial
     for entry in entries:
         times[entry.id].difference_lr = mean_difference(entry, entries[0]) / LR
 
-    copy = copy_loop(case, entries)
+    copy = copy_loop(case, entries, device)
     turns = [*entries, *([copy] if copy else [])]
-    result = Result(case, times, [], copy.kind if copy else "")
+    result = Result(case, times, copy_kind=copy.kind if copy else "")
     others = Others()
     start = clock()
     with quiet(), busy_core() if case.beside_busy_core else nullcontext():

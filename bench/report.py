@@ -5,16 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 
-from bench.competitors import BASELINE, COMPETITORS, OURS, PLAIN
+from bench.competitors import (
+    BASELINE,
+    BASELINE_GRAPH,
+    COMPETITORS,
+    OUR_GRAPH,
+    OURS,
+    PLAIN,
+    TRITON,
+)
 from bench.machine import REPOSITORY
-from bench.run import BUSY_CORES, RESULTS
+from bench.run import BUSY_CORES, RESULTS, Row
 from bench.sequences import IN_WORDS
 
 mpl.use("Agg")  # Before pyplot, which would look for a screen.
@@ -30,6 +38,7 @@ REASONS = {
     "not among those compiled": "where compiling takes minutes",
     "keeps other formats": "where it keeps other formats",
     "takes too long for --quick": "in a quick run",
+    "no time left": "where no time was left",
 }
 SLOWER = "▼"
 BLOCK = "<!-- bench:begin {name} -->", "<!-- bench:end {name} -->"
@@ -59,11 +68,15 @@ class Results:
 def load(folder: Path) -> list[Results]:
     """All whole results under `folder`, GPUs first."""
     found = []
-    for path in sorted(folder.glob("*/steps.csv")):
+    columns = [column.name for column in fields(Row)]  # of which older results lack some
+    for path in sorted(folder.rglob("steps.csv")):
         if path.parent.suffix == ".partial":
             continue
         machine = json.loads((path.parent / "machine.json").read_text())
-        found.append(Results(machine, pd.read_csv(path, keep_default_na=True)))
+        rows = pd.read_csv(path).reindex(columns=columns)
+        # Whether it moves more than the caches keep: elsewhere a bandwidth says nothing.
+        moved = rows["gb_s"] * 1e3 * rows["device_us"].fillna(rows["step_us"])
+        found.append(Results(machine, rows.assign(is_memory_bound=moved >= MEMORY_BOUND_BYTES)))
     return sorted(found, key=lambda results: not results.on_gpu)
 
 
@@ -85,11 +98,17 @@ def duration(us: float) -> str:
     return f"{us / 1e3:,.3g} ms" if us >= 1e3 else f"{us:.3g} µs"
 
 
-def times(row: pd.Series) -> str:
-    """A ratio with its spread, marked where warpstep loses."""
-    ratio = f"{row['ratio']:.2f}"
-    mark = f" {SLOWER}" if float(ratio) < 1 else ""
-    return f"{ratio}x{mark} <sub>{row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}</sub>"
+def times(row: pd.Series, column: str = "ratio") -> str:
+    """A ratio, marked where warpstep loses; that of whole steps with its spread. Empty if there is
+    none.
+    """
+    if pd.isna(row[column]):
+        return ""
+    ratio = f"{row[column]:.2f}"
+    text = f"{ratio}x{f' {SLOWER}' if float(ratio) < 1 else ''}"
+    if column != "ratio":
+        return text
+    return f"{text} <sub>{row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}</sub>"
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -125,6 +144,11 @@ def conditions(results: Results) -> str:
         "a ratio is the competitor's step time over warpstep's, the median of the rounds' own "
         f"ratios with their 10th to 90th percentile, and {SLOWER} marks where warpstep is slower."
     )
+    if (sm := m.get("clocks", {}).get("clocks.sm MHz")) is not None:
+        text += (
+            f" The GPU's clock was {sm['median']:,.0f} MHz in the median, {sm['min']:,.0f} to "
+            f"{sm['max']:,.0f}."
+        )
     disturbed = measured[measured["others_cores"] > BUSY_CORES]["case"].unique()
     if len(disturbed):
         text += f" Other processes disturbed {len(disturbed)} cases: {', '.join(disturbed)}."
@@ -133,15 +157,10 @@ def conditions(results: Results) -> str:
     return text
 
 
-def is_memory_bound(rows: pd.DataFrame) -> pd.Series:
-    """Which rows move more than the caches keep: elsewhere a bandwidth says nothing."""
-    return rows["gb_s"] * 1e3 * rows["step_us"] >= MEMORY_BOUND_BYTES
-
-
 def about_copy(results: Results) -> str:
     """What the shares of copy are shares of, and what its spread means for a reader."""
     ours = results.rows[results.rows["competitor"] == OURS]
-    ours = ours[is_memory_bound(ours) & ours["copy_share"].notna()]
+    ours = ours[ours["is_memory_bound"] & ours["copy_share"].notna()]
     if ours.empty:
         return ""
     low, high = ours["copy_gb_s"].min(), ours["copy_gb_s"].max()
@@ -180,8 +199,12 @@ def listed(names: list[str]) -> str:
 def summary(results: Results) -> str:
     """The cases that stand for real use: one line each, wins and losses alike."""
     rows = results.rows[results.rows["family"].isin(["model", "large", "small", "layout"])]
-    others = [c.id for c in COMPETITORS if c.id != OURS and c.id in set(rows["competitor"])]
-    header = ["Case", "Format", "Tensors", "Elements", "warpstep", "host", "GB/s", "of copy"]
+    others = [c.id for c in COMPETITORS if c.id in set(rows["competitor"])]
+    apart = (OURS, TRITON, OUR_GRAPH, BASELINE_GRAPH)  # graphs have a table of their own
+    others = [other for other in others if other not in apart]
+    header = ["Case", "Format", "Tensors", "Elements", "warpstep", "host", "device"]
+    header += ["GB/s", "of copy", *(f"vs {short(other)}" for other in others)]
+    header += ["vs fused, host", "vs fused, device", "vs own Triton, device"]
     lines = []
     for case, of_case in rows.groupby("case", sort=False):
         by_id = of_case.set_index("competitor")
@@ -189,20 +212,60 @@ def summary(results: Results) -> str:
         line = [str(case).removesuffix("/bf16"), str(ours["recipe"])]
         line += [f"{ours['tensors']:,}", count(ours["elements"])]
         if pd.isna(ours["step_us"]):
-            lines.append([*line, str(ours["left_out"]), *[""] * (3 + len(others))])
+            lines.append([*line, str(ours["left_out"]), *[""] * (len(header) - len(line) - 1)])
             continue
-        line.append(duration(ours["step_us"]))
-        line.append(duration(ours["host_us"]) if pd.notna(ours["host_us"]) else "")
-        bound = ours["gb_s"] * 1e3 * ours["step_us"] >= MEMORY_BOUND_BYTES
+        durations = (ours[column] for column in ("step_us", "host_us", "device_us"))
+        line += [duration(us) if pd.notna(us) else "" for us in durations]
+        bound = ours["is_memory_bound"]
         line.append(f"{ours['gb_s']:,.0f}" if bound else "")
         limited = bound and ours["copy_share"] <= MOST_COPY_SHARE
         line.append(f"{ours['copy_share']:.0%}" if limited else "")
-        for other in others:
-            there = other in by_id.index and pd.notna(by_id.loc[other, "ratio"])
-            line.append(times(by_id.loc[other]) if there else "")
+        wanted = [(other, "ratio") for other in others]
+        wanted += [(BASELINE, "host_ratio"), (BASELINE, "device_ratio"), (TRITON, "device_ratio")]
+        line += [times(by_id.loc[i], how) if i in by_id.index else "" for i, how in wanted]
         lines.append(line)
-    text = table([*header, *(f"vs {short(other)}" for other in others)], lines)
+    if not lines:
+        return ""
+    text = table(header, lines)
     return "\n\n".join(filter(None, (text, about_copy(results), not_measured(rows))))
+
+
+def graph(results: Results) -> str:
+    """Steps replayed from a CUDA graph beside the same steps called: one line a case."""
+    rows = results.rows[results.rows["step_us"].notna()]
+    lines = []
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        if not {OURS, BASELINE, OUR_GRAPH, BASELINE_GRAPH} <= set(by_id.index):
+            continue
+        line = [str(case), f"{by_id.loc[OURS, 'tensors']:,}"]
+        for mine, theirs in ((OURS, BASELINE), (OUR_GRAPH, BASELINE_GRAPH)):
+            line += [duration(by_id.loc[mine, "step_us"]), times(by_id.loc[theirs])]
+        lines.append(line)
+    header = ["Case", "Tensors", "warpstep, called", "vs fused"]
+    return table([*header, "warpstep, replayed", "vs fused, replayed"], lines)
+
+
+def threads(results: Results) -> str:
+    """What more threads give: a line a case, and in it, for each number of threads, the step's
+    time, the ratio to torch's fused and the share of what copying reached with as many threads.
+    """
+    rows = results.rows[(results.rows["family"] == "threads") & results.rows["step_us"].notna()]
+    numbers = sorted({int(n) for n in rows["threads"]})
+    lines: dict[str, list[str]] = {}
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        if not {OURS, BASELINE} <= set(by_id.index):
+            continue
+        ours = by_id.loc[OURS]
+        name = str(case).rsplit("/", 1)[0]
+        line = lines.setdefault(name, [name, *[""] * len(numbers)])
+        cell = f"{duration(ours['step_us'])}, {times(by_id.loc[BASELINE])}"
+        if ours["is_memory_bound"] and ours["copy_share"] <= MOST_COPY_SHARE:
+            cell += f", {ours['copy_share']:.0%} of copy"
+        line[1 + numbers.index(int(ours["threads"]))] = cell
+    words = [f"{n} thread{'s' if n > 1 else ''}" for n in numbers]
+    return table(["Step, vs fused, of copy", *words], list(lines.values()))
 
 
 def host(results: Results) -> str:
@@ -259,16 +322,37 @@ def busy_core(results: Results) -> str:
     return table([*header, "warpstep, mean", "fused, mean", "ratio of means"], lines)
 
 
-TABLES = {"summary": summary, "host": host, "busy-core": busy_core, "tail": tail}
+TABLES = {
+    "summary": summary,
+    "host": host,
+    "busy-core": busy_core,
+    "tail": tail,
+    "graph": graph,
+    "threads": threads,
+}
+NO_GPU = """\
+There are no GPU figures here yet: none has been measured. `make gpu` measures them, writes them
+under `bench/results/`, and `make report` puts them into the tables. Until then, what is known of
+the CUDA kernel is what can be known without a GPU: it is compiled for sm_80 and sm_90, its machine
+code has 128-bit accesses and no local memory, and its source, run on the CPU under the address
+sanitizer, gives the CPU kernel's bits."""
+ABOUT_GRAPHS = "Steps replayed from a CUDA graph, beside the same steps called, whole steps both:"
+ABOUT_THREADS = "What more threads of the CPU give:"
 
 
 def blocks(results: list[Results]) -> dict[str, str]:
     """The text of each block: under its conditions the table of every machine that has one."""
     tables = {name: [(r, make(r)) for r in results] for name, make in TABLES.items()}
-    return {
+    texts = {
         name: "\n\n".join(f"{conditions(r)}\n\n{text}" for r, text in of_block if text)
         for name, of_block in tables.items()
     }
+    if not any(r.on_gpu for r in results):
+        texts["graph"] = NO_GPU
+    for name, about in (("graph", ABOUT_GRAPHS), ("threads", ABOUT_THREADS)):
+        if texts[name] and texts[name] != NO_GPU:
+            texts[name] = f"{about}\n\n{texts[name]}"
+    return texts
 
 
 def insert(document: str, texts: dict[str, str]) -> str:
@@ -327,7 +411,7 @@ def draw_tensors(panel: Any, rows: pd.DataFrame) -> None:
 
 def draw_bandwidth(panel: Any, rows: pd.DataFrame) -> None:
     """Bandwidth against size, with what the copy loop reached where no cache holds the tensor."""
-    copy = rows[(rows["competitor"] == OURS) & is_memory_bound(rows)].sort_values("elements")
+    copy = rows[(rows["competitor"] == OURS) & rows["is_memory_bound"]].sort_values("elements")
     label = "copying, beyond the caches"
     panel.plot(copy["elements"], copy["copy_gb_s"], "--", color="#1f2328", label=label)
     lines_of(panel, rows, "elements", "gb_s")

@@ -6,15 +6,20 @@ import argparse
 import csv
 import gc
 import json
+import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from bench.cases import SHORT, Case, select
+from bench.clocks import Clocks
 from bench.competitors import OURS, Competitor, found, that_fit
-from bench.machine import REPOSITORY, describe, free_bytes, slug
-from bench.measure import Effort, Result, Times, measure, ratio, spread
+from bench.copying import copied_bytes
+from bench.devices import DEVICES
+from bench.machine import REPOSITORY, cores, describe, free_bytes, slug
+from bench.measure import Effort, Result, Times, measure, median, ratio, spread, threads_of
 from bench.show import Show
 
 RESULTS = REPOSITORY / "bench" / "results"  # Results to keep, which git tracks.
@@ -35,12 +40,14 @@ class Row:
     """One line of the results: one competitor on one case. Times are microseconds.
 
     `step_us` is the whole step, until its result is there; on CUDA `host_us` is what the Python
-    thread pays and `device_us` what the GPU needs when the host is ahead. `ratio` is this
-    competitor's step time over warpstep's, so above 1 warpstep is faster. `gb_s` is the floor bytes
-    over the device's time; `copy_share` compares warpstep's, round by round, with the copy loop's.
-    `difference_lr` is how far the parameters were from warpstep's after the warm-up steps, in the
-    mean and in learning rates; `others_cores` how many cores other processes kept busy. Where
-    `left_out` gives a reason, nothing was measured.
+    thread pays and `device_us` what the GPU needs when the host is ahead (nothing where the
+    launches do not fit its queue). `ratio` is this competitor's step time over that of the one
+    `against` which it is measured, so above 1 that one is faster; `host_ratio` and `device_ratio`
+    likewise. `gb_s` is the floor bytes over the device's time, on a CPU the step's; `copy_share`
+    compares that time, round by round, with the copy loop's. `sm_mhz` is the GPU's clock meanwhile,
+    its median, and `sm_mhz_min` its least. `difference_lr` is how far the parameters were from
+    warpstep's after the warm-up steps, in the mean and in learning rates; `others_cores` how many
+    cores other processes kept busy. Where `left_out` gives a reason, nothing was measured.
     """
 
     case: str
@@ -51,6 +58,7 @@ class Row:
     groups: int
     elements: int
     competitor: str
+    threads: int | None = None
     rounds: int = 0
     step_us: float | None = None
     step_us_p10: float | None = None
@@ -58,13 +66,18 @@ class Row:
     step_us_mean: float | None = None
     host_us: float | None = None
     device_us: float | None = None
+    against: str = ""
     ratio: float | None = None
     ratio_p10: float | None = None
     ratio_p90: float | None = None
+    host_ratio: float | None = None
+    device_ratio: float | None = None
     gb_s: float | None = None
     copy_gb_s: float | None = None
     copy_share: float | None = None
     copy_kind: str = ""
+    sm_mhz: float | None = None
+    sm_mhz_min: float | None = None
     difference_lr: float | None = None
     others_cores: float | None = None
     left_out: str = ""
@@ -82,30 +95,37 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         groups=case.groups,
         elements=case.elements,
         competitor=competitor.id,
+        threads=case.threads,
     )
     times = result.times.get(competitor.id, Times())
     if not times.step:
         line.left_out = left_out or times.left_out or "no rounds"
         return line
     step = spread(times.step)
+    assert step is not None
     line.rounds = len(times.step)
     line.step_us, line.step_us_p10, line.step_us_p90, line.step_us_mean = (
         t / 1e3 for t in (step.median, step.p10, step.p90, step.mean)
     )
-    if times.device:
-        line.host_us = spread(times.host).median / 1e3
-        line.device_us = spread(times.device).median / 1e3
-    ours = result.times.get(OURS)
-    if ours is not None and ours.step:
-        ratios = ratio(times.step, ours.step)
-        line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
-    if competitor.same_formats and case.sequence == "step":
-        moving = times.device or times.step
-        line.gb_s = case.floor_bytes / spread(moving).median
-        if result.copy and competitor.id == OURS:
-            line.copy_gb_s = case.floor_bytes / spread(result.copy).median
-            line.copy_share = ratio(result.copy, moving).median
+    line.host_us, line.device_us = (
+        None if of is None else of.median / 1e3 for of in map(spread, (times.host, times.device))
+    )
+    other = result.times.get(competitor.against)
+    if other is not None and other.step:
+        line.against = competitor.against
+        if ratios := ratio(times.step, other.step):
+            line.ratio, line.ratio_p10, line.ratio_p90 = ratios.median, ratios.p10, ratios.p90
+        line.host_ratio = median(ratio(times.host, other.host))
+        line.device_ratio = median(ratio(times.device, other.device))
+    moving = times.device or times.step
+    moved_in = spread(moving)
+    if competitor.same_formats and case.sequence == "step" and moved_in:
+        line.gb_s = case.floor_bytes / moved_in.median
+        if copied_in := spread(result.copy):
+            line.copy_gb_s = case.floor_bytes / copied_in.median
+            line.copy_share = median(ratio(result.copy, moving))
             line.copy_kind = result.copy_kind
+    line.sm_mhz, line.sm_mhz_min = result.sm_mhz
     line.difference_lr = times.difference_lr
     line.others_cores = result.others_cores
     return line
@@ -131,6 +151,8 @@ def in_words(case: Case, rows: list[Row]) -> str:
         reasons = ", ".join(line.left_out for line in rows if line.competitor == OURS)
         return f"{case.id}: warpstep was not measured: {reasons}"
     share = f"{ours.copy_share:.0%} of copy" if ours.copy_share and case.is_memory_bound else ""
+    if ours.device_us is not None and ours.host_us is not None:
+        share = f"host {ours.host_us:,.0f}, device {ours.device_us:,.1f} us {share:>12}"
     others = [
         f"{name.removeprefix('torch-')} {line.ratio:.2f}x"
         for name, line in by_id.items()
@@ -155,6 +177,8 @@ def arguments() -> argparse.Namespace:
         help="cases whose id matches, such as 'gpt2-*'; may be repeated",
     )
     parser.add_argument("--rounds", type=int, help="rounds a case, instead of a time budget")
+    parser.add_argument("--minutes", type=float, help="begin no case after so many")
+    parser.add_argument("--commit", help="the commit measured, where there is no .git to tell it")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--record",
@@ -183,7 +207,11 @@ def expected_seconds(case: Case, competitors: list[Competitor], given: argparse.
 
 
 def run_case(
-    case: Case, competitors: list[Competitor], given: argparse.Namespace, show: Show
+    case: Case,
+    competitors: list[Competitor],
+    given: argparse.Namespace,
+    show: Show,
+    clocks: Clocks,
 ) -> list[Row]:
     """Measures one case and frees it."""
     device: str = given.device
@@ -191,14 +219,23 @@ def run_case(
     if given.quick:
         declined |= {c.id: "takes too long for --quick" for c in competitors if c.compiled}
     willing = [c for c in competitors if declined[c.id] is None]
-    kept, too_many = that_fit(willing, case, free_bytes(device))
+    copied = copied_bytes(case) if device == "cuda" else 0
+    kept, too_many = that_fit(willing, case, free_bytes(device) - copied)
     declined |= {c.id: "no memory left for its copy" for c in too_many}
     effort = QUICK if given.quick else FULL
     if given.rounds is not None:
         effort = Effort(given.rounds, given.rounds, 0)
-    result = measure(
-        case, kept, device, effort=effort, say=lambda what: show.doing(f"{case.id}: {what}")
-    )
+    first = clocks.count()
+    with threads_of(case):
+        result = measure(
+            case,
+            kept,
+            DEVICES[device],
+            effort=effort,
+            say=lambda what: show.doing(f"{case.id}: {what}"),
+        )
+    if (sm := clocks.summary(first).get("clocks.sm MHz")) is not None:
+        result.sm_mhz = sm["median"], sm["min"]
     torch._dynamo.reset()
     gc.collect()
     if device == "cuda":
@@ -210,14 +247,14 @@ def main() -> None:
     """Measures the cases asked for, writing the results after each."""
     given = arguments()
     try:
-        cases = select(given.device, given.quick, tuple(given.only))
+        cases = select(given.device, given.quick, tuple(given.only), cores())
     except ValueError as error:
         raise SystemExit(str(error)) from None
     competitors, absent = found(given.device)
     if OURS in absent:
         raise SystemExit(f"warpstep cannot be imported ({absent[OURS]}); `pip install .` first")
 
-    machine = describe(given.device) | {"absent": absent}
+    machine = describe(given.device, given.commit) | {"absent": absent}
     # A partial run goes beside a whole one.
     partial = ".partial" if given.quick or given.only else ""
     folder = given.out or (RESULTS if given.record else TRIALS) / (slug(machine) + partial)
@@ -235,19 +272,27 @@ def main() -> None:
     )
     print("warpstep's time, then how many times longer each of the others takes:")
     rows: list[Row] = []
-    with Show(seconds) as show:
+    start = time.monotonic()
+    clocks = Clocks(folder / "clocks.csv")
+    with Show(seconds) as show, clocks if given.device == "cuda" else nullcontext():
         for case in cases:
-            lines = run_case(case, competitors, given, show)
+            if given.minutes and time.monotonic() - start > 60 * given.minutes:
+                lines = [row(Result(case, {}), c, "no time left") for c in competitors]
+            else:
+                lines = run_case(case, competitors, given, show, clocks)
             rows.extend(lines)
             write(folder / "steps.csv", rows)
             show.done(in_words(case, lines))
+            if found_clocks := clocks.summary():
+                machine["clocks"] = found_clocks
+                (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     for line in rows:
         if line.difference_lr is not None and line.difference_lr > SUSPICIOUS_DIFFERENCE_LR:
             print(
                 f"{line.competitor} on {line.case}: parameters end {line.difference_lr:.2g} "
                 "learning rates from warpstep's in the mean; one of the two computes something else"
             )
-    if given.record:
+    if folder.is_relative_to(RESULTS):
         print(f"Written to {folder}; `make report` makes README's tables and plots of it.")
     else:
         print(f"Written to {folder}; --record writes results to keep into {RESULTS}.")

@@ -1,7 +1,6 @@
-"""The benchmark's own arithmetic: cases, floors, ratios, what fits, and the report."""
+"""The benchmark's own arithmetic: cases, floors, ratios, what fits, and when it ends."""
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -15,17 +14,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-pytest.importorskip("rich")
-pd = pytest.importorskip("pandas")
-pytest.importorskip("matplotlib")
-
-from bench import measure, report, run  # noqa: E402
+from bench import copying, measure, run  # noqa: E402
 from bench.cases import CASES, Case, equal, gpt2, resnet50, select, vit  # noqa: E402
-from bench.competitors import BASELINE, COMPETITORS, OURS, PLAIN, that_fit  # noqa: E402
+from bench.competitors import (  # noqa: E402
+    BASELINE,
+    COMPETITORS,
+    OURS,
+    that_fit,
+)
+from bench.devices import DEVICES  # noqa: E402
 from bench.machine import Others, busy_core, slug  # noqa: E402
-from bench.run import Row, row, write  # noqa: E402
+from bench.run import row  # noqa: E402
 
 BY_ID = {competitor.id: competitor for competitor in COMPETITORS}
+CPU = DEVICES["cpu"]
 
 
 def test_ids_are_unique():
@@ -89,7 +91,7 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     case = Case("tiny", "small", equal(3, 7), groups=2, offset=1)
     competitors = [BY_ID[OURS], BY_ID[BASELINE], BY_ID["torch-forloop"]]
     result = measure.measure(
-        case, competitors, "cpu", effort=measure.Effort(2, 2, 0), say=lambda what: None
+        case, competitors, CPU, effort=measure.Effort(2, 2, 0), say=lambda what: None
     )
     assert {name: len(times.step) for name, times in result.times.items()} == {
         c.id: 2 for c in competitors
@@ -101,13 +103,27 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     assert line.left_out == ""
 
 
+def test_threads_are_the_cases_own_and_no_more_than_cores(monkeypatch):
+    ids = [c.id for c in select("cpu", False, ("*-threads",), cores=4)]
+    assert "gpt2-124m/bf16/4-threads" in ids
+    assert "2000x256/tail/1-threads" in ids
+    assert not any("/8-" in id or "/16-" in id for id in ids)
+    before = torch.get_num_threads()
+    case = next(c for c in CASES if c.id == "one-2^26/1-threads")
+    with measure.threads_of(case):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    assert BY_ID[BASELINE].declines(case, "cpu") is None
+    assert BY_ID["torch-foreach"].declines(case, "cpu").startswith("is not measured on")
+
+
 def test_a_competitor_that_fails_is_left_out_with_its_reason():
     broken = measure.Competitor("broken", "torch.optim", "AdamW", (("nonsense", 1),))
     case = Case("tiny", "small", equal(1, 4))
     result = measure.measure(
         case,
         [BY_ID[BASELINE], broken],
-        "cpu",
+        CPU,
         effort=measure.Effort(1, 1, 0),
         say=lambda what: None,
     )
@@ -144,7 +160,7 @@ def test_a_case_beside_a_busy_core_is_measured_beside_one(monkeypatch):
     effort = measure.Effort(2, 2, 0)
     case = Case("tiny", "busy-core", equal(3, 1), beside_busy_core=True)
     for each in (case, replace(case, beside_busy_core=False)):
-        measure.measure(each, [BY_ID[OURS]], "cpu", effort=effort, say=begun.append)
+        measure.measure(each, [BY_ID[OURS]], CPU, effort=effort, say=begun.append)
     assert [word for word in begun if not word.startswith("warming")] == [
         *("busy", "round 1", "round 2", "over"),
         *("round 1", "round 2"),
@@ -157,145 +173,19 @@ def test_slug_is_a_plain_folder_name():
     assert slug({"device": "cuda", "name": "NVIDIA H200", "cores": 16}) == "nvidia-h200"
 
 
-MACHINE = {
-    "device": "cpu",
-    "name": "A CPU",
-    "cores": 2,
-    "threads": 2,
-    "torch": "2.13.0",
-    "warpstep": "0.1.0",
-    "commit": "abc",
-    "date": "2026-01-01",
-    "driver": "570.1",
-    "cuda": "12.8",
-    "absent": {"optimi": "not there"},
-}
-
-
-def line(case: str, family: str, competitor: str, tensors: int, **more: object) -> Row:
-    measured: dict[str, object] = {
-        "rounds": 7,
-        "step_us": 250.0,
-        "step_us_mean": 300.0,
-        "ratio": 1.0,
-        "ratio_p10": 0.9,
-        "ratio_p90": 1.1,
-        "gb_s": 10.0,
-        "copy_gb_s": 12.0,
-        "copy_share": 0.83,
-        "copy_kind": "torch copy_",
-    }
-    return Row(case, family, "step", "f32", tensors, 1, 64 * tensors, competitor, **measured | more)
-
-
-def save(folder: Path, machine: dict[str, object], rows: list[Row]) -> None:
-    folder.mkdir()
-    (folder / "machine.json").write_text(json.dumps(machine))
-    write(folder / "steps.csv", rows)
-
-
-@pytest.fixture
-def results(tmp_path):
-    folder = tmp_path / "results"
-    folder.mkdir()
-    nothing = dict.fromkeys(("step_us", "ratio", "ratio_p10", "ratio_p90", "gb_s", "copy_gb_s"))
-    rows = [
-        line("lost", "model", OURS, 2),
-        line("lost", "model", BASELINE, 2, ratio=0.9, ratio_p10=0.8, ratio_p90=0.95),
-        line("lost", "model", "torch-compiled", 2, **nothing, rounds=0, left_out="too long"),
-        *(line(f"host-{n}", "host", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
-        *(line(f"t-{n}", "sweep-tensors", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
-        *(line(f"e-{n}", "sweep-elements", c, n) for n in (10, 100) for c in (OURS, BASELINE)),
-        line("b-10/busy-core", "busy-core", OURS, 10, step_us_mean=5000.0),
-        line("b-10/busy-core", "busy-core", BASELINE, 10, step_us=500.0),
-    ]
-    save(folder / "a-cpu", MACHINE, rows)
-    save(folder / "b-gpu", MACHINE | {"device": "cuda", "name": "A GPU"}, rows)
-    save(folder / "cpu.partial", MACHINE | {"name": "Unfinished"}, rows)
-    return folder
-
-
-def test_report_fills_the_blocks_gpu_first_with_losses_and_conditions(results):
-    text = "\n".join(
-        f"<!-- bench:begin {name} -->\nold\n<!-- bench:end {name} -->\nkept"
-        for name in ("summary", "host", "busy-core", "tail")
-    )
-    blocks = report.blocks(report.load(results))
-    filled = report.insert(text, blocks)
-    assert filled.index("A GPU") < filled.index("A CPU")
-    assert "Unfinished" not in filled
-    assert "old" not in filled
-    assert filled.count("kept") == 4
-    assert "0.90x ▼" in filled
-    assert "optimi" in filled
-    assert "A dash means not measured: compiled (too long)." in filled
-    assert "| b-10 | 250 µs | 500 µs | 2.0x | 5 ms | 300 µs | 0.1x ▼ |" in filled
-    assert blocks["tail"] == ""  # no machine has measured it
-    assert report.insert(filled, blocks) == filled
-
-
-def of_summary(folder: Path, *rows: Row) -> str:
-    save(folder, MACHINE, list(rows))
-    return report.summary(report.load(folder.parent)[0])
-
-
-def test_report_shows_no_share_of_a_copy_that_was_slower_than_the_step(tmp_path):
-    large = {"step_us": 31e3, "gb_s": 92.0}  # 2.9 GB
-    text = of_summary(
-        tmp_path / "a",
-        line("most", "model", OURS, 2, **large, copy_gb_s=90.0, copy_share=1.02),
-        line("slow", "model", OURS, 2, **large, copy_gb_s=46.0, copy_share=1.99),
-        line("small", "model", OURS, 2, copy_share=0.4),
-    )
-    assert re.findall(r"\d+%", text) == ["102%"]
-    assert "No share is shown where copying was slower than the step" in text
-    assert "It ran at 46 to 90 GB/s" in text
-    assert "not between lines or tables" in text
-
-
-def test_report_says_in_english_why_there_are_dashes(tmp_path):
-    missing = {"rounds": 0, "step_us": None, "ratio": None}
-    text = of_summary(
-        tmp_path / "a",
-        *(line(case, "model", OURS, 2) for case in ("one", "two")),
-        *(line("one", "model", c, 2) for c in ("torch-foreach", "optimi")),
-        *(
-            line("two", "model", c, 2, **missing, left_out="no memory left for its copy")
-            for c in ("torch-foreach", "optimi")
-        ),
-        line("one", "model", PLAIN, 2, **missing, left_out="is not measured on step"),
-    )
-    assert text.endswith("A dash means not measured: foreach and optimi where no memory was left.")
-
-
-def test_names_are_listed_as_in_a_sentence():
-    assert report.listed(["a"]) == "a"
-    assert report.listed(["a", "b", "c"]) == "a, b and c"
-
-
-def test_report_shows_a_sequence_beside_the_step_of_the_same_rounds(tmp_path):
-    times = {OURS: 400.0, BASELINE: 800.0, PLAIN: 300.0}
-    rows = [line("m/clip", "tail", c, 2, step_us=t, ratio=t / 400) for c, t in times.items()]
-    save(tmp_path / "a", MACHINE, [replace(row, sequence="clip") for row in rows])
-    text = report.tail(report.load(tmp_path)[0])
-    header, _, cells = text.splitlines()
-    assert header.endswith("warpstep's step alone, same rounds |")
-    assert [cell.strip() for cell in cells.split("|")[3:5]] == ["400 µs", "800 µs"]
-    assert cells.endswith("| 300 µs |")
-
-
 def test_copying_leaves_what_it_moves_as_it_was():
     case = Case("m", "model", ((70_000,), (131_077,), (3,)), dtype="bfloat16", offset=1)
     entry = measure.Entry(
         BY_ID[OURS],
         case,
-        measure.random_tensors(case, "cpu", 0.02),
-        measure.random_tensors(case, "cpu", 1e-3),
+        measure.random_tensors(case, CPU.memory, 0.02),
+        measure.random_tensors(case, CPU.memory, 1e-3),
+        CPU,
     )
     entry.backward()
     entry.step()
     before = [[t.clone() for t in (p, s, v)] for p, _, s, v in entry.operands()]
-    copy = measure.copy_loop(case, [entry])
+    copy = copying.copy_loop(case, [entry], CPU)
     assert copy is not None
     assert copy.nanoseconds() > 0
     after = [(p, s, v) for p, _, s, v in entry.operands()]
@@ -306,10 +196,10 @@ def test_copying_leaves_what_it_moves_as_it_was():
 
 def test_copying_covers_all_but_an_edge_of_the_memory_that_is_stepped():
     base = torch.zeros(200_003, dtype=torch.bfloat16)
-    parts = measure.as_floats(base[1:200_002], torch.zeros(200_001, dtype=torch.bfloat16))
+    parts = copying.as_floats(base[1:200_002], torch.zeros(200_001, dtype=torch.bfloat16))
     assert parts[0].data_ptr() == base.data_ptr() + 4
     assert {part.numel() for part in parts} == {100_000}
-    assert measure.as_floats(torch.zeros(100)) == []
+    assert copying.as_floats(torch.zeros(100)) == []
 
 
 def test_a_run_says_how_long_it_takes_and_leaves_the_kept_results_alone(monkeypatch, capsys):
@@ -327,6 +217,18 @@ def test_a_run_says_how_long_it_takes_and_leaves_the_kept_results_alone(monkeypa
     assert "--record is for whole runs" in capsys.readouterr().err
 
 
+def test_a_run_ends_in_time_and_says_what_it_left_out(monkeypatch, tmp_path, capsys):
+    only = ["--device", "cpu", "--only", "host-100", "--only", "host-1000"]
+    ends = ["--minutes", "1e-9", "--out", str(tmp_path), "--commit", "abc123"]
+    monkeypatch.setattr(sys, "argv", ["bench.run", *only, *ends])
+    run.main()
+    assert "host-100: warpstep was not measured: no time left" in capsys.readouterr().out
+    lines = (tmp_path / "steps.csv").read_text().splitlines()
+    assert len(lines) > 4
+    assert all(text.endswith(",no time left") for text in lines[1:])
+    assert json.loads((tmp_path / "machine.json").read_text())["commit"] == "abc123"
+
+
 @pytest.mark.slow
 def test_a_partial_run_from_the_command_line(tmp_path):
     done = subprocess.run(
@@ -341,21 +243,3 @@ def test_a_partial_run_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 cases, about 1 min on an idle machine" in done.stdout
     assert "host-100" in (tmp_path / "steps.csv").read_text()
-
-
-def test_report_refuses_a_block_that_it_cannot_fill(results):
-    blocks = report.blocks(report.load(results))
-    with pytest.raises(ValueError, match="no table is called 'wrong'; there are: summary, host"):
-        report.insert("<!-- bench:begin wrong -->", blocks)
-    with pytest.raises(ValueError, match="has no <!-- bench:end host -->"):
-        report.insert("<!-- bench:begin host -->", blocks)
-
-
-def test_report_draws_the_plots(results, tmp_path):
-    loaded = report.load(results)
-    report.figure(loaded, "sweep-tensors", report.draw_tensors, tmp_path / "tensors.png")
-    report.figure(loaded, "sweep-elements", report.draw_bandwidth, tmp_path / "bandwidth.png")
-    report.figure(loaded, "no such family", report.draw_tensors, tmp_path / "none.png")
-    assert (tmp_path / "tensors.png").stat().st_size > 1000
-    assert (tmp_path / "bandwidth.png").stat().st_size > 1000
-    assert not (tmp_path / "none.png").exists()

@@ -40,7 +40,9 @@ def set_grads(*lists, seed):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("tail", [False, True])
 def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, tail):
-    """With the tail: clipped, averaged, counted and zeroed inside the graph as well."""
+    """With the tail: clipped, averaged, counted and zeroed inside the graph, too. Then nothing is
+    scaled: a scale that the clipping was not told of makes the step raise.
+    """
     sizes = (1, 1000, 40_001)
     lr = torch.tensor(1e-2, device="cuda")
     arguments = {"lr": lr, "capturable": True, "backend": gpu_backend}
@@ -55,7 +57,8 @@ def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, ta
     (eager, eager_params), (graphed, graphed_params) = pair(sizes, **arguments)
     if scaled:
         for optimizer in (eager, graphed):
-            optimizer.grad_scale = torch.tensor(8.0, device="cuda")
+            if not tail:
+                optimizer.grad_scale = torch.tensor(8.0, device="cuda")
             optimizer.found_inf = torch.tensor(0.0, device="cuda")
 
     side = torch.cuda.Stream()
@@ -110,18 +113,19 @@ def test_the_step_runs_on_the_current_stream(gpu_backend):
     """On a side stream behind a long kernel: nothing may overtake it, nothing may wait for it."""
     ((optimizer, params), (plain, plain_params)) = pair((1 << 20,), backend=gpu_backend)
     set_grads(params, plain_params, seed=1)
-    for o in (optimizer, plain):
-        o.step()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    # The first turn loads kernels and allocates, for which a host may wait; the second must not.
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
-        params[0].grad.mul_(2)
-        optimizer.step()
+        for pause in (1, 200_000_000):
+            torch.cuda._sleep(pause)
+            params[0].grad.mul_(2)
+            optimizer.step()
         assert not side.query()  # the host did not wait
     torch.cuda.current_stream().wait_stream(side)
-    plain_params[0].grad.mul_(2)
-    plain.step()
+    for _ in range(2):
+        plain_params[0].grad.mul_(2)
+        plain.step()
     assert torch.equal(bits(params[0]), bits(plain_params[0]))
 
 
