@@ -41,6 +41,11 @@ class Bucket:
         """Whether the native module launches it."""
         return True
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks all its tensors are cut into."""
+        return int(self.bound.chunk_count(self.index))
+
     def count_chunks(self) -> list[int]:
         """How many chunks each tensor is cut into."""
         counts: list[int] = self.bound.chunk_counts(self.index)
@@ -54,8 +59,7 @@ class Bucket:
         """Where chunks leave their sums: made once, for graphs to keep."""
         if self.statistics is None:
             counts = torch.tensor(self.count_chunks(), dtype=torch.int64, device="cpu")
-            shape = (int(counts.sum()), 4)
-            self.statistics = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.statistics = torch.zeros((self.chunks, 4), dtype=torch.float64, device=self.device)
             self.chunk_counts = counts.to(self.device)
         return self.statistics
 
@@ -73,8 +77,7 @@ class Bucket:
 
     def share_of_norm(self, is_largest: bool) -> Tensor:
         """The sum of the gradients' squares, or the largest magnitude: over whole tensors."""
-        chunks = sum(self.count_chunks())
-        out = torch.zeros(2 + chunks, dtype=torch.float64, device=self.device)
+        out = torch.zeros(2 + self.chunks, dtype=torch.float64, device=self.device)
         self._launch_norm(is_largest, out)
         return (largest if is_largest else summed)(out[0], self.shards)
 
@@ -145,7 +148,6 @@ class TritonBucket(Bucket):
 
     def bind(self, bound: Any, index: int) -> None:
         """Makes the tensor table that Triton's kernels read."""
-        super().bind(bound, index)
 
         def stream(key: str) -> list[Tensor]:
             return [_flat(entry.state[key]) for entry in self.entries]
@@ -160,9 +162,15 @@ class TritonBucket(Bucket):
             [entry.group for entry in self.entries],
             self.device,
         )
+        super().bind(bound, index)
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks, which are programs here, all its tensors are cut into."""
+        return int(self.table.programs)
 
     def count_chunks(self) -> list[int]:
-        """How many chunks, which are programs here, each tensor is cut into."""
+        """How many each tensor is cut into."""
         counts: list[int] = self.table.chunk_counts.tolist()
         return counts
 
