@@ -31,7 +31,7 @@ def test_one_launch_a_step(backend, device, tensors, groups, expected):
     if backend != "cuda":
         expected = 1  # only CUDA's arguments are limited
     if INTERPRETED and backend == "triton":
-        tensors, groups = min(tensors, 100), min(groups, 100)  # at some 5 ms a tensor
+        tensors, groups = min(tensors, 20), min(groups, 20)  # at some 5 ms a tensor
     params = small_params(tensors, device)
     if groups > 1:
         per_group = tensors // groups

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import warpstep
+from compilers import quick_compiler
 from warpstep import backends
 
 pytest.importorskip("setuptools", minversion="77")
@@ -375,10 +376,30 @@ def test_a_source_distribution_has_all_sources(sources):
 
 @pytest.mark.slow
 def test_a_source_distribution_gives_the_native_backend(sources, environment, tmp_path):
-    install = (environment, "-m", "pip", "install", "--no-build-isolation", "--no-deps")
-    run(*install, "--no-index", build_sdist(sources))
-    printed = run(environment, "-c", STEP, cwd=tmp_path, PYTHONPATH="").stdout
+    """First without a compiler; then by what the report says to run."""
+    with tarfile.open(build_sdist(sources)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    bin = environment.parent
+    (bin / "pip").write_text(f'#!/bin/sh\nexec "{environment}" -m pip "$@"\n')
+    (bin / "pip").chmod(0o755)
+    # The build's tools are those installed.
+    alone = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": ""}
+    alone["PATH"] = f"{bin}:{os.environ['PATH']}"
+
+    def do(command, compiler, check=True):
+        return run("bash", "-c", command, cwd=source, check=check, CXX=compiler, **alone)
+
+    def report():
+        return run(environment, "-c", STEP, cwd=tmp_path, PYTHONPATH="").stdout
+
+    do("pip install --no-deps .", "/bin/false")
+    printed = report()
     assert printed.startswith(str(environment.parent.parent))
+    assert f"run `{backends.REINSTALL}` in warpstep's source folder." in printed
+    assert do(backends.REINSTALL, "/bin/false", check=False).returncode != 0
+    do(backends.REINSTALL, quick_compiler(tmp_path))
+    printed = report()
     assert "cpu: steps run on the 'cpu' backend" in printed
     assert "CUDA code none: WARPSTEP_CUDA was OFF" in printed
 
