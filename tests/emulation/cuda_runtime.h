@@ -1,8 +1,9 @@
-// Stands in for the CUDA built-ins that kernels/adamw.cu uses, so that it compiles for the host.
+// Stands in for the CUDA built-ins that the kernels use, so that they compile for the host.
 //
-// Device memory is host memory. A block's threads are fibers, run one at a time up to the next
-// __syncthreads(); blocks run one after the other, in shuffled order. What this cannot show:
-// data races between threads that really run at once, and memory ordering.
+// Device memory is host memory. A block's threads are fibers, run one at a time, in shuffled order,
+// up to the next __syncthreads(). A block's fibers share a thread of the operating system, and so
+// what is thread_local. Compiled for the thread sanitizer, blocks run at once, and what neither a
+// barrier nor an atomic's memory order keeps apart is a data race.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // one block at a time
+#define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
@@ -33,22 +34,21 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
 
 namespace emulation {
-extern dim3 thread_index, block_index, block_size;
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
 void synchronize_threads();
 // Runs `thread` for every thread of every block.
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread);
 }  // namespace emulation
 
-#define threadIdx (emulation::thread_index)
-#define blockIdx (emulation::block_index)
-#define blockDim (emulation::block_size)
+#define threadIdx (emulation::thread_index())
+#define blockIdx (emulation::block_index())
+#define blockDim (emulation::block_size())
 
 inline void __syncthreads() { emulation::synchronize_threads(); }
-inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
-  const unsigned before = *to;
-  *to += value;
-  return before;
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
