@@ -177,11 +177,8 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "set_device_tables",
           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-             std::uintptr_t arrivals, std::uintptr_t hypers) {
-            plan.set_device_tables(bucket, {rows, chunks, arrivals, hypers});
-          },
-          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"),
-          py::arg("hypers"))
+             std::uintptr_t arrivals) { plan.set_device_tables(bucket, {rows, chunks, arrivals}); },
+          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
 

@@ -249,11 +249,6 @@ bool needs_tail(const Launch& launch) {
 
 }  // namespace
 
-bool cuda_needs_hyper_table(std::uint32_t tensors, std::uint32_t groups) {
-  const std::uint32_t in_launch = min_of(tensors, kTensorsPerLaunch);
-  return std::uint64_t{groups} * kHyperWords + in_launch > kPayloadWords;
-}
-
 CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error) return {guard.error, 0};
@@ -263,12 +258,6 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
   args.tail = launch.tail;
-  if (cuda_needs_hyper_table(launch.tensors, launch.groups)) {
-    args.device_hypers = static_cast<const Hyper*>(tables.hypers);
-  } else {
-    args.groups = launch.groups;
-    std::memcpy(args.payload, launch.hypers, launch.groups * sizeof(Hyper));
-  }
 
   Kernel kernel = nullptr;
   visit_recipe(launch.recipe, [&](auto recipe) {
@@ -289,13 +278,6 @@ bool cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   return status != cudaStreamCaptureStatusNone;
-}
-
-int cuda_copy_to_device(void* to, const void* from, std::size_t bytes, int device, void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error) return guard.error;
-  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice,
-                         static_cast<cudaStream_t>(stream));
 }
 
 const char* cuda_error_text(int error) {

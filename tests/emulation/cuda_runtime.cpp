@@ -138,7 +138,20 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
   }
 }
 
+bool capturing = false;
+std::vector<std::function<void()>> graph;
+
 }  // namespace
+
+void launch(std::function<void()> grid) {
+  if (capturing) {
+    graph.push_back(std::move(grid));
+  } else {
+    grid();
+  }
+}
+
+bool is_capturing() { return capturing; }
 
 dim3 thread_index() { return block.thread; }
 dim3 block_index() { return block.index; }
@@ -177,3 +190,14 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& th
 }
 
 }  // namespace emulation
+
+#define EXPORTED __attribute__((visibility("default")))
+
+EXPORTED void emulated_capture_begin() {
+  emulation::graph.clear();
+  emulation::capturing = true;
+}
+EXPORTED void emulated_capture_end() { emulation::capturing = false; }
+EXPORTED void emulated_replay() {
+  for (const auto& grid : emulation::graph) grid();
+}

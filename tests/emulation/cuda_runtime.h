@@ -30,8 +30,7 @@ struct alignas(16) uint4 {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidDeviceFunction = 98 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 namespace emulation {
 dim3 thread_index();
@@ -40,7 +39,17 @@ dim3 block_size();
 void synchronize_threads();
 // Runs `thread` for every thread of every block.
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread);
+// Runs a launch; or, while the stream is being captured, keeps it for the graph's replays.
+void launch(std::function<void()> grid);
+bool is_capturing();
 }  // namespace emulation
+
+// For tests, by ctypes: what torch.cuda.graph does, for the only stream that there is.
+extern "C" {
+void emulated_capture_begin();
+void emulated_capture_end();
+void emulated_replay();
+}
 
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
@@ -56,18 +65,15 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
+  *status = emulation::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 template <class Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
                              std::size_t, cudaStream_t) {
   static_assert(sizeof(Argument) <= 32764, "a CUDA kernel takes no more arguments");
-  const Argument& argument = *static_cast<const Argument*>(arguments[0]);
-  emulation::run_grid(grid.x, block.x, [&] { kernel(argument); });
+  const Argument argument = *static_cast<const Argument*>(arguments[0]);
+  emulation::launch([=] { emulation::run_grid(grid.x, block.x, [&] { kernel(argument); }); });
   return cudaSuccess;
 }

@@ -58,7 +58,7 @@ int run() {
 
   const auto count = static_cast<std::uint32_t>(chunks.size());
   std::vector<std::uint32_t> arrivals(kTensors, 0);
-  const CudaTables tables{rows.data(), chunks.data(), arrivals.data(), nullptr};
+  const CudaTables tables{rows.data(), chunks.data(), arrivals.data()};
   constexpr RecipeKey kRecipe{Format::float32, Format::float32, Format::float32, false};
   Launch launch{kRecipe, {}, rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(), count};
 
