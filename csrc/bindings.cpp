@@ -77,10 +77,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
   m.attr("why_no_cuda") = "";
   m.def("cuda_device_count", cuda_device_count);
+  m.def("cuda_device_reason", cuda_device_reason);
 #else
   m.attr("cuda_architectures") = py::none();
   m.attr("why_no_cuda") = WARPSTEP_WHY_NO_CUDA;
   m.def("cuda_device_count", [] { return 0; });
+  m.def("cuda_device_reason", [](int) { return std::string(WARPSTEP_WHY_NO_CUDA); });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);
   m.def("restarts_calls", [](int signal) {  // whether system calls go on after a signal

@@ -274,6 +274,25 @@ int cuda_device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+std::string cuda_device_reason(int device) {
+  const DeviceGuard guard(device);
+  int error = guard.error, driver = 0, major = 0;
+  if (!error) error = cudaDriverGetVersion(&driver);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error && (driver < 12010 || major < 7)) {
+    return "a kernel has 32 KB of arguments from compute capability 7.0 and CUDA 12.1 on, and its "
+           "is " +
+           std::to_string(major) + ".x, its driver's CUDA " + std::to_string(driver / 1000) + "." +
+           std::to_string(driver % 1000 / 10);
+  }
+  cudaFuncAttributes attributes;  // of any kernel: all are in one image
+  const auto kernel = adamw_kernel<Recipe<float32, float32, float32, false>, false>;
+  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (!error) return "";
+  cudaGetLastError();  // and forgets it
+  return std::string("the CUDA kernels do not load there: ") + cuda_error_text(error);
+}
+
 bool cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);

@@ -1,7 +1,7 @@
 // The CUDA launcher, for callers that know no CUDA.
 #pragma once
 
-#include <cstddef>
+#include <string>
 
 #include "tables.h"
 
@@ -35,6 +35,8 @@ CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tab
                           int device, void* stream);
 
 int cuda_device_count();
+// Why `device` cannot run the kernels; empty if it can. Makes its primary context.
+std::string cuda_device_reason(int device);
 bool cuda_is_capturing(void* stream);
 const char* cuda_error_text(int error);
 

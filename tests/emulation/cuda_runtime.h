@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -64,6 +65,24 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// A device that cannot run the kernels, if an environment variable says so.
+inline int emulated_fact(const char* variable, int usually) {
+  const char* const value = std::getenv(variable);
+  return value == nullptr ? usually : std::atoi(value);
+}
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = emulated_fact("EMULATED_DRIVER", 13000), cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulated_fact("EMULATED_CAPABILITY", 9), cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return emulated_fact("EMULATED_LOADING", cudaSuccess);
+}
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulation::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
