@@ -83,9 +83,8 @@ def status() -> Status:
         }
         unavailable.update({(str(device), b): r for b, r in reasons.items() if r})
         usable = requested == "auto" or not reasons[requested]
-        available = requested
-        if requested == "auto":
-            available = backends.first_available(device, in_use=in_use)
+        by_itself = backends.first_available(device, in_use=in_use)
+        available = by_itself if requested == "auto" else requested
         chosen[str(device)] = available if usable else "none (see below)"
 
     module, reason = backends.native()
