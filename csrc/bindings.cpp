@@ -77,10 +77,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
   m.attr("why_no_cuda") = "";
   m.def("cuda_device_count", cuda_device_count);
+  m.def("cuda_device_reason", cuda_device_reason);
 #else
   m.attr("cuda_architectures") = py::none();
   m.attr("why_no_cuda") = WARPSTEP_WHY_NO_CUDA;
   m.def("cuda_device_count", [] { return 0; });
+  m.def("cuda_device_reason", [](int) { return std::string(WARPSTEP_WHY_NO_CUDA); });
 #endif
   m.def("cpu_instruction_set", cpu_instruction_set);
   m.def("restarts_calls", [](int signal) {  // whether system calls go on after a signal
@@ -177,11 +179,8 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "set_device_tables",
           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-             std::uintptr_t arrivals, std::uintptr_t hypers) {
-            plan.set_device_tables(bucket, {rows, chunks, arrivals, hypers});
-          },
-          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"),
-          py::arg("hypers"))
+             std::uintptr_t arrivals) { plan.set_device_tables(bucket, {rows, chunks, arrivals}); },
+          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
 

@@ -374,7 +374,7 @@ const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucke
                         static_cast<std::uint32_t>(bucket.chunks.size())};
     const CudaTables tables{reinterpret_cast<const void*>(resident.rows_at),
                             reinterpret_cast<const void*>(resident.chunks_at),
-                            reinterpret_cast<void*>(resident.arrivals_at), nullptr};
+                            reinterpret_cast<void*>(resident.arrivals_at)};
     const CudaResult result = adamw_cuda(launch, tables, device.index, stream);
     launch_counts().cuda += result.launches;
     if (result.error) {

@@ -2,7 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 
@@ -61,6 +61,10 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   hypers_.resize(groups_.size());
   for (Bucket& bucket : buckets_) {
     bucket.grads.resize(bucket.rows.size());
+    if (bucket.spec.backend == Backend::external) {  // whose own rows name the optimizer's groups
+      bucket.groups.resize(groups_.size());
+      std::iota(bucket.groups.begin(), bucket.groups.end(), 0u);
+    }
     cut_chunks(bucket);
   }
 
@@ -133,7 +137,8 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   }
   row.step = static_cast<float*>(step);
   row.numel = numel;
-  row.group = group;
+  if (bucket.groups.empty() || bucket.groups.back() != group) bucket.groups.push_back(group);
+  row.group = static_cast<std::uint32_t>(bucket.groups.size() - 1);
   row.head = head_of(row, recipe);
 
   if (bucket.rows.empty()) bucket.device = param.device;
@@ -152,9 +157,12 @@ void Plan::cut_chunks(Bucket& bucket) {
 }
 
 std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
-  bucket.hypers = hypers_;
+  bucket.hypers.clear();
+  for (const std::uint32_t group : bucket.groups) bucket.hypers.push_back(hypers_[group]);
   for (const TensorScalar& scalar : tensor_scalars_) {
-    Hyper& hyper = bucket.hypers[scalar.group];
+    const auto found = std::lower_bound(bucket.groups.begin(), bucket.groups.end(), scalar.group);
+    if (found == bucket.groups.end() || *found != scalar.group) continue;
+    Hyper& hyper = bucket.hypers[found - bucket.groups.begin()];
     TensorView view;
     tensor_reader().read(scalar.tensor.ptr(), view);
     const bool addressable =
@@ -302,7 +310,7 @@ void check_cuda(int error) {
 
 CudaTables tables_at(const DeviceTables& at) {
   return {reinterpret_cast<const void*>(at.rows), reinterpret_cast<const void*>(at.chunks),
-          reinterpret_cast<void*>(at.arrivals), reinterpret_cast<const void*>(at.hypers)};
+          reinterpret_cast<void*>(at.arrivals)};
 }
 
 }  // namespace
@@ -311,20 +319,6 @@ void Plan::launch_cuda(Bucket& bucket, const Launch& launch) {
   const dlpack::Device device = bucket.device;
   void* stream = tensor_reader().current_stream(device);
   const CudaTables tables = tables_at(bucket.device_tables);
-  const std::size_t bytes = launch.groups * sizeof(Hyper);
-  if (cuda_needs_hyper_table(launch.tensors, launch.groups) &&
-      (bucket.uploaded_hypers.size() != launch.groups ||
-       std::memcmp(bucket.uploaded_hypers.data(), launch.hypers, bytes) != 0)) {
-    // A captured copy would read the host's memory again at every replay.
-    if (cuda_is_capturing(stream)) {
-      throw std::runtime_error(
-          "so many parameter groups need a table on the device, which a graph capture cannot fill: "
-          "take a step with these hyper-parameters before capturing");
-    }
-    bucket.uploaded_hypers.assign(launch.hypers, launch.hypers + launch.groups);
-    check_cuda(cuda_copy_to_device(const_cast<void*>(tables.hypers), bucket.uploaded_hypers.data(),
-                                   bytes, device.index, stream));
-  }
   const CudaResult result = adamw_cuda(launch, tables, device.index, stream);
   launch_counts().cuda += result.launches;
   check_cuda(result.error);
@@ -375,14 +369,6 @@ py::dict Plan::host_tables(std::size_t index) const {
   tables["rows"] = bytes_of_table(bucket.rows);
   tables["chunks"] = bytes_of_table(bucket.chunks);
   tables["arrivals"] = py::bytes(std::string(bucket.rows.size() * sizeof(std::uint32_t), '\0'));
-  std::size_t hypers = 0;
-#ifdef WARPSTEP_CUDA
-  if (cuda_needs_hyper_table(static_cast<std::uint32_t>(bucket.rows.size()),
-                             static_cast<std::uint32_t>(groups_.size()))) {
-    hypers = groups_.size() * sizeof(Hyper);
-  }
-#endif
-  tables["hypers"] = py::bytes(std::string(hypers, '\0'));
   return tables;
 }
 

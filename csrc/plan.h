@@ -43,7 +43,7 @@ struct StepTail {
 
 // Device memory that Python allocated for a bucket (addresses).
 struct DeviceTables {
-  std::uintptr_t rows = 0, chunks = 0, arrivals = 0, hypers = 0;
+  std::uintptr_t rows = 0, chunks = 0, arrivals = 0;
 };
 
 // NOTE [what is kept alive]
@@ -131,8 +131,8 @@ class Plan {
     std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;
     std::vector<std::uint32_t> batches;  // for the CPU
-    std::vector<Hyper> hypers;
-    std::vector<Hyper> uploaded_hypers;  // what lies in device_tables.hypers
+    std::vector<std::uint32_t> groups;   // the optimizer's that it has rows of: theirs index this
+    std::vector<Hyper> hypers;           // of this step, one for each of them
     DeviceTables device_tables;
   };
 

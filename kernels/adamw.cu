@@ -13,13 +13,14 @@
 namespace warpstep {
 namespace {
 
-// Reads the step counter; the last of the tensor's blocks to have read it advances it.
+// Reads the step counter; the last of the tensor's blocks to have read it advances it. All of them
+// have read it by then: their reads come before their arrivals, and the last arrival before the
+// write.
 __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* arrivals) {
-  const float step = *static_cast<volatile float*>(row.step);
-  __threadfence();
+  const float step = *row.step;
   if (row.chunks == 1) {
     *row.step = step + 1;
-  } else if (atomicAdd(arrivals, 1u) == row.chunks - 1) {
+  } else if (atomic_add_acq_rel(arrivals, 1) == row.chunks - 1) {
     *arrivals = 0;
     *row.step = step + 1;
   }
@@ -248,11 +249,6 @@ bool needs_tail(const Launch& launch) {
 
 }  // namespace
 
-bool cuda_needs_hyper_table(std::uint32_t tensors, std::uint32_t groups) {
-  const std::uint32_t in_launch = min_of(tensors, kTensorsPerLaunch);
-  return std::uint64_t{groups} * kHyperWords + in_launch > kPayloadWords;
-}
-
 CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error) return {guard.error, 0};
@@ -262,12 +258,6 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
   args.tail = launch.tail;
-  if (cuda_needs_hyper_table(launch.tensors, launch.groups)) {
-    args.device_hypers = static_cast<const Hyper*>(tables.hypers);
-  } else {
-    args.groups = launch.groups;
-    std::memcpy(args.payload, launch.hypers, launch.groups * sizeof(Hyper));
-  }
 
   Kernel kernel = nullptr;
   visit_recipe(launch.recipe, [&](auto recipe) {
@@ -284,17 +274,29 @@ int cuda_device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+std::string cuda_device_reason(int device) {
+  const DeviceGuard guard(device);
+  int error = guard.error, driver = 0, major = 0;
+  if (!error) error = cudaDriverGetVersion(&driver);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (!error && (driver < 12010 || major < 7)) {
+    return "a kernel has 32 KB of arguments from compute capability 7.0 and CUDA 12.1 on, and its "
+           "is " +
+           std::to_string(major) + ".x, its driver's CUDA " + std::to_string(driver / 1000) + "." +
+           std::to_string(driver % 1000 / 10);
+  }
+  cudaFuncAttributes attributes;  // of any kernel: all are in one image
+  const auto kernel = adamw_kernel<Recipe<float32, float32, float32, false>, false>;
+  if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (!error) return "";
+  cudaGetLastError();  // and forgets it
+  return std::string("the CUDA kernels do not load there: ") + cuda_error_text(error);
+}
+
 bool cuda_is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
   return status != cudaStreamCaptureStatusNone;
-}
-
-int cuda_copy_to_device(void* to, const void* from, std::size_t bytes, int device, void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error) return guard.error;
-  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice,
-                         static_cast<cudaStream_t>(stream));
 }
 
 const char* cuda_error_text(int error) {

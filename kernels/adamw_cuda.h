@@ -1,7 +1,7 @@
 // The CUDA launcher, for callers that know no CUDA.
 #pragma once
 
-#include <cstddef>
+#include <string>
 
 #include "tables.h"
 
@@ -18,7 +18,6 @@ struct CudaTables {
   const void* rows;    // TensorRow[tensors]
   const void* chunks;  // Chunk[chunk_count]
   void* arrivals;      // uint32[tensors], zeros; every launch leaves them zero
-  const void* hypers;  // Hyper[groups], where cuda_needs_hyper_table says so
 };
 
 struct CudaResult {
@@ -26,7 +25,8 @@ struct CudaResult {
   std::uint32_t launches;  // kernels launched
 };
 
-// Enqueues the step on `stream` of `device`. Neither waits nor allocates.
+// Enqueues the step on `stream` of `device`. Neither waits nor allocates. What it is given by value
+// (hyper-parameters that are numbers, gradients' addresses) a captured graph holds by value, too.
 CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream);
 
 // Enqueues the norm of all gradients. `norm` is double[2 + chunk_count] on the device, zeros on
@@ -34,13 +34,10 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
 CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
                           int device, void* stream);
 
-// Whether the groups' hyper-parameters are too many for the arguments of one launch, so that they
-// are read from device memory.
-bool cuda_needs_hyper_table(std::uint32_t tensors, std::uint32_t groups);
-
 int cuda_device_count();
+// Why `device` cannot run the kernels; empty if it can. Makes its primary context.
+std::string cuda_device_reason(int device);
 bool cuda_is_capturing(void* stream);
-int cuda_copy_to_device(void* to, const void* from, std::size_t bytes, int device, void* stream);
 const char* cuda_error_text(int error);
 
 }  // namespace warpstep

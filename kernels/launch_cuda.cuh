@@ -16,20 +16,20 @@ constexpr std::uint32_t kVectorBytes = 16;
 struct Header {
   const TensorRow* rows;
   const Chunk* chunks;
-  std::uint32_t* arrivals;     // a zero for each tensor: blocks that have read its step counter
-  const Hyper* device_hypers;  // null: they are in the payload
+  std::uint32_t* arrivals;  // a zero for each tensor: blocks that have read its step counter
   Tail tail;
   double* norm;  // grad_norm.cu: the result, a counter of blocks done, a number for each chunk
   std::uint32_t first_chunk;
   std::uint32_t first_tensor;
-  std::uint32_t groups;  // in the payload
+  std::uint32_t first_group;
+  std::uint32_t groups;  // in the payload: those of its tensors
   std::uint32_t chunk_count;
   Norm norm_kind;
-  std::uint8_t pad_[7];
+  std::uint8_t pad_[3];
 };
 
 struct Arguments : Header {
-  // Hyper[groups], then the gradients' addresses from first_tensor on.
+  // Hyper[groups] from first_group on, then the gradients' addresses from first_tensor on.
   std::uint64_t payload[(kArgumentBytes - sizeof(Header)) / 8];
 };
 static_assert(sizeof(Arguments) <= kArgumentBytes, "arguments must fit");
@@ -37,9 +37,9 @@ static_assert(sizeof(Hyper) % 8 == 0, "gradient addresses follow aligned");
 
 constexpr std::uint32_t kPayloadWords = sizeof(Arguments::payload) / 8;
 constexpr std::uint32_t kHyperWords = sizeof(Hyper) / 8;
-// So many tensors go in one launch whatever the number of groups.
+// So many tensors go in one launch, or fewer where they are of more than ten groups.
 constexpr std::uint32_t kTensorsPerLaunch = 4000;
-static_assert(kTensorsPerLaunch + kHyperWords <= kPayloadWords, "4,000 tensors in a launch");
+static_assert(kTensorsPerLaunch + 10 * kHyperWords <= kPayloadWords, "4,000 tensors in a launch");
 
 __device__ __forceinline__ void* grad_of(const Arguments& args, std::uint32_t tensor) {
   const std::uint32_t word = args.groups * kHyperWords + tensor - args.first_tensor;
@@ -47,8 +47,24 @@ __device__ __forceinline__ void* grad_of(const Arguments& args, std::uint32_t te
 }
 
 __device__ __forceinline__ const Hyper& hyper_of(const Arguments& args, std::uint32_t group) {
-  if (args.device_hypers != nullptr) return args.device_hypers[group];
-  return reinterpret_cast<const Hyper*>(args.payload)[group];
+  return reinterpret_cast<const Hyper*>(args.payload)[group - args.first_group];
+}
+
+// Adds to a counter in global memory and returns what it was. What any block has read or written
+// before its addition comes before what any does after a later addition: no fence is needed.
+// (CUDA C++ has a name for it since 12.8; atomicAdd orders nothing.)
+__device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* counter,
+                                                            std::uint32_t value) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(value)
+               : "memory");
+  return before;
+#else
+  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+#endif
 }
 
 // Consecutive elements of a stream, as they are in memory: one, or as many as fill whole vectors.
@@ -137,23 +153,33 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// Launches a kernel on all tensors, as many at a time as fit its arguments; with `needs_grads`, not
-// on tensors of which none has a gradient.
+// Launches a kernel on all tensors, as many at a time as fit its arguments together with their
+// groups' hyper-parameters; with `needs_grads`, not on tensors of which none has a gradient.
 CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool needs_grads,
                       cudaStream_t stream) {
   CudaResult result{cudaSuccess, 0};
   for (std::uint32_t first = 0, first_chunk = 0; first < launch.tensors && !result.error;) {
-    const std::uint32_t last = min_of(first + kTensorsPerLaunch, launch.tensors);
-    std::uint32_t last_chunk = first_chunk;
+    const std::uint32_t limit = min_of(first + kTensorsPerLaunch, launch.tensors);
+    const std::uint32_t first_group = launch.rows[first].group;
+    std::uint32_t last = first, last_chunk = first_chunk, groups = 0;
     bool wanted = !needs_grads;
-    for (std::uint32_t tensor = first; tensor < last; ++tensor) {
-      last_chunk += launch.rows[tensor].chunks;
-      wanted |= launch.grads[tensor] != nullptr;
+    for (; last < limit; ++last) {
+      const TensorRow& row = launch.rows[last];
+      if (launch.groups != 0) {
+        const std::uint32_t with_its = row.group - first_group + 1;
+        if (with_its * kHyperWords + (last - first + 1) > kPayloadWords) break;
+        groups = with_its;
+      }
+      last_chunk += row.chunks;
+      wanted |= launch.grads[last] != nullptr;
     }
     if (wanted) {
       args.first_tensor = first;
       args.first_chunk = first_chunk;
-      std::memcpy(args.payload + args.groups * kHyperWords, launch.grads + first,
+      args.first_group = first_group;
+      args.groups = groups;
+      std::memcpy(args.payload, launch.hypers + first_group, groups * sizeof(Hyper));
+      std::memcpy(args.payload + groups * kHyperWords, launch.grads + first,
                   (last - first) * sizeof(std::uint64_t));
       void* kernel_arguments[] = {&args};
       result.error = cudaLaunchKernel(kernel, dim3(last_chunk - first_chunk), dim3(kCudaThreads),

@@ -136,10 +136,10 @@ enum class Norm : std::uint8_t { l2, inf };
 struct Launch {
   RecipeKey recipe;
   Tail tail;
-  const TensorRow* rows;  // host copy
+  const TensorRow* rows;  // host copy; their groups never decrease
   void* const* grads;     // one a row; null where a parameter has none at this step
   std::uint32_t tensors;
-  const Hyper* hypers;  // one a group
+  const Hyper* hypers;  // one a group, and none for a norm
   std::uint32_t groups;
   const Chunk* chunks;  // host copy, in row order
   std::uint32_t chunk_count;

@@ -95,3 +95,15 @@ def test_the_norm_reads_16_bytes_at_a_time(kernels):
 def test_nothing_lives_in_local_memory(kernels):
     for (architecture, name), code in kernels.items():
         assert not re.findall(r"\b(?:LDL|STL)\b", code), f"{architecture}: {name}"
+
+
+def test_blocks_count_their_arrivals_without_a_sequentially_consistent_fence(kernels):
+    """Counting releases and acquires: an order of all fences on the device would only cost time."""
+    for (architecture, name), code in kernels.items():
+        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", code)
+        norms = "grad_norm_kernel" in name  # it counts in two places, one for each kind of norm
+        assert fences == ["ALL"] * (2 if norms else 1), f"{architecture}: {name}"
+        ordered = re.findall(
+            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", code, re.S
+        )
+        assert len(ordered) == len(fences), f"{architecture}: {name}"

@@ -94,7 +94,14 @@ def test_cuda_source_on_the_host(emulated_module):
     ]
     passed = run_suite(
         "cuda",
-        [*SUITE, "test_huge.py", "test_functional.py", "test_device_tables.py"],
+        [
+            *SUITE,
+            "test_huge.py",
+            "test_functional.py",
+            "test_device_tables.py",
+            "test_capture.py",
+            "test_asked_devices.py",
+        ],
         WARPSTEP_TEST_NATIVE=str(emulated_module),
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",  # of Python and torch, there are many

@@ -22,7 +22,7 @@ def small_params(count, device, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("tensors", "groups", "expected"),
-    [(1, 1, 1), (148, 2, 1), (465, 465, 1), (4000, 4000, 1), (4001, 1, 2)],
+    [(1, 1, 1), (148, 2, 1), (465, 465, 1), (4000, 10, 1), (4001, 1, 2), (1000, 1000, 2)],
 )
 def test_one_launch_a_step(backend, device, tensors, groups, expected):
     if backend == "reference":

@@ -82,8 +82,17 @@ def _triton_interprets() -> bool:
 
 
 @functools.cache
+def _asked_device(index: int) -> str:
+    """Why GPU ``index`` itself cannot run the kernels, asked once; empty if it can."""
+    module, _ = native()
+    assert module is not None
+    reason: str = module.cuda_device_reason(index)
+    return reason
+
+
+@functools.cache
 def _cuda_reason(index: int) -> str:
-    """Why the ``cuda`` backend cannot run on GPU ``index``; empty if it can."""
+    """Why the ``cuda`` backend cannot run on GPU ``index``, so far as is known without using it."""
     module, reason = native()
     if module is None:
         return reason
@@ -110,18 +119,22 @@ def _cuda_reason(index: int) -> str:
     return ""
 
 
-def unavailable_reason(backend: str, device: torch.device) -> str:
-    """Why ``backend`` cannot step parameters on ``device``; empty if it can."""
+def unavailable_reason(backend: str, device: torch.device, *, in_use: bool = True) -> str:
+    """Why ``backend`` cannot step parameters on ``device``; empty if it can.
+
+    A GPU that is not ``in_use`` is not asked itself: that would make a context there.
+    """
     if backend == "reference":
         return ""
     if backend == "cpu":
         return native()[1] if device.type == "cpu" else f"it cannot run on {device.type} devices"
     if backend == "cuda":
         if device.type == "cpu" and _emulates_cuda():
-            return ""
+            return _asked_device(0)
         if device.type != "cuda":
             return f"it cannot run on {device.type} devices"
-        return _cuda_reason(device.index or 0)
+        index = device.index or 0
+        return _cuda_reason(index) or (_asked_device(index) if in_use else "")
     if device.type == "cpu" and not _triton_interprets():
         return "Triton has no CPU code (TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda", "xpu"):
@@ -192,7 +205,8 @@ def choose(requested: str, device: torch.device) -> str:
     return requested
 
 
-def first_available(device: torch.device) -> str:
+def first_available(device: torch.device, *, in_use: bool = True) -> str:
     """The backend that ``auto`` takes on ``device``."""
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
-    return next((b for b in candidates if not unavailable_reason(b, device)), "reference")
+    able = (b for b in candidates if not unavailable_reason(b, device, in_use=in_use))
+    return next(able, "reference")

@@ -99,13 +99,11 @@ class CudaBucket(Bucket):
     def bind(self, bound: Any, index: int) -> None:
         """Puts the stable tables in the device's memory."""
         super().bind(bound, index)
-        host = bound.host_tables(index)
         self.tables = {
             name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
-            for name, data in host.items()
-            if data
+            for name, data in bound.host_tables(index).items()
         }
-        addresses = {n: self.tables[n].data_ptr() if n in self.tables else 0 for n in host}
+        addresses = {name: table.data_ptr() for name, table in self.tables.items()}
         bound.set_device_tables(index, **addresses)
 
     def _statistics_table(self) -> Tensor:

@@ -77,10 +77,14 @@ def status() -> Status:
     requested = backends.requested_backend("auto")
     chosen, unavailable = {}, {}
     for device in _devices():
-        reasons = {b: backends.unavailable_reason(b, device) for b in backends.BACKENDS}
+        in_use = device.type != "cuda" or torch.cuda.memory_reserved(device) > 0
+        reasons = {
+            b: backends.unavailable_reason(b, device, in_use=in_use) for b in backends.BACKENDS
+        }
         unavailable.update({(str(device), b): r for b, r in reasons.items() if r})
         usable = requested == "auto" or not reasons[requested]
-        available = backends.first_available(device) if requested == "auto" else requested
+        by_itself = backends.first_available(device, in_use=in_use)
+        available = by_itself if requested == "auto" else requested
         chosen[str(device)] = available if usable else "none (see below)"
 
     module, reason = backends.native()

@@ -1,133 +1,203 @@
 // Runs emulated CUDA threads as fibers.
+//
+// Blocks run one after the other, on the calling thread; in a program of the thread sanitizer all
+// at once, each on a thread of its own. The sanitizer is told that a change of fibers orders
+// nothing, and that a barrier does. So this file is compiled without its instrumentation: what
+// happens here is the machine, and not the program.
 #include "cuda_runtime.h"
 
+#include <sanitizer/tsan_interface.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#pragma weak __tsan_create_fiber
+#pragma weak __tsan_destroy_fiber
+#pragma weak __tsan_get_current_fiber
+#pragma weak __tsan_switch_to_fiber
+#pragma weak __tsan_acquire
+#pragma weak __tsan_release
+
 namespace emulation {
-
-dim3 thread_index(0), block_index(0), block_size(0);
-
 namespace {
 
 constexpr std::size_t kStack =
-    192 * 1024;  // an argument block of 32 KiB lies on it, with red zones
+    256 * 1024;  // an argument block of 32 KiB lies on it, with red zones
+
+bool finds_races() { return __tsan_create_fiber != nullptr; }
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  std::unique_ptr<char[]> stack;
   bool done = false;
-  void* fake_stack = nullptr;
+  void* fake_stack = nullptr;  // the address sanitizer's
+  void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by
 };
 
-ucontext_t scheduler;
-void* scheduler_fake_stack = nullptr;
-const void* scheduler_stack = nullptr;
-std::size_t scheduler_stack_size = 0;
-Fiber* current = nullptr;
-const std::function<void()>* body = nullptr;
+// The block that an operating system's thread runs. `__shared__` memory is that thread's, too.
+struct Block {
+  dim3 index{0}, size{0}, thread{0};
+  const std::function<void()>* body = nullptr;
+  std::vector<Fiber> fibers;
+  Fiber scheduler;  // on the thread's own stack
+  const void* scheduler_stack = nullptr;
+  std::size_t scheduler_stack_size = 0;
+  Fiber* current = nullptr;
+  // For the thread sanitizer: barriers in turn, since a thread that is released first may arrive at
+  // the next before the last is released; and the end of all threads.
+  char barriers[2] = {}, end = 0;
+  unsigned barrier = 0;
+};
+thread_local Block block;
+std::atomic<bool> diverged{false};  // some threads of a block left while others waited
 
-// The address sanitizer must be told of every change of stack.
-void before_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack,
+// The sanitizers must be told of every change of stack.
+void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] const void* stack,
                    [[maybe_unused]] std::size_t size) {
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(save, stack, size);
+  __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, stack, size);
 #endif
+  if (finds_races()) __tsan_switch_to_fiber(to.sanitized, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&from.context, &to.context);
 }
-void after_switch([[maybe_unused]] void* saved, [[maybe_unused]] bool from_scheduler) {
+
+void after_switch([[maybe_unused]] Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   const void* stack;
   std::size_t size;
-  __sanitizer_finish_switch_fiber(saved, &stack, &size);
-  if (from_scheduler) {
-    scheduler_stack = stack;
-    scheduler_stack_size = size;
+  __sanitizer_finish_switch_fiber(to.fake_stack, &stack, &size);
+  if (&to != &block.scheduler) {
+    block.scheduler_stack = stack;
+    block.scheduler_stack_size = size;
   }
 #endif
 }
 
-void to_scheduler() {
-  before_switch(current->done ? nullptr : &current->fake_stack, scheduler_stack,
-                scheduler_stack_size);
-  swapcontext(&current->context, &scheduler);
-  after_switch(current->fake_stack, true);
-}
-
-void resume(Fiber& fiber) {
-  current = &fiber;
-  before_switch(&scheduler_fake_stack, fiber.stack.get(), kStack);
-  swapcontext(&scheduler, &fiber.context);
-  after_switch(scheduler_fake_stack, false);
+void to_scheduler(Fiber& from) {
+  switch_fibers(from, block.scheduler, block.scheduler_stack, block.scheduler_stack_size);
+  after_switch(from);
 }
 
 void fiber_main() {
-  after_switch(nullptr, true);
-  (*body)();
-  current->done = true;
-  to_scheduler();
+  Fiber& fiber = *block.current;
+  after_switch(fiber);
+  (*block.body)();
+  if (finds_races()) __tsan_release(&block.end);
+  fiber.done = true;
+  to_scheduler(fiber);
 }
 
-void run_block(std::vector<Fiber>& fibers, std::mt19937& random) {
-  for (Fiber& fiber : fibers) {
+void run_block(unsigned index, unsigned threads, const std::function<void()>& body, unsigned seed) {
+  std::mt19937 random(seed + index);
+  block.index = dim3(index);
+  block.size = dim3(threads);
+  block.body = &body;
+  block.fibers.resize(threads);
+  if (finds_races()) block.scheduler.sanitized = __tsan_get_current_fiber();
+  for (Fiber& fiber : block.fibers) {
     fiber.done = false;
     fiber.fake_stack = nullptr;
+    if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
+    if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  std::vector<unsigned> order(fibers.size());
+  std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
-  for (std::size_t done = 0; done < fibers.size();) {
+  for (std::size_t done = 0; done < threads; ++block.barrier) {
     std::shuffle(order.begin(), order.end(), random);
     for (unsigned thread : order) {
-      thread_index = dim3(thread);
-      resume(fibers[thread]);
+      block.thread = dim3(thread);
+      block.current = &block.fibers[thread];
+      if (block.current->done) continue;
+      switch_fibers(block.scheduler, *block.current, block.current->stack.get(), kStack);
+      after_switch(block.scheduler);
     }
-    done = std::count_if(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; });
-    if (done != 0 && done != fibers.size()) {
-      std::fprintf(stderr, "some threads of block %u left while others wait\n", block_index.x);
-      std::abort();
-    }
+    done = std::count_if(block.fibers.begin(), block.fibers.end(),
+                         [](const Fiber& fiber) { return fiber.done; });
+    if (done != 0 && done != threads) diverged = true;
+  }
+  if (finds_races()) {
+    __tsan_acquire(&block.end);
+    for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.sanitized);
   }
 }
 
+bool capturing = false;
+std::vector<std::function<void()>> graph;
+
 }  // namespace
 
+void launch(std::function<void()> grid) {
+  if (capturing) {
+    graph.push_back(std::move(grid));
+  } else {
+    grid();
+  }
+}
+
+bool is_capturing() { return capturing; }
+
+dim3 thread_index() { return block.thread; }
+dim3 block_index() { return block.index; }
+dim3 block_size() { return block.size; }
+
 void synchronize_threads() {
-  const dim3 index = thread_index;
-  to_scheduler();
-  thread_index = index;
+  char* const barrier = &block.barriers[block.barrier % 2];
+  if (finds_races()) __tsan_release(barrier);
+  to_scheduler(*block.current);
+  if (finds_races()) __tsan_acquire(barrier);
 }
 
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread) {
-  static std::vector<Fiber> fibers;
   static std::mt19937 random(0);
-  fibers.resize(threads);
-  body = &thread;
-  block_size = dim3(threads);
   // A test of a huge tensor looks at its last blocks only.
   const char* from = std::getenv("EMULATED_BLOCKS_FROM");
   const unsigned first = from == nullptr ? 0 : static_cast<unsigned>(std::atoi(from));
   std::vector<unsigned> order(blocks - std::min(first, blocks));
   std::iota(order.begin(), order.end(), first);
   std::shuffle(order.begin(), order.end(), random);
-  for (unsigned block : order) {
-    block_index = dim3(block);
-    run_block(fibers, random);
+  const unsigned seed = random();
+  std::vector<std::thread> running;
+  for (unsigned index : order) {
+    const auto run = [=, &thread] { run_block(index, threads, thread, seed); };
+    if (finds_races()) {
+      running.emplace_back(run);
+    } else {
+      run();
+    }
+  }
+  for (std::thread& one : running) one.join();
+  if (diverged) {  // not before: what the sanitizer has found, it tells first
+    std::fprintf(stderr, "some threads of a block left while others waited\n");
+    std::abort();
   }
 }
 
 }  // namespace emulation
+
+#define EXPORTED __attribute__((visibility("default")))
+
+EXPORTED void emulated_capture_begin() {
+  emulation::graph.clear();
+  emulation::capturing = true;
+}
+EXPORTED void emulated_capture_end() { emulation::capturing = false; }
+EXPORTED void emulated_replay() {
+  for (const auto& grid : emulation::graph) grid();
+}

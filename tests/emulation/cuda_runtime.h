@@ -1,12 +1,14 @@
-// Stands in for the CUDA built-ins that kernels/adamw.cu uses, so that it compiles for the host.
+// Stands in for the CUDA built-ins that the kernels use, so that they compile for the host.
 //
-// Device memory is host memory. A block's threads are fibers, run one at a time up to the next
-// __syncthreads(); blocks run one after the other, in shuffled order. What this cannot show:
-// data races between threads that really run at once, and memory ordering.
+// Device memory is host memory. A block's threads are fibers, run one at a time, in shuffled order,
+// up to the next __syncthreads(). A block's fibers share a thread of the operating system, and so
+// what is thread_local. Compiled for the thread sanitizer, blocks run at once, and what neither a
+// barrier nor an atomic's memory order keeps apart is a data race.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -16,7 +18,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // one block at a time
+#define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
@@ -29,45 +31,68 @@ struct alignas(16) uint4 {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaErrorInvalidDeviceFunction = 98 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 namespace emulation {
-extern dim3 thread_index, block_index, block_size;
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
 void synchronize_threads();
 // Runs `thread` for every thread of every block.
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread);
+// Runs a launch; or, while the stream is being captured, keeps it for the graph's replays.
+void launch(std::function<void()> grid);
+bool is_capturing();
 }  // namespace emulation
 
-#define threadIdx (emulation::thread_index)
-#define blockIdx (emulation::block_index)
-#define blockDim (emulation::block_size)
+// For tests, by ctypes: what torch.cuda.graph does, for the only stream that there is.
+extern "C" {
+void emulated_capture_begin();
+void emulated_capture_end();
+void emulated_replay();
+}
+
+#define threadIdx (emulation::thread_index())
+#define blockIdx (emulation::block_index())
+#define blockDim (emulation::block_size())
 
 inline void __syncthreads() { emulation::synchronize_threads(); }
-inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
-  const unsigned before = *to;
-  *to += value;
-  return before;
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// A device that cannot run the kernels, if an environment variable says so.
+inline int emulated_fact(const char* variable, int usually) {
+  const char* const value = std::getenv(variable);
+  return value == nullptr ? usually : std::atoi(value);
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = emulated_fact("EMULATED_DRIVER", 13000), cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulated_fact("EMULATED_CAPABILITY", 9), cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return emulated_fact("EMULATED_LOADING", cudaSuccess);
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 template <class Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
                              std::size_t, cudaStream_t) {
   static_assert(sizeof(Argument) <= 32764, "a CUDA kernel takes no more arguments");
-  const Argument& argument = *static_cast<const Argument*>(arguments[0]);
-  emulation::run_grid(grid.x, block.x, [&] { kernel(argument); });
+  const Argument argument = *static_cast<const Argument*>(arguments[0]);
+  emulation::launch([=] { emulation::run_grid(grid.x, block.x, [&] { kernel(argument); }); });
   return cudaSuccess;
 }

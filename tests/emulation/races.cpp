@@ -1,0 +1,89 @@
+// Launches the CUDA kernels for the thread sanitizer (tests/test_races.py), and checks what blocks
+// count: step counters, arrivals, the norm's shares.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "adamw_cuda.h"
+
+namespace warpstep {
+namespace {
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "not so: %s\n", what);
+  std::exit(1);
+}
+#define EXPECT(...) expect((__VA_ARGS__), #__VA_ARGS__)
+
+struct Tensor {
+  explicit Tensor(std::int64_t numel, std::uint32_t offset = 0)
+      : param(offset + numel, 1), grad(param), exp_avg(param), exp_avg_sq(param), ema(param) {
+    row.param = param.data() + offset;
+    row.exp_avg = exp_avg.data() + offset;
+    row.exp_avg_sq = exp_avg_sq.data() + offset;
+    row.ema = ema.data() + offset;
+    row.numel = numel;
+    row.chunks = count_chunks(numel, 0, kCudaChunk);
+    grad_address = grad.data() + offset;
+  }
+  std::vector<float> param, grad, exp_avg, exp_avg_sq, ema;
+  TensorRow row{};
+  void* grad_address;
+};
+
+int run() {
+  // Of one chunk, of several, off the vectors' boundaries; the last has no gradient.
+  Tensor tensors[] = {Tensor(5), Tensor(2 * kCudaChunk + 77), Tensor(1000, 1), Tensor(7)};
+  constexpr std::uint32_t kTensors = 4;
+  constexpr double kElements = 5 + 2 * kCudaChunk + 77 + 1000;
+  std::vector<float> steps(kTensors, 0);
+  std::vector<TensorRow> rows;
+  std::vector<Chunk> chunks;
+  std::vector<void*> grads;
+  for (std::uint32_t i = 0; i < kTensors; ++i) {
+    tensors[i].row.step = &steps[i];
+    rows.push_back(tensors[i].row);
+    grads.push_back(i + 1 < kTensors ? tensors[i].grad_address : nullptr);
+    for (std::uint32_t chunk = 0; chunk < rows[i].chunks; ++chunk) chunks.push_back({i, chunk});
+  }
+  EXPECT(rows[0].chunks == 1 && rows[1].chunks == 3);
+  Hyper hyper{};
+  hyper.lr.value = 1e-3;
+  hyper.beta1.value = 0.9;
+  hyper.beta2.value = 0.999;
+  hyper.eps = 1e-8;
+  hyper.ema_decay = 0.9;
+  hyper.decay = Decay::decoupled;
+
+  const auto count = static_cast<std::uint32_t>(chunks.size());
+  std::vector<std::uint32_t> arrivals(kTensors, 0);
+  const CudaTables tables{rows.data(), chunks.data(), arrivals.data()};
+  constexpr RecipeKey kRecipe{Format::float32, Format::float32, Format::float32, false};
+  Launch launch{kRecipe, {}, rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(), count};
+
+  for (int step = 0; step < 2; ++step) EXPECT(adamw_cuda(launch, tables, 0, nullptr).error == 0);
+  std::vector<double> statistics(kStatistics * count, 0);
+  launch.tail.statistics = statistics.data();
+  launch.tail.ema = Format::float32;
+  launch.tail.has_ema = true;
+  EXPECT(adamw_cuda(launch, tables, 0, nullptr).error == 0);
+  EXPECT(steps == std::vector<float>{3, 3, 3, 0});
+  EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
+  double squares = 0;
+  for (std::uint32_t chunk = 0; chunk < count; ++chunk) squares += statistics[4 * chunk];
+  EXPECT(squares == kElements);
+
+  std::vector<double> norm(2 + count, 0);
+  EXPECT(grad_norm_cuda(Norm::l2, launch, tables, norm.data(), 0, nullptr).error == 0);
+  EXPECT(norm[0] == kElements);
+  norm.assign(norm.size(), 0);
+  EXPECT(grad_norm_cuda(Norm::inf, launch, tables, norm.data(), 0, nullptr).error == 0);
+  EXPECT(norm[0] == 1);
+  return 0;
+}
+
+}  // namespace
+}  // namespace warpstep
+
+int main() { return warpstep::run(); }

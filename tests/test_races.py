@@ -1,0 +1,148 @@
+"""The CUDA source under the thread sanitizer: no data race, and deliberate ones are found.
+
+Emulated threads are fibers (tests/emulation), and only what orders them on a GPU orders them here:
+barriers within a block, the memory order of atomics between blocks, launches one after the other.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+EMULATION = Path(__file__).parent / "emulation"
+OPTIONS = [
+    "-std=c++17",
+    "-pthread",
+    "-O1",
+    "-g1",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
+
+# What the sanitizer would only take longer for: the other recipes have the same source, and a block
+# of fewer threads has the same barriers.
+SMALLER = {
+    "formats.h": (
+        r"RecipeList<Recipe<float64.*?>;",
+        "RecipeList<Recipe<float32, float32, float32, kAmsgrad>>;",
+    ),
+    "adamw_cuda.h": (r"kCudaThreads = 256", "kCudaThreads = 64"),
+}
+
+# What is made wrong: a file of kernels/, what stands there, what takes its place; and the function
+# in which the sanitizer finds one of the two accesses.
+BARRIER = r"  __syncthreads\(\);\n"
+RACES = {
+    "no barrier after the constants": ("adamw.cu", BARRIER, "", "adamw_kernel"),
+    "the step counter relaxed": (
+        "adamw.cu",
+        r"atomic_add_acq_rel\(arrivals, 1\)",
+        "atomicAdd(arrivals, 1u)",
+        "take_step",
+    ),
+    "the step counter written by the first": (
+        "adamw.cu",
+        r"== row.chunks - 1",
+        "== 0",
+        "take_step",
+    ),
+    "the step counter written by all": ("adamw.cu", r"row.chunks == 1", "true", "take_step"),
+    "an arrival that does not acquire": ("launch_cuda.cuh", "_ACQ_REL", "_RELEASE", "take_step"),
+    "an arrival that does not release": ("launch_cuda.cuh", "_ACQ_REL", "_ACQUIRE", "take_step"),
+    "the norm's shares relaxed": (
+        "grad_norm.cu",
+        r"atomic_add_acq_rel\(done, 1\)",
+        "atomicAdd(done, 1u)",
+        "finish",
+    ),
+    "no barrier before the norm's end": ("grad_norm.cu", BARRIER, "", "finish"),
+    "no barrier within a sum": ("launch_cuda.cuh", f"  {BARRIER}", "", "combine_block"),
+    "no barrier after a sum": (
+        "launch_cuda.cuh",
+        r"__syncthreads\(\);  // before the next use",
+        "",
+        "combine_block",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """build(texts of changed files) -> the program. What does not change is compiled once."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+
+    def run(*command):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compile_all(changed, objects):
+        folder = tmp_path_factory.mktemp("races")
+        for source in KERNELS.glob("*.[hc]*"):
+            (folder / source.name).write_text(changed.get(source.name, source.read_text()))
+        options = [*OPTIONS, f"-I{EMULATION}", f"-I{folder}"]
+        sanitized = [*options, "-fsanitize=thread"]
+        of_cuda = [*sanitized, "-x", "c++", "-include", "cuda_runtime.h"]
+        units = {
+            EMULATION / "cuda_runtime.cpp": options,
+            EMULATION / "races.cpp": sanitized,
+            folder / "adamw.cu": of_cuda,
+            folder / "grad_norm.cu": of_cuda,
+        }
+        compiled = {source.name: folder / f"{source.stem}.o" for source in units} | objects
+        for source, flags in units.items():
+            if source.name not in objects:
+                run(compiler, *flags, "-c", source, "-o", compiled[source.name])
+        return compiled
+
+    smaller = {name: change(name, *what) for name, what in SMALLER.items()}
+    unchanged = compile_all(smaller, {})
+
+    def build(changed):
+        is_header = any(not name.endswith(".cu") for name in changed)
+        old = {
+            name: at
+            for name, at in unchanged.items()
+            if name not in changed and not (is_header and name.endswith(".cu"))
+        }
+        compiled = compile_all(smaller | changed, old)
+        program = tmp_path_factory.mktemp("program") / "races"
+        run(compiler, "-pthread", "-fsanitize=thread", *compiled.values(), "-o", program)
+        return program
+
+    return build
+
+
+def change(name, pattern, replacement):
+    """The text of a file of kernels/ with the first place changed that the pattern matches."""
+    text, times = re.subn(
+        pattern, replacement, (KERNELS / name).read_text(), count=1, flags=re.DOTALL
+    )
+    assert times == 1, f"{name} has no {pattern} any more: this test makes it wrong"
+    return text
+
+
+def launch(program):
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_kernels_have_no_data_race(build):
+    done = launch(build({}))
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_a_data_race_is_found(build, race):
+    name, pattern, replacement, function = RACES[race]
+    done = launch(build({name: change(name, pattern, replacement)}))
+    assert done.returncode != 0
+    assert "WARNING: ThreadSanitizer: data race" in done.stderr, done.stderr
+    assert function in done.stderr
