@@ -1,8 +1,7 @@
 """The compiled CUDA code, read: 16-byte accesses, no local memory, for every architecture built."""
 
 import re
-import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,88 +9,66 @@ import pytest
 from environment import EMULATED
 from warpstep import backends
 
-FORMAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-
-def find_cuobjdump():
-    try:
-        from triton import backends as triton_backends
-    except ImportError:
-        return shutil.which("cuobjdump")
-    wheel = Path(triton_backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
-    return str(wheel) if wheel.exists() else shutil.which("cuobjdump")
+from bench import machine_code  # noqa: E402
+from bench.machine_code import FORMAT_BYTES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """(architecture, demangled kernel name) -> its machine code."""
     native, _ = backends.native()
     if native is None or native.cuda_architectures is None or EMULATED:
         pytest.skip("the native module has no CUDA code")
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None or shutil.which("c++filt") is None:
-        pytest.skip("needs cuobjdump (Triton's wheel has one) and c++filt")
-    dump = subprocess.run(
-        [cuobjdump, "-sass", native.__file__], capture_output=True, text=True, check=True
-    ).stdout
-    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True).stdout
-    found = {}
-    for part in re.split(r"\n\s*code for ", dump)[1:]:
-        architecture = part.split()[0]
-        for function in re.split(r"Function : ", part)[1:]:
-            name, _, code = function.partition("\n")
-            found[architecture, name] = code
-    return found
+    if missing := machine_code.missing_tool():
+        pytest.skip(f"needs {missing}")
+    return machine_code.read(native.__file__)
 
 
-def recipe_of(name):
-    """Formats of parameter, gradient and moments, amsgrad, and whether with the tail."""
-    flag = r"\(?(?:bool\))?(true|false|0|1)"
-    match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", name)
-    formats = [part.split("::")[-1] for part in match.group(1).split(", ")]
-    return *formats, match.group(2) in ("true", "1"), match.group(3) in ("true", "1")
+def name_of(kernel):
+    return f"{kernel.architecture}: {kernel.name}"
 
 
 def of_the_step(kernels):
-    return {key: code for key, code in kernels.items() if "adamw_kernel" in key[1]}
+    return [kernel for kernel in kernels if kernel.is_step]
 
 
 def test_every_recipe_was_compiled_for_every_architecture(kernels):
     native, _ = backends.native()
-    architectures = {architecture for architecture, _ in kernels}
+    architectures = {kernel.architecture for kernel in kernels}
     built = {f"sm_{a.split('-')[0]}" for a in native.cuda_architectures.split()}
     assert architectures == built
     for architecture in architectures:
-        recipes = {recipe_of(name) for a, name in of_the_step(kernels) if a == architecture}
+        here = [kernel for kernel in kernels if kernel.architecture == architecture]
+        recipes = {kernel.recipe for kernel in of_the_step(here)}
         assert len(recipes) == 44  # eleven, with and without amsgrad, with and without the tail
-        norms = [n for a, n in kernels if a == architecture and "grad_norm_kernel" in n]
-        assert len(norms) == len(FORMAT_BYTES)
+        assert len([kernel for kernel in here if kernel.is_norm]) == len(FORMAT_BYTES)
 
 
 def test_aligned_streams_are_accessed_16_bytes_at_a_time(kernels):
-    for (architecture, name), code in of_the_step(kernels).items():
-        param, grad, moment, amsgrad, tail = recipe_of(name)
-        size = FORMAT_BYTES
-        elements = 16 // min(size[param], size[grad], size[moment])
-        moments = (3 if amsgrad else 2) * elements * size[moment] // 16
-        stores = elements * size[param] // 16 + moments
-        loads = stores + elements * size[grad] // 16
-        if tail:  # gradients are written, and averages of the parameter's format or float32
-            averages = elements * (size[param] + (4 if param != "float32" else 0)) // 16
-            averages = elements * 8 // 16 if param == "float64" else averages
+    for kernel in of_the_step(kernels):
+        recipe = kernel.recipe
+        moments = [recipe.moment] * (3 if recipe.amsgrad else 2)
+        stores = recipe.vectors(recipe.param, *moments)
+        loads = stores + recipe.vectors(recipe.grad)
+        if recipe.tail:  # gradients are written, and averages of the parameter's format or float32
+            averages = recipe.vectors(recipe.param)
+            averages += recipe.vectors("float32") if recipe.elements > 2 else 0
+            averages -= recipe.vectors("float32") if recipe.param == "float32" else 0
             stores, loads = loads + averages, loads + averages
-        label = f"{architecture}: {param}, {grad}, {moment}"
-        assert len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", code)) >= loads, label
-        assert len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128", code)) >= stores, label
+        for kind, least in (("LDG", loads), ("STG", stores)):
+            found = [c for c in kernel.hot_loop.code if c.kind == kind and c.moves_16_bytes]
+            assert len(found) >= least, name_of(kernel)
 
 
 def test_the_norm_reads_16_bytes_at_a_time(kernels):
-    norms = {key: code for key, code in kernels.items() if "grad_norm_kernel" in key[1]}
+    norms = [kernel for kernel in kernels if kernel.is_norm]
     assert norms
-    for key, code in norms.items():
-        assert re.search(r"\bLDG\.E(?:\.\w+)*\.128", code), key
+    for kernel in norms:
+        assert any(c.kind == "LDG" and c.moves_16_bytes for c in kernel.code), name_of(kernel)
 
 
 def test_nothing_lives_in_local_memory(kernels):
-    for (architecture, name), code in kernels.items():
-        assert not re.findall(r"\b(?:LDL|STL)\b", code), f"{architecture}: {name}"
+    for kernel in kernels:
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.text), name_of(kernel)
