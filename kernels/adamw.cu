@@ -13,13 +13,14 @@
 namespace warpstep {
 namespace {
 
-// Reads the step counter; the last of the tensor's blocks to have read it advances it.
+// Reads the step counter; the last of the tensor's blocks to have read it advances it. All of them
+// have read it by then: their reads come before their arrivals, and the last arrival before the
+// write.
 __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* arrivals) {
-  const float step = *static_cast<volatile float*>(row.step);
-  __threadfence();
+  const float step = *row.step;
   if (row.chunks == 1) {
     *row.step = step + 1;
-  } else if (atomicAdd(arrivals, 1u) == row.chunks - 1) {
+  } else if (atomic_add_acq_rel(arrivals, 1) == row.chunks - 1) {
     *arrivals = 0;
     *row.step = step + 1;
   }

@@ -15,15 +15,13 @@ __device__ __forceinline__ void finish(const Arguments& args, double share, Comb
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
     shares[args.first_chunk + blockIdx.x] = share;
-    __threadfence();
-    is_last = atomicAdd(done, 1u) == args.chunk_count - 1;
+    is_last = atomic_add_acq_rel(done, 1) == args.chunk_count - 1;
   }
   __syncthreads();
-  if (!is_last) return;
-  __threadfence();
+  if (!is_last) return;  // else every share is there to be read
   double total = 0;
   for (std::uint32_t i = threadIdx.x; i < args.chunk_count; i += blockDim.x) {
-    total = combine(total, static_cast<volatile double*>(shares)[i]);
+    total = combine(total, shares[i]);
   }
   total = combine_block(total, combine);
   if (threadIdx.x == 0) args.norm[0] = total;

@@ -72,3 +72,15 @@ def test_the_norm_reads_16_bytes_at_a_time(kernels):
 def test_nothing_lives_in_local_memory(kernels):
     for kernel in kernels:
         assert not re.findall(r"\b(?:LDL|STL)\b", kernel.text), name_of(kernel)
+
+
+def test_blocks_count_their_arrivals_without_a_sequentially_consistent_fence(kernels):
+    """Counting releases and acquires: an order of all fences on the device would only cost time."""
+    for kernel in kernels:
+        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", kernel.text)
+        # The norm counts in two places, one for each kind of norm.
+        assert fences == ["ALL"] * (2 if kernel.is_norm else 1), name_of(kernel)
+        ordered = re.findall(
+            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", kernel.text, re.S
+        )
+        assert len(ordered) == len(fences), name_of(kernel)
