@@ -75,6 +75,17 @@ struct Streams {
     m.load(exp_avg + i, aligned.exp_avg);
     v.load(exp_avg_sq + i, aligned.exp_avg_sq);
     if constexpr (Recipe::amsgrad) peak.load(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+    // The average too before anything waits for an operand: one memory latency, not two.
+    T average[kElements];
+    const bool averages = kTail && taken && tail.has_ema;
+    if (averages) {
+      in_format_of_average(tail, [&](auto format) {
+        Packet<decltype(format), kElements> e;
+        e.load(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+#pragma unroll
+        for (std::uint32_t k = 0; k < kElements; ++k) average[k] = T(warpstep::load(e.elements[k]));
+      });
+    }
 
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
@@ -110,12 +121,18 @@ struct Streams {
       if constexpr (Recipe::amsgrad) peak.store(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
     }
     if constexpr (kTail) {
-      if (taken && tail.has_ema) {
-        if (tail.ema == Param::format) {
-          average<Param>(constants, p, i, aligned.ema);
-        } else {
-          average<float32>(constants, p, i, aligned.ema);
-        }
+      if (averages) {
+        in_format_of_average(tail, [&](auto format) {
+          Packet<decltype(format), kElements> e;
+#pragma unroll
+          for (std::uint32_t k = 0; k < kElements; ++k) {
+            const T now = warpstep::load(p.elements[k]);  // the parameter as it is stored
+            warpstep::store(lerp(average[k], now, constants.ema_weight, constants.ema_kept,
+                                 constants.ema_weight < T(0.5)),
+                            e.elements[k]);
+          }
+          e.store(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+        });
       }
       if (tail.grads_after == GradsAfter::zeroed || leaves_unscaled(tail, taken)) {
         g.store(grad + i, aligned.grad);
@@ -133,20 +150,14 @@ struct Streams {
     sums.not_finite += is_finite(warpstep::load(gradient)) ? 0 : 1;
   }
 
-  template <class Ema, std::uint32_t kElements>
-  __device__ __forceinline__ void average(const Constants<T>& constants,
-                                          const Packet<Param, kElements>& p, std::int64_t i,
-                                          bool aligned) const {
-    Packet<Ema, kElements> e;
-    Ema* const at = in_global_memory<Ema>(ema) + i;
-    e.load(at, aligned);
-#pragma unroll
-    for (std::uint32_t k = 0; k < kElements; ++k) {
-      warpstep::store(lerp(T(warpstep::load(e.elements[k])), warpstep::load(p.elements[k]),
-                           constants.ema_weight, constants.ema_kept, constants.ema_weight < T(0.5)),
-                      e.elements[k]);
+  // Averages are of the parameter's format, or float32.
+  template <class Visit>
+  __device__ __forceinline__ static void in_format_of_average(const Tail& tail, Visit&& visit) {
+    if (tail.ema == Param::format) {
+      visit(Param{});
+    } else if constexpr (Param::format != Format::float32) {
+      visit(float32{});
     }
-    e.store(at, aligned);
   }
 };
 
