@@ -130,6 +130,7 @@ class Plan {
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;
+    std::uint32_t chunk_size = 0;
     std::vector<std::uint32_t> batches;  // for the CPU
     std::vector<Hyper> hypers;
     std::vector<Hyper> uploaded_hypers;  // what lies in device_tables.hypers

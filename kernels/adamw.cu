@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
       sizeof(typename S::Param), min_of(sizeof(typename S::Grad), sizeof(typename S::Moment)));
   constexpr std::uint32_t kElements = kVectorBytes / kNarrowest;
 
-  const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);
+  const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
   const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
   const std::uint32_t vectors = (size - head) / kElements;

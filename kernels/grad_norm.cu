@@ -46,7 +46,7 @@ __device__ __forceinline__ void norm_of_chunk(const Arguments& args, Term&& term
   double share = 0;
   if (grad != nullptr) {
     constexpr std::uint32_t kElements = kVectorBytes / sizeof(Grad);
-    const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);
+    const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
     const Grad* const at = in_global_memory<const Grad>(grad) + range.begin;
     const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
     // Elements up to the gradient's own 16-byte boundary.

@@ -24,8 +24,9 @@ struct Header {
   std::uint32_t first_tensor;
   std::uint32_t groups;  // in the payload
   std::uint32_t chunk_count;
+  std::uint32_t chunk_size;
   Norm norm_kind;
-  std::uint8_t pad_[7];
+  std::uint8_t pad_[3];
 };
 
 struct Arguments : Header {
@@ -159,6 +160,7 @@ class DeviceGuard {
 CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool needs_grads,
                       cudaStream_t stream) {
   CudaResult result{cudaSuccess, 0};
+  args.chunk_size = launch.chunk_size;
   for (std::uint32_t first = 0, first_chunk = 0; first < launch.tensors && !result.error;) {
     const std::uint32_t last = min_of(first + kTensorsPerLaunch, launch.tensors);
     std::uint32_t last_chunk = first_chunk;
