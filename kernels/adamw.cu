@@ -188,9 +188,10 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
 
   __shared__ Constants<T> shared_constants;
   if (threadIdx.x == 0) {
+    const Hyper hyper = hyper_of(args, row.group);  // whole: no load waits for another
     const float step =
         taken && !tail.steps_advanced ? take_step(row, args.arrivals + chunk.tensor) : *row.step;
-    shared_constants = constants_of<T>(hyper_of(args, row.group), step, tail);
+    shared_constants = constants_of<T>(hyper, step, tail);
   }
   __syncthreads();
   const Constants<T> constants = shared_constants;
