@@ -15,6 +15,31 @@ sys.path.insert(0, str(ROOT))
 from bench import machine_code  # noqa: E402
 from bench.machine_code import FORMAT_BYTES  # noqa: E402
 
+# Instructions an element of the loop over aligned elements, of sm_80 or sm_90, whichever has more:
+# of a step, and with the tail of one that averages, one with statistics, one with all of it.
+BUDGETS = {
+    "float32": (42, 68, 79, 85),
+    "float32, bfloat16 moments": (43, 64, 76, 81),
+    "bfloat16, float32 gradients, float32 moments": (42, 64, 74, 84),
+    "bfloat16, float32 gradients": (45, 52, 62, 72),
+    "bfloat16, float32 moments": (43, 76, 85, 92),
+    "bfloat16": (46, 62, 71, 78),
+    "float16, float32 gradients, float32 moments": (41, 62, 72, 81),
+    "float16, float32 gradients": (43, 49, 60, 68),
+    "float16, float32 moments": (42, 72, 82, 88),
+    "float16": (44, 58, 69, 74),
+    "float32, amsgrad": (46, 76, 87, 92),
+    "float32, bfloat16 moments, amsgrad": (50, 68, 79, 84),
+    "bfloat16, float32 gradients, float32 moments, amsgrad": (46, 72, 82, 92),
+    "bfloat16, float32 gradients, amsgrad": (51, 60, 70, 80),
+    "bfloat16, float32 moments, amsgrad": (47, 83, 91, 98),
+    "bfloat16, amsgrad": (52, 70, 78, 85),
+    "float16, float32 gradients, float32 moments, amsgrad": (45, 55, 65, 74),
+    "float16, float32 gradients, amsgrad": (49, 56, 67, 75),
+    "float16, float32 moments, amsgrad": (46, 80, 90, 96),
+    "float16, amsgrad": (50, 65, 76, 81),
+}
+
 
 @pytest.fixture(scope="module")
 def kernels():
@@ -53,13 +78,64 @@ def test_aligned_streams_are_accessed_16_bytes_at_a_time(kernels):
         stores = recipe.vectors(recipe.param, *moments)
         loads = stores + recipe.vectors(recipe.grad)
         if recipe.tail:  # gradients are written, and averages of the parameter's format or float32
-            averages = recipe.vectors(recipe.param)
-            averages += recipe.vectors("float32") if recipe.elements > 2 else 0
-            averages -= recipe.vectors("float32") if recipe.param == "float32" else 0
-            stores, loads = loads + averages, loads + averages
+            averages = {recipe.param} | ({"float32"} if recipe.param != "float64" else set())
+            stores = loads = loads + recipe.vectors(*averages)
         for kind, least in (("LDG", loads), ("STG", stores)):
             found = [c for c in kernel.hot_loop.code if c.kind == kind and c.moves_16_bytes]
             assert len(found) >= least, name_of(kernel)
+
+
+def test_an_iteration_waits_for_memory_once(kernels):
+    """Every load, that of the average too, is under way before the first root is taken."""
+    for kernel in of_the_step(kernels):
+        kinds = [c.kind for c in kernel.hot_loop.code]
+        assert "LDG" not in kinds[kinds.index("MUFU") :], name_of(kernel)
+
+
+def test_registers_leave_room_for_as_many_blocks_as_intended(kernels):
+    """256 threads a block, 65,536 registers: four blocks, three, two with the tail."""
+    for kernel in of_the_step(kernels):
+        recipe = kernel.recipe
+        if recipe.param == "float64":
+            limit = 168 if recipe.tail else 128
+        elif recipe.tail:
+            limit = 128
+        else:
+            is_float32 = {recipe.param, recipe.grad, recipe.moment} == {"float32"}
+            limit = 64 if is_float32 and not recipe.amsgrad else 80
+        assert kernel.registers <= limit, name_of(kernel)
+    assert all(kernel.registers <= 32 for kernel in kernels if kernel.is_norm)
+
+
+def test_the_loop_keeps_to_its_number_of_instructions(kernels):
+    """Within a twentieth, or one: another nvcc schedules otherwise."""
+    known = [k for k in of_the_step(kernels) if k.architecture in ("sm_80", "sm_90")]
+    if not known:
+        pytest.skip("the numbers are of sm_80 and sm_90")
+    for kernel in known:
+        if kernel.recipe.param == "float64":
+            continue
+        budgets = BUDGETS[kernel.recipe.label]
+        budgets = budgets[1:] if kernel.recipe.tail else budgets[:1]
+        counts = machine_code.instructions(kernel)
+        for (what, count), budget in zip(counts.items(), budgets, strict=True):
+            assert count <= max(1.05 * budget, budget + 1), (name_of(kernel), what)
+
+
+def test_hyper_parameters_are_read_at_once(kernels):
+    """One thread reads them while the others of its block wait: no load waits for another."""
+    for kernel in of_the_step(kernels):
+        together = most = 0
+        for code in kernel.code:
+            together = 0 if code.kind == "BRA" else together + (code.kind == "LD")
+            most = max(most, together)
+        assert most >= 6, name_of(kernel)
+
+
+def test_the_norms_last_block_has_eight_loads_under_way(kernels):
+    for kernel in (kernel for kernel in kernels if kernel.is_norm):
+        runs = re.split(r"\bD(?:ADD|SETP|MUL|FMA)\b", kernel.text)
+        assert max(run.count("LDG.E.64") for run in runs) >= 8, name_of(kernel)
 
 
 def test_the_norm_reads_16_bytes_at_a_time(kernels):
