@@ -165,7 +165,7 @@ struct Streams {
 // memory: 64 for four, 80 for three, 128 for two.
 template <class Recipe, bool kTail>
 constexpr int resident_blocks() {
-  if (Recipe::Param::format == Format::float64) return kTail ? 1 : 2;
+  if (Recipe::Param::format == Format::float64) return kTail && Recipe::amsgrad ? 1 : 2;
   if (kTail) return 2;
   const bool is_narrow = sizeof(typename Recipe::Param) + sizeof(typename Recipe::Grad) +
                              sizeof(typename Recipe::Moment) <
