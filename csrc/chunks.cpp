@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "adamw_cpu.h"
+#include "adamw_cuda.h"
 
 namespace warpstep {
 
@@ -29,10 +30,14 @@ std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
   return best;
 }
 
-void cut_chunks(std::vector<TensorRow>& rows, std::int64_t chunk_size, std::vector<Chunk>& chunks,
-                std::vector<std::uint32_t>& batches) {
-  std::int64_t total = 0;
-  for (const TensorRow& row : rows) total += std::max(row.numel, kCpuChunkLeast);
+std::uint32_t cut_chunks(std::vector<TensorRow>& rows, bool for_cuda, std::vector<Chunk>& chunks,
+                         std::vector<std::uint32_t>& batches) {
+  std::int64_t total = 0, elements = 0;
+  for (const TensorRow& row : rows) {
+    total += std::max(row.numel, kCpuChunkLeast);
+    elements += row.numel;
+  }
+  const std::int64_t chunk_size = for_cuda ? cuda_chunk_size(elements) : kCpuChunk;
   const std::int64_t batch = std::clamp(total / kCpuBatches, kCpuBatchMin, kCpuBatchMax);
   std::int64_t in_batch = batch;
   for (std::uint32_t tensor = 0; tensor < rows.size(); ++tensor) {
@@ -48,6 +53,7 @@ void cut_chunks(std::vector<TensorRow>& rows, std::int64_t chunk_size, std::vect
     }
   }
   batches.push_back(static_cast<std::uint32_t>(chunks.size()));
+  return static_cast<std::uint32_t>(chunk_size);
 }
 
 }  // namespace warpstep

@@ -13,8 +13,8 @@ namespace warpstep {
 std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe);
 
 // Fills in each row's number of chunks, the chunks in row order, and the batches of them that the
-// CPU's threads take (kernels/adamw_cpu.h).
-void cut_chunks(std::vector<TensorRow>& rows, std::int64_t chunk_size, std::vector<Chunk>& chunks,
-                std::vector<std::uint32_t>& batches);
+// CPU's threads take (kernels/adamw_cpu.h). Returns the size of a chunk.
+std::uint32_t cut_chunks(std::vector<TensorRow>& rows, bool for_cuda, std::vector<Chunk>& chunks,
+                         std::vector<std::uint32_t>& batches);
 
 }  // namespace warpstep

@@ -219,12 +219,8 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (options.unscale_grads && tail.grad_scale != nullptr)
     tail.grads_after = GradsAfter::unscaled_if_taken;
 
-  std::int64_t chunk_size = kCpuChunk;
-#ifdef WARPSTEP_CUDA
-  if (options.cuda) chunk_size = kCudaChunk;
-#endif
   for (Bucket& bucket : buckets) {
-    cut_chunks(bucket.rows, chunk_size, bucket.chunks, bucket.batches);
+    bucket.chunk_size = cut_chunks(bucket.rows, options.cuda, bucket.chunks, bucket.batches);
   }
   if (options.cuda) return launch_cuda(lists, buckets, options, tail, device);
   std::int64_t elements = 0;
@@ -251,7 +247,8 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
                         &options.hyper,
                         1,
                         bucket.chunks.data(),
-                        static_cast<std::uint32_t>(bucket.chunks.size())};
+                        static_cast<std::uint32_t>(bucket.chunks.size()),
+                        bucket.chunk_size};
     adamw_cpu(launch, bucket.batches.data(), static_cast<std::uint32_t>(bucket.batches.size() - 1),
               options.threads);
     ++launch_counts().cpu;
@@ -371,7 +368,8 @@ const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucke
                         &options.hyper,
                         1,
                         bucket.chunks.data(),
-                        static_cast<std::uint32_t>(bucket.chunks.size())};
+                        static_cast<std::uint32_t>(bucket.chunks.size()),
+                        bucket.chunk_size};
     const CudaTables tables{reinterpret_cast<const void*>(resident.rows_at),
                             reinterpret_cast<const void*>(resident.chunks_at),
                             reinterpret_cast<void*>(resident.arrivals_at)};

@@ -52,6 +52,7 @@ class ListStepper {
     std::vector<TensorRow> rows;
     std::vector<void*> grads;
     std::vector<Chunk> chunks;
+    std::uint32_t chunk_size = 0;
     std::vector<std::uint32_t> batches;
   };
 

@@ -148,12 +148,9 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
 }
 
 void Plan::cut_chunks(Bucket& bucket) {
-  std::int64_t chunk_size = kCpuChunk;
-#ifdef WARPSTEP_CUDA
-  if (bucket.spec.backend == Backend::cuda) chunk_size = kCudaChunk;
-#endif
   if (bucket.spec.backend == Backend::external) return;  // Triton cuts its own
-  warpstep::cut_chunks(bucket.rows, chunk_size, bucket.chunks, bucket.batches);
+  const bool for_cuda = bucket.spec.backend == Backend::cuda;
+  bucket.chunk_size = warpstep::cut_chunks(bucket.rows, for_cuda, bucket.chunks, bucket.batches);
 }
 
 std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
@@ -188,7 +185,8 @@ Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper
           hypers.data(),
           static_cast<std::uint32_t>(hypers.size()),
           bucket.chunks.data(),
-          static_cast<std::uint32_t>(bucket.chunks.size())};
+          static_cast<std::uint32_t>(bucket.chunks.size()),
+          bucket.chunk_size};
 }
 
 const char* Plan::step(py::handle state, py::handle param_groups, int threads, py::object tensors,

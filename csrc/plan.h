@@ -130,6 +130,7 @@ class Plan {
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
     std::vector<Chunk> chunks;
+    std::uint32_t chunk_size = 0;
     std::vector<std::uint32_t> batches;  // for the CPU
     std::vector<std::uint32_t> groups;   // the optimizer's that it has rows of: theirs index this
     std::vector<Hyper> hypers;           // of this step, one for each of them

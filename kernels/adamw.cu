@@ -75,6 +75,17 @@ struct Streams {
     m.load(exp_avg + i, aligned.exp_avg);
     v.load(exp_avg_sq + i, aligned.exp_avg_sq);
     if constexpr (Recipe::amsgrad) peak.load(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+    // The average too before anything waits for an operand: one memory latency, not two.
+    T average[kElements];
+    const bool averages = kTail && taken && tail.has_ema;
+    if (averages) {
+      in_format_of_average(tail, [&](auto format) {
+        Packet<decltype(format), kElements> e;
+        e.load(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+#pragma unroll
+        for (std::uint32_t k = 0; k < kElements; ++k) average[k] = T(warpstep::load(e.elements[k]));
+      });
+    }
 
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
@@ -110,12 +121,18 @@ struct Streams {
       if constexpr (Recipe::amsgrad) peak.store(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
     }
     if constexpr (kTail) {
-      if (taken && tail.has_ema) {
-        if (tail.ema == Param::format) {
-          average<Param>(constants, p, i, aligned.ema);
-        } else {
-          average<float32>(constants, p, i, aligned.ema);
-        }
+      if (averages) {
+        in_format_of_average(tail, [&](auto format) {
+          Packet<decltype(format), kElements> e;
+#pragma unroll
+          for (std::uint32_t k = 0; k < kElements; ++k) {
+            const T now = warpstep::load(p.elements[k]);  // the parameter as it is stored
+            warpstep::store(lerp(average[k], now, constants.ema_weight, constants.ema_kept,
+                                 constants.ema_weight < T(0.5)),
+                            e.elements[k]);
+          }
+          e.store(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+        });
       }
       if (tail.grads_after == GradsAfter::zeroed || leaves_unscaled(tail, taken)) {
         g.store(grad + i, aligned.grad);
@@ -133,29 +150,31 @@ struct Streams {
     sums.not_finite += is_finite(warpstep::load(gradient)) ? 0 : 1;
   }
 
-  template <class Ema, std::uint32_t kElements>
-  __device__ __forceinline__ void average(const Constants<T>& constants,
-                                          const Packet<Param, kElements>& p, std::int64_t i,
-                                          bool aligned) const {
-    Packet<Ema, kElements> e;
-    Ema* const at = in_global_memory<Ema>(ema) + i;
-    e.load(at, aligned);
-#pragma unroll
-    for (std::uint32_t k = 0; k < kElements; ++k) {
-      warpstep::store(lerp(T(warpstep::load(e.elements[k])), warpstep::load(p.elements[k]),
-                           constants.ema_weight, constants.ema_kept, constants.ema_weight < T(0.5)),
-                      e.elements[k]);
+  // Averages are of the parameter's format, or float32.
+  template <class Visit>
+  __device__ __forceinline__ static void in_format_of_average(const Tail& tail, Visit&& visit) {
+    if (tail.ema == Param::format) {
+      visit(Param{});
+    } else if constexpr (Param::format != Format::float32) {
+      visit(float32{});
     }
-    e.store(at, aligned);
   }
 };
 
-// Blocks that share a multiprocessor: with two, float64's tail does not fit the registers.
+// Blocks that share a multiprocessor, which limits a thread's registers to what needs no local
+// memory: 64 for four, 80 for three, 128 for two.
 template <class Recipe, bool kTail>
-constexpr int kResidentBlocks = kTail && sizeof(typename Recipe::Compute) == 8 ? 1 : 2;
+constexpr int resident_blocks() {
+  if (Recipe::Param::format == Format::float64) return kTail && Recipe::amsgrad ? 1 : 2;
+  if (kTail) return 2;
+  const bool is_narrow = sizeof(typename Recipe::Param) + sizeof(typename Recipe::Grad) +
+                             sizeof(typename Recipe::Moment) <
+                         3 * sizeof(float);
+  return is_narrow || Recipe::amsgrad ? 3 : 4;
+}
 
 template <class Recipe, bool kTail>
-__global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
+__global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>())
     adamw_kernel(const __grid_constant__ Arguments args) {
   using T = typename Recipe::Compute;
   const Tail& tail = args.tail;
@@ -177,9 +196,10 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
 
   __shared__ Constants<T> shared_constants;
   if (threadIdx.x == 0) {
+    const Hyper hyper = hyper_of(args, row.group);  // whole: no load waits for another
     const float step =
         taken && !tail.steps_advanced ? take_step(row, args.arrivals + chunk.tensor) : *row.step;
-    shared_constants = constants_of<T>(hyper_of(args, row.group), step, tail);
+    shared_constants = constants_of<T>(hyper, step, tail);
   }
   __syncthreads();
   const Constants<T> constants = shared_constants;
@@ -197,7 +217,7 @@ __global__ void __launch_bounds__(kCudaThreads, kResidentBlocks<Recipe, kTail>)
       sizeof(typename S::Param), min_of(sizeof(typename S::Grad), sizeof(typename S::Moment)));
   constexpr std::uint32_t kElements = kVectorBytes / kNarrowest;
 
-  const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);
+  const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
   const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
   const std::uint32_t vectors = (size - head) / kElements;

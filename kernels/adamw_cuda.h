@@ -8,10 +8,20 @@
 namespace warpstep {
 
 constexpr std::uint32_t kCudaThreads = 256;
-// Elements that one block takes. A multiple of every vector; small enough that a 100M-element model
-// gives each multiprocessor several blocks, large enough that working out the constants does not
-// show.
-constexpr std::uint32_t kCudaChunk = 16384;
+
+// Elements of a chunk, which one block takes, of a launch on so many: as large as leaves a launch
+// about a thousand blocks, some for each multiprocessor of any GPU, but not so small that working
+// out the constants would show. A function of the sizes alone, not of the GPU: the norm's bits
+// depend on how gradients are cut, and are to be the same everywhere. A multiple of every vector.
+constexpr std::uint32_t kCudaChunkLeast = 2048;  // eight elements a thread
+constexpr std::uint32_t kCudaChunkMost = 16384;
+constexpr std::int64_t kCudaBlocksWanted = 1024;
+
+constexpr std::uint32_t cuda_chunk_size(std::int64_t elements) {
+  std::uint32_t size = kCudaChunkMost;
+  while (size > kCudaChunkLeast && elements / size < kCudaBlocksWanted) size /= 2;
+  return size;
+}
 
 // Device memory that a plan holds, filled when it is made.
 struct CudaTables {

@@ -19,9 +19,19 @@ __device__ __forceinline__ void finish(const Arguments& args, double share, Comb
   }
   __syncthreads();
   if (!is_last) return;  // else every share is there to be read
+  // Eight loads under way at a time, since each waits for memory. In the same order whatever their
+  // number; the zeros beyond the end change neither a sum nor a largest magnitude.
+  constexpr std::uint32_t kAtOnce = 8;
   double total = 0;
-  for (std::uint32_t i = threadIdx.x; i < args.chunk_count; i += blockDim.x) {
-    total = combine(total, shares[i]);
+  for (std::uint64_t first = threadIdx.x; first < args.chunk_count; first += kAtOnce * blockDim.x) {
+    double next[kAtOnce];
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) {
+      const std::uint64_t i = first + k * blockDim.x;
+      next[k] = i < args.chunk_count ? shares[i] : 0;
+    }
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) total = combine(total, next[k]);
   }
   total = combine_block(total, combine);
   if (threadIdx.x == 0) args.norm[0] = total;
@@ -36,7 +46,7 @@ __device__ __forceinline__ void norm_of_chunk(const Arguments& args, Term&& term
   double share = 0;
   if (grad != nullptr) {
     constexpr std::uint32_t kElements = kVectorBytes / sizeof(Grad);
-    const ChunkRange range = chunk_range(row, chunk.index, kCudaChunk);
+    const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
     const Grad* const at = in_global_memory<const Grad>(grad) + range.begin;
     const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
     // Elements up to the gradient's own 16-byte boundary.

@@ -24,6 +24,7 @@ struct Header {
   std::uint32_t first_group;
   std::uint32_t groups;  // in the payload: those of its tensors
   std::uint32_t chunk_count;
+  std::uint32_t chunk_size;
   Norm norm_kind;
   std::uint8_t pad_[3];
 };
@@ -48,6 +49,23 @@ __device__ __forceinline__ void* grad_of(const Arguments& args, std::uint32_t te
 
 __device__ __forceinline__ const Hyper& hyper_of(const Arguments& args, std::uint32_t group) {
   return reinterpret_cast<const Hyper*>(args.payload)[group - args.first_group];
+}
+
+// Adds to a counter in global memory and returns what it was. What any block has read or written
+// before its addition comes before what any does after a later addition: no fence is needed.
+// (CUDA C++ has a name for it since 12.8; atomicAdd orders nothing.)
+__device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* counter,
+                                                            std::uint32_t value) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(value)
+               : "memory");
+  return before;
+#else
+  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
+#endif
 }
 
 // Adds to a counter in global memory and returns what it was. What any block has read or written
@@ -158,6 +176,7 @@ class DeviceGuard {
 CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool needs_grads,
                       cudaStream_t stream) {
   CudaResult result{cudaSuccess, 0};
+  args.chunk_size = launch.chunk_size;
   for (std::uint32_t first = 0, first_chunk = 0; first < launch.tensors && !result.error;) {
     const std::uint32_t limit = min_of(first + kTensorsPerLaunch, launch.tensors);
     const std::uint32_t first_group = launch.rows[first].group;

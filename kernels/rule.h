@@ -84,28 +84,33 @@ struct Moments {
   T max_exp_avg_sq;
 };
 
-// base^exponent as pow() has it: whole exponents by squaring, parts of one by roots. Products and
-// IEEE's roots only, hence the same bits on every machine.
-WARPSTEP_FN double power(double base, double exponent) {
-  if (exponent != exponent) return exponent;
+// bases^exponent as pow() has it: whole exponents by squaring, parts of one by roots. Products and
+// IEEE's roots only, hence the same bits on every machine. Two at a time, since each product waits
+// for the one before, and a block's threads wait for all of them.
+WARPSTEP_FN void raise(double (&bases)[2], double exponent) {
   constexpr double kForever = 0x1p63;  // as good as infinite: 0, 1 or infinite for every base
   const double magnitude = std::fabs(exponent);
-  std::uint64_t whole = static_cast<std::uint64_t>(min_of(magnitude, kForever));
+  std::uint64_t whole =
+      static_cast<std::uint64_t>(magnitude < kForever ? magnitude : kForever);  // NaN: forever
   double part = magnitude < kForever ? magnitude - static_cast<double>(whole) : 0;
-  double result = 1;
-  for (double factor = base; whole != 0; whole >>= 1, factor *= factor) {
-    if (whole & 1) result *= factor;
-  }
-  double root = base;
-  for (int digits = 0; part != 0 && digits < 52; ++digits) {
-    root = std::sqrt(root);
-    part *= 2;
-    if (part >= 1) {
-      result *= root;
-      part -= 1;
+  double results[2] = {1, 1};
+  for (double factors[2] = {bases[0], bases[1]}; whole != 0; whole >>= 1) {
+    for (int i = 0; i < 2; ++i) {
+      if (whole & 1) results[i] *= factors[i];
+      factors[i] *= factors[i];
     }
   }
-  return exponent < 0 ? 1 / result : result;
+  for (int digits = 0; part != 0 && digits < 52; ++digits) {
+    part *= 2;
+    for (int i = 0; i < 2; ++i) {
+      bases[i] = std::sqrt(bases[i]);
+      if (part >= 1) results[i] *= bases[i];
+    }
+    if (part >= 1) part -= 1;
+  }
+  for (int i = 0; i < 2; ++i) {
+    bases[i] = exponent != exponent ? exponent : exponent < 0 ? 1 / results[i] : results[i];
+  }
 }
 
 WARPSTEP_FN double read(const Scalar& scalar, std::uint8_t kind) {
@@ -137,11 +142,13 @@ WARPSTEP_FN Constants<T> constants_of(const Hyper& hyper, float step, const Tail
   const double lr = read(hyper.lr, hyper.lr_kind);
   const double beta1 = read(hyper.beta1, hyper.beta1_kind);
   const double beta2 = read(hyper.beta2, hyper.beta2_kind);
-  const float t = tail.steps_advanced ? step : step + 1;
-  const double bias_correction1 = 1 - power(beta1, t);
-  const double bias_correction2_sqrt = std::sqrt(1 - power(beta2, t));
   const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
   const double clip_coef = tail.clip_coef != nullptr ? *tail.clip_coef : 1;
+  const float t = tail.steps_advanced ? step : step + 1;
+  double powers[2] = {beta1, beta2};
+  raise(powers, t);
+  const double bias_correction1 = 1 - powers[0];
+  const double bias_correction2_sqrt = std::sqrt(1 - powers[1]);
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
   const bool decays = hyper.decay != Decay::coupled && hyper.weight_decay != 0;  // no inf * 0
   const double decay = decays ? lr * hyper.weight_decay : 0;

@@ -143,6 +143,7 @@ struct Launch {
   std::uint32_t groups;
   const Chunk* chunks;  // host copy, in row order
   std::uint32_t chunk_count;
+  std::uint32_t chunk_size;  // in elements
 };
 
 }  // namespace warpstep

@@ -1,8 +1,7 @@
 """The compiled CUDA code, read: 16-byte accesses, no local memory, for every architecture built."""
 
 import re
-import shutil
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,100 +9,154 @@ import pytest
 from environment import EMULATED
 from warpstep import backends
 
-FORMAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
+from bench import machine_code  # noqa: E402
+from bench.machine_code import FORMAT_BYTES  # noqa: E402
 
-def find_cuobjdump():
-    try:
-        from triton import backends as triton_backends
-    except ImportError:
-        return shutil.which("cuobjdump")
-    wheel = Path(triton_backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
-    return str(wheel) if wheel.exists() else shutil.which("cuobjdump")
+# Instructions an element of the loop over aligned elements, of sm_80 or sm_90, whichever has more:
+# of a step, and with the tail of one that averages, one with statistics, one with all of it.
+BUDGETS = {
+    "float32": (42, 68, 79, 85),
+    "float32, bfloat16 moments": (43, 64, 76, 81),
+    "bfloat16, float32 gradients, float32 moments": (42, 64, 74, 84),
+    "bfloat16, float32 gradients": (45, 52, 62, 72),
+    "bfloat16, float32 moments": (43, 76, 85, 92),
+    "bfloat16": (46, 62, 71, 78),
+    "float16, float32 gradients, float32 moments": (41, 62, 72, 81),
+    "float16, float32 gradients": (43, 49, 60, 68),
+    "float16, float32 moments": (42, 72, 82, 88),
+    "float16": (44, 58, 69, 74),
+    "float32, amsgrad": (46, 76, 87, 92),
+    "float32, bfloat16 moments, amsgrad": (50, 68, 79, 84),
+    "bfloat16, float32 gradients, float32 moments, amsgrad": (46, 72, 82, 92),
+    "bfloat16, float32 gradients, amsgrad": (51, 60, 70, 80),
+    "bfloat16, float32 moments, amsgrad": (47, 83, 91, 98),
+    "bfloat16, amsgrad": (52, 70, 78, 85),
+    "float16, float32 gradients, float32 moments, amsgrad": (45, 55, 65, 74),
+    "float16, float32 gradients, amsgrad": (49, 56, 67, 75),
+    "float16, float32 moments, amsgrad": (46, 80, 90, 96),
+    "float16, amsgrad": (50, 65, 76, 81),
+}
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """(architecture, demangled kernel name) -> its machine code."""
     native, _ = backends.native()
     if native is None or native.cuda_architectures is None or EMULATED:
         pytest.skip("the native module has no CUDA code")
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None or shutil.which("c++filt") is None:
-        pytest.skip("needs cuobjdump (Triton's wheel has one) and c++filt")
-    dump = subprocess.run(
-        [cuobjdump, "-sass", native.__file__], capture_output=True, text=True, check=True
-    ).stdout
-    dump = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True).stdout
-    found = {}
-    for part in re.split(r"\n\s*code for ", dump)[1:]:
-        architecture = part.split()[0]
-        for function in re.split(r"Function : ", part)[1:]:
-            name, _, code = function.partition("\n")
-            found[architecture, name] = code
-    return found
+    if missing := machine_code.missing_tool():
+        pytest.skip(f"needs {missing}")
+    return machine_code.read(native.__file__)
 
 
-def recipe_of(name):
-    """Formats of parameter, gradient and moments, amsgrad, and whether with the tail."""
-    flag = r"\(?(?:bool\))?(true|false|0|1)"
-    match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", name)
-    formats = [part.split("::")[-1] for part in match.group(1).split(", ")]
-    return *formats, match.group(2) in ("true", "1"), match.group(3) in ("true", "1")
+def name_of(kernel):
+    return f"{kernel.architecture}: {kernel.name}"
 
 
 def of_the_step(kernels):
-    return {key: code for key, code in kernels.items() if "adamw_kernel" in key[1]}
+    return [kernel for kernel in kernels if kernel.is_step]
 
 
 def test_every_recipe_was_compiled_for_every_architecture(kernels):
     native, _ = backends.native()
-    architectures = {architecture for architecture, _ in kernels}
+    architectures = {kernel.architecture for kernel in kernels}
     built = {f"sm_{a.split('-')[0]}" for a in native.cuda_architectures.split()}
     assert architectures == built
     for architecture in architectures:
-        recipes = {recipe_of(name) for a, name in of_the_step(kernels) if a == architecture}
+        here = [kernel for kernel in kernels if kernel.architecture == architecture]
+        recipes = {kernel.recipe for kernel in of_the_step(here)}
         assert len(recipes) == 44  # eleven, with and without amsgrad, with and without the tail
-        norms = [n for a, n in kernels if a == architecture and "grad_norm_kernel" in n]
-        assert len(norms) == len(FORMAT_BYTES)
+        assert len([kernel for kernel in here if kernel.is_norm]) == len(FORMAT_BYTES)
 
 
 def test_aligned_streams_are_accessed_16_bytes_at_a_time(kernels):
-    for (architecture, name), code in of_the_step(kernels).items():
-        param, grad, moment, amsgrad, tail = recipe_of(name)
-        size = FORMAT_BYTES
-        elements = 16 // min(size[param], size[grad], size[moment])
-        moments = (3 if amsgrad else 2) * elements * size[moment] // 16
-        stores = elements * size[param] // 16 + moments
-        loads = stores + elements * size[grad] // 16
-        if tail:  # gradients are written, and averages of the parameter's format or float32
-            averages = elements * (size[param] + (4 if param != "float32" else 0)) // 16
-            averages = elements * 8 // 16 if param == "float64" else averages
-            stores, loads = loads + averages, loads + averages
-        label = f"{architecture}: {param}, {grad}, {moment}"
-        assert len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128", code)) >= loads, label
-        assert len(re.findall(r"\bSTG\.E(?:\.\w+)*\.128", code)) >= stores, label
+    for kernel in of_the_step(kernels):
+        recipe = kernel.recipe
+        moments = [recipe.moment] * (3 if recipe.amsgrad else 2)
+        stores = recipe.vectors(recipe.param, *moments)
+        loads = stores + recipe.vectors(recipe.grad)
+        if recipe.tail:  # gradients are written, and averages of the parameter's format or float32
+            averages = {recipe.param} | ({"float32"} if recipe.param != "float64" else set())
+            stores = loads = loads + recipe.vectors(*averages)
+        for kind, least in (("LDG", loads), ("STG", stores)):
+            found = [c for c in kernel.hot_loop.code if c.kind == kind and c.moves_16_bytes]
+            assert len(found) >= least, name_of(kernel)
+
+
+def test_an_iteration_waits_for_memory_once(kernels):
+    """Every load, that of the average too, is under way before the first root is taken."""
+    for kernel in of_the_step(kernels):
+        kinds = [c.kind for c in kernel.hot_loop.code]
+        assert "LDG" not in kinds[kinds.index("MUFU") :], name_of(kernel)
+
+
+def test_registers_leave_room_for_as_many_blocks_as_intended(kernels):
+    """256 threads a block, 65,536 registers: four blocks, three, two with the tail."""
+    for kernel in of_the_step(kernels):
+        recipe = kernel.recipe
+        if recipe.param == "float64":
+            limit = 168 if recipe.tail and recipe.amsgrad else 128
+        elif recipe.tail:
+            limit = 128
+        else:
+            is_float32 = {recipe.param, recipe.grad, recipe.moment} == {"float32"}
+            limit = 64 if is_float32 and not recipe.amsgrad else 80
+        assert kernel.registers <= limit, name_of(kernel)
+    assert all(kernel.registers <= 32 for kernel in kernels if kernel.is_norm)
+
+
+def test_the_loop_keeps_to_its_number_of_instructions(kernels):
+    """Within a twentieth, or one: another nvcc schedules otherwise."""
+    known = [k for k in of_the_step(kernels) if k.architecture in ("sm_80", "sm_90")]
+    if not known:
+        pytest.skip("the numbers are of sm_80 and sm_90")
+    for kernel in known:
+        if kernel.recipe.param == "float64":
+            continue
+        budgets = BUDGETS[kernel.recipe.label]
+        budgets = budgets[1:] if kernel.recipe.tail else budgets[:1]
+        counts = machine_code.instructions(kernel)
+        for (what, count), budget in zip(counts.items(), budgets, strict=True):
+            assert count <= max(1.05 * budget, budget + 1), (name_of(kernel), what)
+
+
+def test_hyper_parameters_are_read_at_once(kernels):
+    """One thread reads them while the others of its block wait: no load waits for another."""
+    for kernel in of_the_step(kernels):
+        together = most = 0
+        for code in kernel.code:
+            together = 0 if code.kind == "BRA" else together + (code.kind == "LD")
+            most = max(most, together)
+        assert most >= 6, name_of(kernel)
+
+
+def test_the_norms_last_block_has_eight_loads_under_way(kernels):
+    for kernel in (kernel for kernel in kernels if kernel.is_norm):
+        runs = re.split(r"\bD(?:ADD|SETP|MUL|FMA)\b", kernel.text)
+        assert max(run.count("LDG.E.64") for run in runs) >= 8, name_of(kernel)
 
 
 def test_the_norm_reads_16_bytes_at_a_time(kernels):
-    norms = {key: code for key, code in kernels.items() if "grad_norm_kernel" in key[1]}
+    norms = [kernel for kernel in kernels if kernel.is_norm]
     assert norms
-    for key, code in norms.items():
-        assert re.search(r"\bLDG\.E(?:\.\w+)*\.128", code), key
+    for kernel in norms:
+        assert any(c.kind == "LDG" and c.moves_16_bytes for c in kernel.code), name_of(kernel)
 
 
 def test_nothing_lives_in_local_memory(kernels):
-    for (architecture, name), code in kernels.items():
-        assert not re.findall(r"\b(?:LDL|STL)\b", code), f"{architecture}: {name}"
+    for kernel in kernels:
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.text), name_of(kernel)
 
 
 def test_blocks_count_their_arrivals_without_a_sequentially_consistent_fence(kernels):
     """Counting releases and acquires: an order of all fences on the device would only cost time."""
-    for (architecture, name), code in kernels.items():
-        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", code)
-        norms = "grad_norm_kernel" in name  # it counts in two places, one for each kind of norm
-        assert fences == ["ALL"] * (2 if norms else 1), f"{architecture}: {name}"
+    for kernel in kernels:
+        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", kernel.text)
+        # The norm counts in two places, one for each kind of norm.
+        assert fences == ["ALL"] * (2 if kernel.is_norm else 1), name_of(kernel)
         ordered = re.findall(
-            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", code, re.S
+            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", kernel.text, re.S
         )
-        assert len(ordered) == len(fences), f"{architecture}: {name}"
+        assert len(ordered) == len(fences), name_of(kernel)

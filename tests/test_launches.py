@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import INTERPRETED
+from environment import EMULATED, INTERPRETED
 from warpstep import backends
 
 
@@ -58,6 +58,34 @@ def test_one_launch_a_recipe(backend, device):
     optimizer.step()
     assert launches(backend) - before == len(dtypes)
     assert len(str(optimizer.plan).splitlines()) == len(dtypes)
+
+
+@pytest.mark.parametrize(
+    ("elements", "chunk"),
+    [(1, 2048), (2**20, 2048), (2**22 + 5, 4096), (2**23 + 5, 8192), (2**24 + 5, 16384)],
+)
+def test_a_cuda_launch_has_blocks_for_every_multiprocessor(
+    backend, device, elements, chunk, monkeypatch
+):
+    """A thousand, or as many as chunks of 2,048 elements give; the bits are those of the CPU."""
+    if backend != "cuda":
+        return
+    chunks = max(1, elements // chunk)  # aligned: a few more elements make one more
+    chunks += elements > chunks * chunk
+    if EMULATED:  # fibers are slow: only the last blocks, which are looked at
+        monkeypatch.setenv("EMULATED_BLOCKS_FROM", str(max(0, chunks - 4)))
+    values = torch.randn(2, elements)
+    looked_at = slice(max(0, elements - 2 * chunk - 5), elements)
+    after = []
+    for name, where in ((backend, device), ("cpu", "cpu")):
+        param = Parameter(values[0].to(where, copy=True))
+        param.grad = values[1].to(where)
+        optimizer = warpstep.AdamW([param], backend=name)
+        optimizer.step()
+        after.append(param.detach()[looked_at].cpu())
+        if name == "cuda":
+            assert optimizer.plan._native.chunk_count(0) == chunks
+    assert torch.equal(*after)
 
 
 def test_a_steady_step_keeps_its_plan(backend, device):

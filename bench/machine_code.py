@@ -1,0 +1,313 @@
+"""What nvcc made of the CUDA kernels: registers, blocks that fit, instructions an element.
+
+    python -m bench.machine_code [FILE] [--architecture sm_90]
+
+FILE is a native module or a cubin; without it, the installed module. Nothing is run, and no GPU is
+needed: the machine code is read with cuobjdump. tests/test_cuda_code.py holds the kernels to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as File
+from typing import NamedTuple
+
+FORMAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+THREADS = 256  # kCudaThreads
+REGISTERS = 65536  # of a multiprocessor, of any GPU since 5.0
+WARPS = {"sm_75": 32, "sm_86": 48, "sm_89": 48, "sm_120": 48}  # of a multiprocessor, where not 64
+FLOAT64_ARITHMETIC = ("DADD", "DMUL", "DFMA")
+
+
+def find_cuobjdump() -> str | None:
+    """The path of cuobjdump: that of Triton's wheel, or the one on PATH."""
+    try:
+        from triton import backends
+    except ImportError:
+        return shutil.which("cuobjdump")
+    wheel = File(backends.__file__ or "").parent / "nvidia" / "bin" / "cuobjdump"
+    return str(wheel) if wheel.exists() else shutil.which("cuobjdump")
+
+
+def missing_tool() -> str | None:
+    """What is needed to read machine code and is not there, in words."""
+    if find_cuobjdump() is None:
+        return "cuobjdump (Triton's wheel has one)"
+    return None if shutil.which("c++filt") else "c++filt"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code."""
+
+    address: int
+    guard: str  # the predicate under which it acts, or nothing
+    opcode: str  # with its modifiers: LDG.E.128
+    operands: str
+
+    @property
+    def kind(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.kind == "BRA" else None
+        return int(found.group(1), 16) if found else None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next instruction may follow."""
+        always = not self.guard and not re.match(r"!?U?P", self.operands)
+        return not (always and self.kind in ("BRA", "EXIT", "RET"))
+
+    @property
+    def moves_16_bytes(self) -> bool:
+        return self.kind in ("LDG", "STG") and ".128" in self.opcode
+
+    @property
+    def moves_less(self) -> bool:
+        return self.kind in ("LDG", "STG", "LD", "ST") and ".128" not in self.opcode
+
+
+class Path(NamedTuple):
+    """What a way through a loop does: 16-byte loads and stores, float64 operations."""
+
+    loads: int
+    stores: int
+    float64: int
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a kernel: from the target of backward branches to the last of these."""
+
+    code: tuple[Instruction, ...]
+
+    @cached_property
+    def paths(self) -> dict[Path, int]:
+        """Every kind of way through the loop, and the instructions of the shortest of that kind:
+        what is there for rare operands only is then not counted.
+        """
+        index = {instruction.address: i for i, instruction in enumerate(self.code)}
+        ways: list[dict[Path, int]] = [{} for _ in self.code]
+        for i in range(len(self.code) - 1, -1, -1):
+            code = self.code[i]
+            to = None if code.target is None else index.get(code.target)
+            after = {Path(0, 0, 0): 0} if to == 0 else {}
+            following = [i + 1] if code.goes_on and i + 1 < len(ways) else []
+            following += [to] if to is not None and to > i else []
+            for j in following:
+                for path, count in ways[j].items():
+                    after[path] = min(count, after.get(path, count))
+            wide = code.kind in FLOAT64_ARITHMETIC
+            load, store = (code.moves_16_bytes and code.kind == kind for kind in ("LDG", "STG"))
+            # What is under a condition may be done or not.
+            for done in {True, not (code.guard and code.moves_16_bytes)}:
+                for path, count in after.items():
+                    here = Path(
+                        path.loads + (done and load),
+                        path.stores + (done and store),
+                        path.float64 + wide,
+                    )
+                    ways[i][here] = min(count + 1, ways[i].get(here, count + 1))
+        return ways[0]
+
+    def shortest(self, loads: int, stores: int, float64: bool) -> int:
+        """Instructions of the shortest way with so many 16-byte accesses, and all of the loop's
+        float64 operations or the fewest.
+        """
+        found = {
+            path.float64: count
+            for path, count in self.paths.items()
+            if (path.loads, path.stores) == (loads, stores)
+        }
+        return found[max(found) if float64 else min(found)]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as it was compiled for one architecture."""
+
+    architecture: str
+    name: str
+    registers: int
+    shared_bytes: int
+    text: str
+
+    @cached_property
+    def code(self) -> tuple[Instruction, ...]:
+        line = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);"
+        return tuple(
+            Instruction(int(address, 16), guard, opcode, operands.strip())
+            for address, guard, opcode, operands in re.findall(line, self.text)
+        )
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        ends = {c.target: c.address for c in self.code if (c.target or c.address) < c.address}
+        return [
+            Loop(tuple(c for c in self.code if start <= c.address <= end))
+            for start, end in ends.items()
+            if start is not None
+        ]
+
+    @cached_property
+    def hot_loop(self) -> Loop:
+        """The loop over aligned elements, which moves the fewest of them by themselves."""
+        found = [loop for loop in self.loops if any(c.moves_16_bytes for c in loop.code)]
+        return min(found, key=lambda loop: (sum(c.moves_less for c in loop.code), len(loop.code)))
+
+    @property
+    def warps(self) -> int:
+        """Warps of this kernel that a multiprocessor holds, by registers."""
+        of_a_warp = -(-self.registers // 8) * 8 * 32
+        blocks = REGISTERS // (of_a_warp * THREADS // 32)
+        return min(blocks * THREADS // 32, WARPS.get(self.architecture, 64))
+
+    @property
+    def is_step(self) -> bool:
+        return "adamw_kernel" in self.name
+
+    @property
+    def is_norm(self) -> bool:
+        return "grad_norm_kernel" in self.name
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        flag = r"\(?(?:bool\))?(true|false|0|1)"
+        match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", self.name)
+        assert match is not None, self.name
+        formats = [part.split("::")[-1] for part in match.group(1).split(", ")]
+        flags = [value in ("true", "1") for value in match.groups()[1:]]
+        return Recipe(*formats, *flags)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Formats of parameter, gradient and moments, amsgrad, and whether with the tail."""
+
+    param: str
+    grad: str
+    moment: str
+    amsgrad: bool
+    tail: bool
+
+    @property
+    def label(self) -> str:
+        formats = [self.param] + ([f"{self.grad} gradients"] if self.grad != self.param else [])
+        formats += [f"{self.moment} moments"] if self.moment != self.param else []
+        return ", ".join(formats) + (", amsgrad" if self.amsgrad else "")
+
+    @property
+    def elements(self) -> int:
+        """So many are stepped at a time: a vector of the narrowest operand."""
+        return 16 // min(FORMAT_BYTES[f] for f in (self.param, self.grad, self.moment))
+
+    def vectors(self, *formats: str) -> int:
+        """16-byte accesses that so many elements take in each of the formats."""
+        return sum(self.elements * FORMAT_BYTES[f] // 16 for f in formats)
+
+
+def instructions(kernel: Kernel) -> dict[str, float]:
+    """Instructions an element of the loop over aligned elements, by what the step does. A float64
+    kernel has none here: its divisions have loops of their own.
+    """
+    loop = kernel.hot_loop
+    if kernel.is_norm:
+        (vectors,) = {sum(c.moves_16_bytes for c in loop.code)}
+        grad = next(name for name in FORMAT_BYTES if f"::{name}>" in kernel.name)
+        return {"norm": min(loop.paths.values()) * FORMAT_BYTES[grad] / 16 / vectors}
+    recipe = kernel.recipe
+    if recipe.param == "float64":
+        return {}
+    stores = recipe.vectors(recipe.param, *[recipe.moment] * (3 if recipe.amsgrad else 2))
+    grads = recipe.vectors(recipe.grad)
+    averages = recipe.vectors("float32")
+    loads = stores + grads
+    if not recipe.tail:
+        counts = {"step": loop.shortest(loads, stores, False)}
+    else:
+        counts = {
+            "average": loop.shortest(loads + averages, stores + averages, False),
+            "statistics": loop.shortest(loads, stores, True),
+            "all": loop.shortest(loads + averages, stores + averages + grads, True),
+        }
+    return {what: count / recipe.elements for what, count in counts.items()}
+
+
+def read(path: str | File) -> list[Kernel]:
+    """Every kernel in a native module or a cubin."""
+
+    def dump(option: str) -> str:
+        command = [find_cuobjdump() or "cuobjdump", option, str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout
+
+    usage = {}
+    bare, *fat = re.split(r"arch = ", dump("-res-usage"))  # a cubin does not say it here
+    for architecture, part in [("", bare), *((part.split()[0], part) for part in fat)]:
+        found = re.findall(r"Function (.+):\s+REG:(\d+) .*?SHARED:(\d+)", part)
+        for name, registers, shared in found:
+            usage[architecture, name] = int(registers), int(shared)
+    kernels = []
+    for part in re.split(r"\n\s*code for ", dump("-sass"))[1:]:
+        architecture = part.split()[0]
+        for function in re.split(r"Function : ", part)[1:]:
+            name, _, text = function.partition("\n")
+            key = (architecture, name) if (architecture, name) in usage else ("", name)
+            kernels.append(Kernel(architecture, name, *usage[key], text))
+    return kernels
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Registers, warps a multiprocessor and instructions an element, as Markdown."""
+    lines = [
+        "| kernel | registers | warps | instructions an element |",
+        "| --- | --: | --: | :-- |",
+    ]
+    order = {name: i for i, name in enumerate(("float32", "bfloat16", "float16", "float64"))}
+    steps = [k for k in kernels if k.is_step]
+
+    def place(kernel: Kernel) -> tuple[object, ...]:
+        recipe = kernel.recipe
+        formats = (recipe.param, recipe.grad, recipe.moment)
+        return recipe.tail, recipe.amsgrad, *(order[f] for f in formats)
+
+    for kernel in sorted(steps, key=place):
+        label = kernel.recipe.label + ("; tail" if kernel.recipe.tail else "")
+        counts = ", ".join(f"{what} {n:.0f}" for what, n in instructions(kernel).items())
+        lines.append(f"| {label} | {kernel.registers} | {kernel.warps} | {counts or '-'} |")
+    for kernel in (k for k in kernels if k.is_norm):
+        name = re.search(r"::(\w+)>", kernel.name)
+        count = instructions(kernel)["norm"]
+        label = f"norm, {name.group(1) if name else kernel.name}"
+        lines.append(f"| {label} | {kernel.registers} | {kernel.warps} | {count:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.machine_code", description=__doc__)
+    parser.add_argument("file", nargs="?", help="a native module or cubin (the installed module)")
+    parser.add_argument("--architecture", default="sm_90", help="sm_90")
+    options = parser.parse_args()
+    if options.file is None:
+        from warpstep import backends
+
+        native, why = backends.native()
+        if native is None or native.cuda_architectures is None:
+            sys.exit(f"the installed module has no CUDA code: {why or 'it was built without'}")
+        options.file = native.__file__
+    if missing := missing_tool():
+        sys.exit(f"needs {missing}")
+    print(table([k for k in read(options.file) if k.architecture == options.architecture]))
+
+
+if __name__ == "__main__":
+    main()
