@@ -53,6 +53,7 @@ class Instruction:
 
     @property
     def kind(self) -> str:
+        """The operation, without its modifiers."""
         return self.opcode.split(".")[0]
 
     @property
@@ -69,10 +70,12 @@ class Instruction:
 
     @property
     def moves_16_bytes(self) -> bool:
+        """Whether it loads or stores 16 bytes of global memory."""
         return self.kind in ("LDG", "STG") and ".128" in self.opcode
 
     @property
     def moves_less(self) -> bool:
+        """Whether it loads or stores fewer bytes."""
         return self.kind in ("LDG", "STG", "LD", "ST") and ".128" not in self.opcode
 
 
@@ -143,6 +146,7 @@ class Kernel:
 
     @cached_property
     def code(self) -> tuple[Instruction, ...]:
+        """The instructions, in their order."""
         line = r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);"
         return tuple(
             Instruction(int(address, 16), guard, opcode, operands.strip())
@@ -151,6 +155,7 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[Loop]:
+        """The innermost loops: what lies between a jump back and where it goes."""
         ends = {c.target: c.address for c in self.code if (c.target or c.address) < c.address}
         return [
             Loop(tuple(c for c in self.code if start <= c.address <= end))
@@ -173,14 +178,17 @@ class Kernel:
 
     @property
     def is_step(self) -> bool:
+        """Whether it is a kernel of the step."""
         return "adamw_kernel" in self.name
 
     @property
     def is_norm(self) -> bool:
+        """Whether it is a kernel of the gradients' norm."""
         return "grad_norm_kernel" in self.name
 
     @cached_property
     def recipe(self) -> Recipe:
+        """What the kernel is built for, by its name."""
         flag = r"\(?(?:bool\))?(true|false|0|1)"
         match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", self.name)
         assert match is not None, self.name
@@ -201,6 +209,7 @@ class Recipe:
 
     @property
     def label(self) -> str:
+        """As the table names it."""
         formats = [self.param] + ([f"{self.grad} gradients"] if self.grad != self.param else [])
         formats += [f"{self.moment} moments"] if self.moment != self.param else []
         return ", ".join(formats) + (", amsgrad" if self.amsgrad else "")
@@ -293,6 +302,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(prog="bench.machine_code", description=__doc__)
     parser.add_argument("file", nargs="?", help="a native module or cubin (the installed module)")
     parser.add_argument("--architecture", default="sm_90", help="sm_90")

@@ -68,23 +68,6 @@ __device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* count
 #endif
 }
 
-// Adds to a counter in global memory and returns what it was. What any block has read or written
-// before its addition comes before what any does after a later addition: no fence is needed.
-// (CUDA C++ has a name for it since 12.8; atomicAdd orders nothing.)
-__device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* counter,
-                                                            std::uint32_t value) {
-#ifdef __CUDA_ARCH__
-  std::uint32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(counter)), "r"(value)
-               : "memory");
-  return before;
-#else
-  return __atomic_fetch_add(counter, value, __ATOMIC_ACQ_REL);
-#endif
-}
-
 // Consecutive elements of a stream, as they are in memory: one, or as many as fill whole vectors.
 template <class F, std::uint32_t kElements>
 struct Packet {
