@@ -180,7 +180,9 @@ CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool
       args.first_chunk = first_chunk;
       args.first_group = first_group;
       args.groups = groups;
-      std::memcpy(args.payload, launch.hypers + first_group, groups * sizeof(Hyper));
+      if (groups != 0) {
+        std::memcpy(args.payload, launch.hypers + first_group, groups * sizeof(Hyper));
+      }
       std::memcpy(args.payload + groups * kHyperWords, launch.grads + first,
                   (last - first) * sizeof(std::uint64_t));
       void* kernel_arguments[] = {&args};
