@@ -7,11 +7,9 @@
 #include <vector>
 
 #include "adamw_cpu.h"
+#include "adamw_cuda.h"
 #include "bind_lists.h"
 #include "plan.h"
-#ifdef WARPSTEP_CUDA
-#include "adamw_cuda.h"
-#endif
 
 namespace {
 
@@ -73,17 +71,11 @@ void let_collector_see_plans(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "warpstep's C++ and CUDA kernels.";
-#ifdef WARPSTEP_CUDA
-  m.attr("cuda_architectures") = WARPSTEP_CUDA_ARCHITECTURES;
-  m.attr("why_no_cuda") = "";
+  m.attr("cuda_architectures") = cuda_architectures();
+  m.attr("cuda_device_type") = cuda_device_type();
+  m.attr("why_no_cuda") = why_no_cuda();
   m.def("cuda_device_count", cuda_device_count);
   m.def("cuda_device_reason", cuda_device_reason);
-#else
-  m.attr("cuda_architectures") = py::none();
-  m.attr("why_no_cuda") = WARPSTEP_WHY_NO_CUDA;
-  m.def("cuda_device_count", [] { return 0; });
-  m.def("cuda_device_reason", [](int) { return std::string(WARPSTEP_WHY_NO_CUDA); });
-#endif
   m.def("cpu_instruction_set", cpu_instruction_set);
   m.def("restarts_calls", [](int signal) {  // whether system calls go on after a signal
     struct sigaction action{};

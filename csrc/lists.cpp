@@ -7,11 +7,9 @@
 #include <string>
 
 #include "adamw_cpu.h"
+#include "adamw_cuda.h"
 #include "chunks.h"
 #include "plan.h"
-#ifdef WARPSTEP_CUDA
-#include "adamw_cuda.h"
-#endif
 
 namespace warpstep {
 namespace {
@@ -256,7 +254,6 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   return nullptr;
 }
 
-#ifdef WARPSTEP_CUDA
 namespace {
 
 // NOTE [device tables of lists]
@@ -381,11 +378,5 @@ const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucke
   }
   return nullptr;
 }
-#else
-const char* ListStepper::launch_cuda(const TensorLists&, std::vector<Bucket>&, const ListOptions&,
-                                     const Tail&, dlpack::Device) {
-  return "the native module was built without CUDA";
-}
-#endif
 
 }  // namespace warpstep

@@ -7,10 +7,8 @@
 #include <stdexcept>
 
 #include "adamw_cpu.h"
-#include "chunks.h"
-#ifdef WARPSTEP_CUDA
 #include "adamw_cuda.h"
-#endif
+#include "chunks.h"
 
 namespace warpstep {
 namespace {
@@ -299,7 +297,6 @@ std::vector<std::uint32_t> Plan::chunk_counts(std::size_t index) const {
   return counts;
 }
 
-#ifdef WARPSTEP_CUDA
 namespace {
 
 void check_cuda(int error) {
@@ -329,14 +326,6 @@ void Plan::grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, doubl
   launch_counts().cuda += result.launches;
   check_cuda(result.error);
 }
-#else
-void Plan::launch_cuda(Bucket&, const Launch&) {
-  throw std::logic_error("this module was built without CUDA");
-}
-void Plan::grad_norm_cuda(Bucket&, const Launch&, Norm, double*) {
-  throw std::logic_error("this module was built without CUDA");
-}
-#endif
 
 bool Plan::has_grad(const BoundParam& bound) const {
   return bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr;

@@ -289,6 +289,10 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
   return launch_all(kernel, args, launch, needs_grads, static_cast<cudaStream_t>(stream));
 }
 
+const char* cuda_architectures() { return WARPSTEP_CUDA_ARCHITECTURES; }
+const char* cuda_device_type() { return WARPSTEP_CUDA_DEVICE_TYPE; }
+const char* why_no_cuda() { return ""; }
+
 int cuda_device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;

@@ -1,4 +1,4 @@
-// The CUDA launcher, for callers that know no CUDA.
+// The CUDA launcher, for callers that know no CUDA. Where there is none, no_cuda.cpp stands in.
 #pragma once
 
 #include <string>
@@ -43,6 +43,12 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
 // entry: the sum of squares, or the largest magnitude, comes first; the rest is scratch.
 CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
                           int device, void* stream);
+
+// What the kernels were compiled for ("90-real 120"), and the type of the devices they run on:
+// "cuda"; "cpu" in the tests' build for the host. Null without kernels; then there is a reason why.
+const char* cuda_architectures();
+const char* cuda_device_type();
+const char* why_no_cuda();
 
 int cuda_device_count();
 // Why `device` cannot run the kernels; empty if it can. Makes its primary context.

@@ -286,6 +286,7 @@ def test_status_tells_why_there_is_no_cuda_code(monkeypatch):
 
     class WithoutCuda:
         cuda_architectures = None
+        cuda_device_type = None
         why_no_cuda = "nvcc 11.8 was found, and 12.1 is needed"
 
         def __getattr__(self, name):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 cuda_architectures: str | None
+cuda_device_type: str | None
 why_no_cuda: str
 list_options: tuple[str, ...]
 

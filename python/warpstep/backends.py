@@ -129,7 +129,7 @@ def unavailable_reason(backend: str, device: torch.device, *, in_use: bool = Tru
     if backend == "cpu":
         return native()[1] if device.type == "cpu" else f"it cannot run on {device.type} devices"
     if backend == "cuda":
-        if device.type == "cpu" and _emulates_cuda():
+        if device.type == "cpu" == cuda_device_type():
             return _asked_device(0)
         if device.type != "cuda":
             return f"it cannot run on {device.type} devices"
@@ -142,10 +142,12 @@ def unavailable_reason(backend: str, device: torch.device, *, in_use: bool = Tru
     return triton_kernel()[1]
 
 
-def _emulates_cuda() -> bool:
-    """Whether the native module is the tests' build that runs the CUDA source on the CPU."""
+def cuda_device_type() -> str | None:
+    """The type of the devices that the CUDA kernels run on: ``cuda``; the tests have a build for
+    the ``cpu``. None where there are no CUDA kernels.
+    """
     module, _ = native()
-    return module is not None and module.cuda_architectures == "host emulation"
+    return None if module is None else module.cuda_device_type
 
 
 def has_kernel(backend: str, recipe: Recipe) -> bool:

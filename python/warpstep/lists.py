@@ -40,9 +40,7 @@ RESIDENT_BYTES = 32 << 20  # of tables kept on GPUs: those of some 300,000 tenso
 
 def _upload(device: int, *tables: bytes) -> tuple[Any, ...]:
     """Puts tables into the memory of CUDA device ``device``: what keeps them, their addresses."""
-    module, _ = backends.native()
-    emulated = module is not None and module.cuda_architectures == "host emulation"
-    where = torch.device("cpu") if emulated else torch.device("cuda", device)
+    where = torch.device(backends.cuda_device_type() or "cuda", device)
     held = tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8).to(where) for t in tables)
     return (held, *(table.data_ptr() for table in held))
 

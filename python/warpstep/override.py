@@ -130,8 +130,7 @@ def _usable_keys() -> tuple[str, ...]:
             f"enable() has no kernel to put in the place of torch's: {reason}. Nothing has been "
             "changed."
         )
-    has_cuda = module.cuda_architectures not in (None, "host emulation")
-    has_cuda = has_cuda and torch.version.cuda is not None
+    has_cuda = module.cuda_device_type == "cuda" and torch.version.cuda is not None
     return ("CPU", "CUDA") if has_cuda else ("CPU",)
 
 
