@@ -84,8 +84,23 @@ def test_a_cuda_launch_has_blocks_for_every_multiprocessor(
         optimizer.step()
         after.append(param.detach()[looked_at].cpu())
         if name == "cuda":
-            assert optimizer.plan._native.chunk_count(0) == chunks
+            assert optimizer.plan.buckets[0].chunks == chunks
     assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_a_norm_adds_up_what_every_block_found(backend, device, norm_type):
+    """Of more blocks than the last one's threads read at once; whole numbers, so exactly."""
+    tensors = 2500 if not INTERPRETED else 100
+    params = small_params(tensors, device)
+    for i, param in enumerate(params):
+        param.grad.fill_(i % 50)
+    params[-1].grad.fill_(-1000)
+    optimizer = warpstep.AdamW(params, backend=backend)
+    norm = optimizer.clip_grad_norm_(1.0, norm_type)
+    squares = sum((i % 50) ** 2 for i in range(tensors - 1)) + 1000**2
+    expected = squares**0.5 if norm_type == 2 else 1000.0
+    assert norm.item() == torch.tensor(expected, dtype=norm.dtype).item()
 
 
 def test_a_steady_step_keeps_its_plan(backend, device):
