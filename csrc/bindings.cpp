@@ -171,7 +171,9 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "set_device_tables",
           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-             std::uintptr_t arrivals) { plan.set_device_tables(bucket, {rows, chunks, arrivals}); },
+             std::uintptr_t arrivals) {
+            plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
+          },
           py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);

@@ -2,14 +2,9 @@
 #include "lists.h"
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
-#include <string>
 
 #include "adamw_cpu.h"
-#include "adamw_cuda.h"
-#include "chunks.h"
-#include "plan.h"
 
 namespace warpstep {
 namespace {
@@ -96,7 +91,7 @@ const char* read_lr(py::handle lr, dlpack::Device device, Hyper& hyper) {
 }  // namespace
 
 const char* ListStepper::gather(const TensorLists& lists, const ListOptions& options,
-                                std::vector<Bucket>& buckets, dlpack::Device& device) const {
+                                std::vector<Bucket>& buckets) const {
   const std::size_t count = lists.params.size();
   if (lists.grads.size() != count || lists.exp_avgs.size() != count ||
       lists.exp_avg_sqs.size() != count || lists.state_steps.size() != count ||
@@ -109,6 +104,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   };
   static std::uint64_t nothing;  // what a tensor without elements has as its gradient
   std::size_t last = 0;          // the bucket of the tensor before
+  dlpack::Device device{};       // the first tensor's
   for (std::size_t i = 0; i < count; ++i) {
     TensorView param;
     if (!readable(PyList_GET_ITEM(lists.params.ptr(), i), param))
@@ -170,6 +166,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     if (last == buckets.size()) {
       if (!has_cpu_recipe(recipe)) return "no kernel for the dtypes";
       buckets.emplace_back().recipe = recipe;
+      buckets.back().device = device;
       buckets.back().rows.reserve(count - i);
       buckets.back().grads.reserve(count - i);
     }
@@ -178,9 +175,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     if (options.advance_steps && !bucket.rows.empty() && bucket.rows.back().step == row.step) {
       return "a step that several tensors share";
     }
-    row.head = head_of(row, recipe);
-    bucket.rows.push_back(row);
-    bucket.grads.push_back(numel == 0 ? &nothing : data[1]);
+    bucket.add(row, numel == 0 ? &nothing : data[1]);
   }
   return nullptr;
 }
@@ -202,9 +197,9 @@ void ListStepper::count_writes(const TensorLists& lists, const ListOptions& opti
 const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
                               py::handle found_inf, ListOptions options) {
   std::vector<Bucket> buckets;
-  dlpack::Device device{};
-  if (const char* why = gather(lists, options, buckets, device)) return why;
+  if (const char* why = gather(lists, options, buckets)) return why;
   if (buckets.empty()) return nullptr;
+  const dlpack::Device device = buckets.front().device;
   // The tests' build runs the CUDA source on the CPU.
   if (!options.cuda && device.type != dlpack::cpu) return "no kernel for the device";
   if (const char* why = read_lr(lr, device, options.hyper)) return why;
@@ -217,14 +212,10 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (options.unscale_grads && tail.grad_scale != nullptr)
     tail.grads_after = GradsAfter::unscaled_if_taken;
 
-  for (Bucket& bucket : buckets) {
-    bucket.chunk_size = cut_chunks(bucket.rows, options.cuda, bucket.chunks, bucket.batches);
-  }
-  if (options.cuda) return launch_cuda(lists, buckets, options, tail, device);
+  for (Bucket& bucket : buckets) bucket.cut(options.cuda);
+  if (options.cuda) return launch_cuda(lists, buckets, options, tail);
   std::int64_t elements = 0;
-  for (const Bucket& bucket : buckets) {
-    for (const TensorRow& row : bucket.rows) elements += row.numel;
-  }
+  for (const Bucket& bucket : buckets) elements += bucket.elements;
   const bool is_brief = elements <= kBriefElements;
   Keeper keeper;  // other threads may change the lists
   if (!is_brief || !tensor_reader().uses_handles()) {
@@ -237,144 +228,32 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   std::optional<py::gil_scoped_release> release;
   if (!is_brief) release.emplace();
   for (const Bucket& bucket : buckets) {
-    const Launch launch{bucket.recipe,
-                        tail,
-                        bucket.rows.data(),
-                        bucket.grads.data(),
-                        static_cast<std::uint32_t>(bucket.rows.size()),
-                        &options.hyper,
-                        1,
-                        bucket.chunks.data(),
-                        static_cast<std::uint32_t>(bucket.chunks.size()),
-                        bucket.chunk_size};
-    adamw_cpu(launch, bucket.batches.data(), static_cast<std::uint32_t>(bucket.batches.size() - 1),
-              options.threads);
-    ++launch_counts().cpu;
+    step_on_cpu(bucket, bucket.launch_of(tail, &options.hyper, 1), options.threads);
   }
   return nullptr;
 }
 
-namespace {
-
-// NOTE [device tables of lists]
-// The tables of lists that come again are kept on the device, up to so many bytes; whole tables are
-// compared, so an address that is used anew for another tensor cannot be mistaken. Where parameters
-// lie elsewhere at each step (gathered anew, say), uploading would cost more than the launch saves:
-// after so many calls without one that came again, only lists that come twice are uploaded.
-constexpr std::uint32_t kPatience = 64;
-
-template <class T>
-py::bytes bytes_of_table(const std::vector<T>& table) {
-  return py::bytes(reinterpret_cast<const char*>(table.data()), table.size() * sizeof(T));
-}
-
-bool same_rows(const std::vector<TensorRow>& a, const std::vector<TensorRow>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(TensorRow)) == 0;
-}
-
-}  // namespace
-
-std::shared_ptr<ListStepper::Resident> ListStepper::find(const Bucket& bucket,
-                                                         dlpack::Device device) {
-  for (const std::shared_ptr<Resident>& resident : residents_) {
-    if (resident->device.index == device.index && resident->recipe == bucket.recipe &&
-        same_rows(resident->rows, bucket.rows)) {
-      resident->used = ++clock_;
-      return resident;
-    }
-  }
-  return nullptr;
-}
-
-bool ListStepper::is_seen_again(const Bucket& bucket) {
-  if (misses_ < kPatience) {
-    ++misses_;
-    return true;
-  }
-  const bool again = same_rows(missed_, bucket.rows);
-  missed_ = bucket.rows;
-  return again;
-}
-
-std::shared_ptr<ListStepper::Resident> ListStepper::make_resident(const Bucket& bucket,
-                                                                  dlpack::Device device) {
-  const py::tuple uploaded =
-      upload_(device.index, bytes_of_table(bucket.rows), bytes_of_table(bucket.chunks),
-              py::bytes(std::string(bucket.rows.size() * sizeof(std::uint32_t), '\0')));
-  auto resident = std::make_shared<Resident>();
-  resident->device = device;
-  resident->recipe = bucket.recipe;
-  resident->rows = bucket.rows;
-  resident->bytes = bucket.rows.size() * (sizeof(TensorRow) + sizeof(std::uint32_t)) +
-                    bucket.chunks.size() * sizeof(Chunk);
-  resident->tables = uploaded[0];
-  resident->rows_at = uploaded[1].cast<std::uintptr_t>();
-  resident->chunks_at = uploaded[2].cast<std::uintptr_t>();
-  resident->arrivals_at = uploaded[3].cast<std::uintptr_t>();
-  resident->used = ++clock_;
-  residents_.push_back(resident);
-
-  const auto freeable = [](const std::shared_ptr<Resident>& r) { return !r->captured; };
-  for (;;) {
-    std::size_t bytes = 0;
-    auto oldest = residents_.end();
-    for (auto it = residents_.begin(); it != residents_.end(); ++it) {
-      if (!freeable(*it)) continue;
-      bytes += (*it)->bytes;
-      if (oldest == residents_.end() || (*it)->used < (*oldest)->used) oldest = it;
-    }
-    if (bytes <= resident_bytes_ || *oldest == resident) return resident;
-    const std::shared_ptr<Resident> evicted = *oldest;  // freed after the list has been changed
-    residents_.erase(oldest);
-  }
-}
-
-const char* ListStepper::launch_cuda(const TensorLists& lists, std::vector<Bucket>& buckets,
-                                     const ListOptions& options, const Tail& tail,
-                                     dlpack::Device device) {
-  void* const stream = tensor_reader().current_stream(device);
+const char* ListStepper::launch_cuda(const TensorLists& lists, const std::vector<Bucket>& buckets,
+                                     const ListOptions& options, const Tail& tail) {
+  using Upload = ResidentTables::Upload;
+  void* const stream = tensor_reader().current_stream(buckets.front().device);
   const bool capturing = cuda_is_capturing(stream);
-  std::vector<std::shared_ptr<Resident>> residents;
+  const Upload upload = capturing        ? Upload::never
+                        : options.always ? Upload::always
+                                         : Upload::worthwhile;
+  std::vector<std::shared_ptr<ResidentTables::Resident>> residents;
   for (const Bucket& bucket : buckets) {
-    std::shared_ptr<Resident> resident = find(bucket, device);
-    if (resident != nullptr) {
-      misses_ = 0;
-    } else {
-      if (capturing) return "a graph capture before such a step was taken eagerly";
-      if (!options.always && !is_seen_again(bucket))
-        return "tensors that lie elsewhere at each step";
-      resident = make_resident(bucket, device);
-      resident->stream = stream;
+    residents.push_back(tables_.get(bucket, stream, upload));
+    if (residents.back() == nullptr) {
+      return capturing ? "a graph capture before such a step was taken eagerly"
+                       : "tensors that lie elsewhere at each step";
     }
-    residents.push_back(std::move(resident));
   }
   if (options.count_writes) count_writes(lists, options, tail);
   for (std::size_t i = 0; i < buckets.size(); ++i) {
-    const Bucket& bucket = buckets[i];
-    Resident& resident = *residents[i];
-    resident.captured |= capturing;
-    if (resident.stream != stream && !resident.captured) {
-      use_(resident.tables);
-      resident.stream = stream;
-    }
-    const Launch launch{bucket.recipe,
-                        tail,
-                        bucket.rows.data(),
-                        bucket.grads.data(),
-                        static_cast<std::uint32_t>(bucket.rows.size()),
-                        &options.hyper,
-                        1,
-                        bucket.chunks.data(),
-                        static_cast<std::uint32_t>(bucket.chunks.size()),
-                        bucket.chunk_size};
-    const CudaTables tables{reinterpret_cast<const void*>(resident.rows_at),
-                            reinterpret_cast<const void*>(resident.chunks_at),
-                            reinterpret_cast<void*>(resident.arrivals_at)};
-    const CudaResult result = adamw_cuda(launch, tables, device.index, stream);
-    launch_counts().cuda += result.launches;
-    if (result.error) {
-      throw std::runtime_error(std::string("CUDA: ") + cuda_error_text(result.error));
-    }
+    tables_.use(*residents[i], stream, capturing);
+    const Launch launch = buckets[i].launch_of(tail, &options.hyper, 1);
+    step_on_cuda(buckets[i], launch, residents[i]->at, stream);
   }
   return nullptr;
 }

@@ -4,11 +4,8 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
-#include <stdexcept>
 
 #include "adamw_cpu.h"
-#include "adamw_cuda.h"
-#include "chunks.h"
 
 namespace warpstep {
 namespace {
@@ -20,22 +17,17 @@ void* address_of(py::handle tensor) {
   return view.data;
 }
 
-template <class T>
-py::bytes bytes_of_table(const std::vector<T>& table) {
-  return py::bytes(reinterpret_cast<const char*>(table.data()), table.size() * sizeof(T));
-}
-
 }  // namespace
-
-LaunchCounts& launch_counts() {
-  static LaunchCounts counts;
-  return counts;
-}
 
 Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
            const std::vector<BucketSpec>& buckets, py::object match_layout)
     : match_layout_(std::move(match_layout)) {
-  for (const BucketSpec& spec : buckets) buckets_.emplace_back().spec = spec;
+  for (const BucketSpec& spec : buckets) {
+    PlanBucket& bucket = buckets_.emplace_back();
+    bucket.backend = spec.backend;
+    bucket.recipe = spec.recipe;
+    bucket.ema = spec.ema;
+  }
 
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < param_groups.size(); ++g) {
@@ -57,13 +49,13 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
     }
   }
   hypers_.resize(groups_.size());
-  for (Bucket& bucket : buckets_) {
-    bucket.grads.resize(bucket.rows.size());
-    if (bucket.spec.backend == Backend::external) {  // whose own rows name the optimizer's groups
+  for (PlanBucket& bucket : buckets_) {
+    if (bucket.backend == Backend::external) {  // whose own rows name the optimizer's groups
       bucket.groups.resize(groups_.size());
       std::iota(bucket.groups.begin(), bucket.groups.end(), 0u);
+    } else {  // others are cut where they are launched
+      bucket.cut(bucket.backend == Backend::cuda);
     }
-    cut_chunks(bucket);
   }
 
   for (auto [param, tensors] : state) {
@@ -79,8 +71,8 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
 }
 
 void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) {
-  Bucket& bucket = buckets_.at(bound.assignment);
-  const RecipeKey& recipe = bucket.spec.recipe;
+  PlanBucket& bucket = buckets_.at(bound.assignment);
+  const RecipeKey& recipe = bucket.recipe;
   bound.layout = layout_of(bound.param);
   const auto read = [&](PyObject* tensor, TensorView& view) {
     return tensor != nullptr && tensor_reader().read(tensor, view);
@@ -109,8 +101,8 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   TensorRow row{};
   row.param = bind(own_part_of(bound.param, bound.layout), recipe.param, numel);
   // Kernels take an average that is not of the parameter's format for float32.
-  if (bucket.spec.ema && *bucket.spec.ema != recipe.param &&
-      (*bucket.spec.ema != Format::float32 || recipe.param == Format::float64)) {
+  if (bucket.ema && *bucket.ema != recipe.param &&
+      (*bucket.ema != Format::float32 || recipe.param == Format::float64)) {
     throw py::type_error("an average has a format that no kernel takes");
   }
   void* step = nullptr;
@@ -120,12 +112,11 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
     Format format;
     std::int64_t numel;
     void** address;
-  } streams[] = {
-      {"exp_avg", true, recipe.moment, numel, &row.exp_avg},
-      {"exp_avg_sq", true, recipe.moment, numel, &row.exp_avg_sq},
-      {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, numel, &row.max_exp_avg_sq},
-      {"ema", bucket.spec.ema.has_value(), bucket.spec.ema.value_or(Format{}), numel, &row.ema},
-      {"step", true, Format::float32, 1, &step}};
+  } streams[] = {{"exp_avg", true, recipe.moment, numel, &row.exp_avg},
+                 {"exp_avg_sq", true, recipe.moment, numel, &row.exp_avg_sq},
+                 {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, numel, &row.max_exp_avg_sq},
+                 {"ema", bucket.ema.has_value(), bucket.ema.value_or(Format{}), numel, &row.ema},
+                 {"step", true, Format::float32, 1, &step}};
   for (std::size_t i = 0; i < std::size(streams); ++i) {
     if (!streams[i].present) continue;
     const py::object tensor = state[streams[i].name];
@@ -137,21 +128,12 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   row.numel = numel;
   if (bucket.groups.empty() || bucket.groups.back() != group) bucket.groups.push_back(group);
   row.group = static_cast<std::uint32_t>(bucket.groups.size() - 1);
-  row.head = head_of(row, recipe);
-
   if (bucket.rows.empty()) bucket.device = param.device;
   bound.row = static_cast<std::uint32_t>(bucket.rows.size());
-  bucket.elements += numel;
-  bucket.rows.push_back(row);
+  bucket.add(row, nullptr);
 }
 
-void Plan::cut_chunks(Bucket& bucket) {
-  if (bucket.spec.backend == Backend::external) return;  // Triton cuts its own
-  const bool for_cuda = bucket.spec.backend == Backend::cuda;
-  bucket.chunk_size = warpstep::cut_chunks(bucket.rows, for_cuda, bucket.chunks, bucket.batches);
-}
-
-std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
+std::vector<Hyper>& Plan::hypers_for(PlanBucket& bucket) {
   bucket.hypers.clear();
   for (const std::uint32_t group : bucket.groups) bucket.hypers.push_back(hypers_[group]);
   for (const TensorScalar& scalar : tensor_scalars_) {
@@ -172,19 +154,6 @@ std::vector<Hyper>& Plan::hypers_for(Bucket& bucket) {
     }
   }
   return bucket.hypers;
-}
-
-Launch Plan::launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper>& hypers) {
-  return {bucket.spec.recipe,
-          tail,
-          bucket.rows.data(),
-          bucket.grads.data(),
-          static_cast<std::uint32_t>(bucket.rows.size()),
-          hypers.data(),
-          static_cast<std::uint32_t>(hypers.size()),
-          bucket.chunks.data(),
-          static_cast<std::uint32_t>(bucket.chunks.size()),
-          bucket.chunk_size};
 }
 
 const char* Plan::step(py::handle state, py::handle param_groups, int threads, py::object tensors,
@@ -211,13 +180,13 @@ void Plan::keep_alive() {
 
 void Plan::let_go() {
   keeper_.clear();
-  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+  for (PlanBucket& bucket : buckets_) bucket.held_grads.clear();
 }
 
 bool Plan::is_brief() const {
   std::int64_t elements = 0;
-  for (const Bucket& bucket : buckets_) {
-    if (bucket.spec.backend == Backend::cpu) elements += bucket.elements;
+  for (const PlanBucket& bucket : buckets_) {
+    if (bucket.backend == Backend::cpu) elements += bucket.elements;
   }
   return elements <= kBriefElements;
 }
@@ -235,7 +204,7 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   std::vector<py::object> zeroed_after;
   const bool zeroes_after = step_tail.zero_grads && has_shared_grads();
   if (step_tail.zero_grads) {
-    for (const Bucket& bucket : buckets_) {
+    for (const PlanBucket& bucket : buckets_) {
       zeroed_after.insert(zeroed_after.end(), bucket.copied_from.begin(), bucket.copied_from.end());
     }
   }
@@ -245,12 +214,12 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   increment_versions(step_tail.zero_grads || step_tail.unscale_grads);
 
   for (std::size_t i = 0; i < buckets_.size(); ++i) {
-    Bucket& bucket = buckets_[i];
-    if (bucket.spec.backend == Backend::external) continue;
+    PlanBucket& bucket = buckets_[i];
+    if (bucket.backend == Backend::external) continue;
 
     Tail tail{};
-    tail.has_ema = bucket.spec.ema.has_value();
-    tail.ema = bucket.spec.ema.value_or(Format{});
+    tail.has_ema = bucket.ema.has_value();
+    tail.ema = bucket.ema.value_or(Format{});
     tail.grads_after = step_tail.zero_grads && !zeroes_after              ? GradsAfter::zeroed
                        : step_tail.unscale_grads && !step_tail.zero_grads ? GradsAfter::unscaled
                                                                           : GradsAfter::kept;
@@ -261,33 +230,30 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
       tail.clip_coef = static_cast<const double*>(address_of(of_bucket[2]));
       tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
     }
-    const Launch launch = launch_of(bucket, tail, hypers_for(bucket));
-    if (bucket.spec.backend == Backend::cpu) {
-      launch_cpu(bucket, launch, threads, brief);
+    const std::vector<Hyper>& hypers = hypers_for(bucket);
+    const Launch launch = bucket.launch_of(tail, hypers.data(), hypers.size());
+    if (bucket.backend == Backend::cpu) {
+      std::optional<py::gil_scoped_release> release;
+      if (!brief) release.emplace();
+      step_on_cpu(bucket, launch, threads);
     } else {
-      launch_cuda(bucket, launch);
+      void* const stream = tensor_reader().current_stream(bucket.device);
+      step_on_cuda(bucket, launch, bucket.tables, stream);
     }
   }
   for (const py::object& grad : zeroed_after) grad.attr("detach")().attr("zero_")();
 }
 
-void Plan::launch_cpu(Bucket& bucket, const Launch& launch, int threads, bool is_brief) {
-  const auto batches = static_cast<std::uint32_t>(bucket.batches.size() - 1);
-  std::optional<py::gil_scoped_release> release;
-  if (!is_brief) release.emplace();
-  adamw_cpu(launch, bucket.batches.data(), batches, threads);
-  ++launch_counts().cpu;
-}
-
 void Plan::grad_norm(std::size_t index, Norm kind, int threads, py::handle out) {
-  Bucket& bucket = buckets_.at(index);
+  const PlanBucket& bucket = buckets_.at(index);
   double* const norm = static_cast<double*>(address_of(out));
-  const Launch launch = launch_of(bucket, {}, {});  // the rule takes no part in it
-  if (bucket.spec.backend == Backend::cpu) {
+  if (bucket.backend == Backend::cpu) {
+    const Launch launch = bucket.launch_of({}, nullptr, 0);  // the rule takes no part in it
     py::gil_scoped_release release;
     norm[0] = grad_norm_cpu(kind, launch, norm + 2, threads);
   } else {
-    grad_norm_cuda(bucket, launch, kind, norm);
+    void* const stream = tensor_reader().current_stream(bucket.device);
+    grad_norm_on_cuda(bucket, kind, bucket.tables, norm, stream);
   }
 }
 
@@ -297,43 +263,13 @@ std::vector<std::uint32_t> Plan::chunk_counts(std::size_t index) const {
   return counts;
 }
 
-namespace {
-
-void check_cuda(int error) {
-  if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_text(error));
-}
-
-CudaTables tables_at(const DeviceTables& at) {
-  return {reinterpret_cast<const void*>(at.rows), reinterpret_cast<const void*>(at.chunks),
-          reinterpret_cast<void*>(at.arrivals)};
-}
-
-}  // namespace
-
-void Plan::launch_cuda(Bucket& bucket, const Launch& launch) {
-  const dlpack::Device device = bucket.device;
-  void* stream = tensor_reader().current_stream(device);
-  const CudaTables tables = tables_at(bucket.device_tables);
-  const CudaResult result = adamw_cuda(launch, tables, device.index, stream);
-  launch_counts().cuda += result.launches;
-  check_cuda(result.error);
-}
-
-void Plan::grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out) {
-  void* stream = tensor_reader().current_stream(bucket.device);
-  const CudaResult result = warpstep::grad_norm_cuda(kind, launch, tables_at(bucket.device_tables),
-                                                     out, bucket.device.index, stream);
-  launch_counts().cuda += result.launches;
-  check_cuda(result.error);
-}
-
 bool Plan::has_grad(const BoundParam& bound) const {
   return bound.assignment >= 0 && buckets_[bound.assignment].grads[bound.row] != nullptr;
 }
 
 py::list Plan::copied_grads() const {
   py::list pairs;
-  for (const Bucket& bucket : buckets_) {
+  for (const PlanBucket& bucket : buckets_) {
     for (std::size_t i = 0; i < bucket.copied_grads.size(); ++i) {
       pairs.append(py::make_tuple(bucket.copied_from[i], bucket.copied_grads[i]));
     }
@@ -351,16 +287,16 @@ void Plan::increment_versions(bool grads_too) {
 }
 
 py::dict Plan::host_tables(std::size_t index) const {
-  const Bucket& bucket = buckets_.at(index);
+  const HostTables host = warpstep::host_tables(buckets_.at(index));
   py::dict tables;
-  tables["rows"] = bytes_of_table(bucket.rows);
-  tables["chunks"] = bytes_of_table(bucket.chunks);
-  tables["arrivals"] = py::bytes(std::string(bucket.rows.size() * sizeof(std::uint32_t), '\0'));
+  tables["rows"] = host.rows;
+  tables["chunks"] = host.chunks;
+  tables["arrivals"] = host.arrivals;
   return tables;
 }
 
-void Plan::set_device_tables(std::size_t index, const DeviceTables& tables) {
-  buckets_.at(index).device_tables = tables;
+void Plan::set_device_tables(std::size_t index, const CudaTables& tables) {
+  buckets_.at(index).tables = tables;
 }
 
 py::bytes Plan::grad_table(std::size_t index) const {
@@ -386,7 +322,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(bound.layout.mesh.ptr());
     Py_VISIT(bound.layout.placements.ptr());
   }
-  for (const Bucket& bucket : buckets_) {
+  for (const PlanBucket& bucket : buckets_) {
     for (const auto* grads : {&bucket.held_grads, &bucket.copied_grads, &bucket.copied_from}) {
       if (const int stop = visit_all(*grads)) return stop;
     }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "device_tables.h"
 #include "keeper.h"
 #include "shards.h"
 #include "tables.h"
@@ -39,11 +40,6 @@ struct StepTail {
   bool unscale_grads = false;  // and leave them clipped; where none is shared or copied
   // How many gradients there must be, where their norm was taken before; else -1.
   std::ptrdiff_t expected_grads = -1;
-};
-
-// Device memory that Python allocated for a bucket (addresses).
-struct DeviceTables {
-  std::uintptr_t rows = 0, chunks = 0, arrivals = 0;
 };
 
 // NOTE [what is kept alive]
@@ -110,7 +106,7 @@ class Plan {
   // For the backends that keep tables in device memory: the bytes of a bucket's tables, and where
   // Python has put them.
   py::dict host_tables(std::size_t bucket) const;
-  void set_device_tables(std::size_t bucket, const DeviceTables& tables);
+  void set_device_tables(std::size_t bucket, const CudaTables& tables);
   // For external buckets: what changed with this step.
   py::bytes grad_table(std::size_t bucket) const;
   py::bytes hyper_table(std::size_t bucket);
@@ -120,21 +116,15 @@ class Plan {
   void clear();
 
  private:
-  struct Bucket {
-    BucketSpec spec{};
-    dlpack::Device device{};  // its first parameter's
-    std::vector<TensorRow> rows;
-    std::int64_t elements = 0;  // of all rows
-    std::vector<void*> grads;
+  struct PlanBucket : Bucket {
+    Backend backend{};
+    std::optional<Format> ema;
     std::vector<py::object> held_grads;  // that Python was asked for, alive until they are used
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
-    std::vector<Chunk> chunks;
-    std::uint32_t chunk_size = 0;
-    std::vector<std::uint32_t> batches;  // for the CPU
-    std::vector<std::uint32_t> groups;   // the optimizer's that it has rows of: theirs index this
-    std::vector<Hyper> hypers;           // of this step, one for each of them
-    DeviceTables device_tables;
+    std::vector<std::uint32_t> groups;  // the optimizer's that it has rows of: theirs index this
+    std::vector<Hyper> hypers;          // of this step, one for each of them
+    CudaTables tables{};
   };
 
   struct BoundParam {
@@ -180,7 +170,6 @@ class Plan {
   };
 
   void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);
-  void cut_chunks(Bucket& bucket);
   // What is compared, and how: in place is without Python, as other threads can (TensorReader).
   enum class Scope { everything, grads };
   enum class Look { in_place, thorough };
@@ -200,17 +189,13 @@ class Plan {
   void fetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
-  std::vector<Hyper>& hypers_for(Bucket& bucket);
-  Launch launch_of(Bucket& bucket, const Tail& tail, const std::vector<Hyper>& hypers);
+  std::vector<Hyper>& hypers_for(PlanBucket& bucket);
   bool is_brief() const;  // see kBriefElements
   void increment_versions(bool grads_too);
-  void launch_cpu(Bucket& bucket, const Launch& launch, int threads, bool is_brief);
-  void launch_cuda(Bucket& bucket, const Launch& launch);
-  void grad_norm_cuda(Bucket& bucket, const Launch& launch, Norm kind, double* out);
   bool has_grad(const BoundParam& bound) const;
   static const void* address_of_grad(PyObject* grad, const BoundParam& bound);
 
-  std::vector<Bucket> buckets_;
+  std::vector<PlanBucket> buckets_;
   std::vector<BoundGroup> groups_;
   std::vector<BoundParam> params_;
   std::vector<std::int64_t> dims_;
@@ -234,11 +219,5 @@ class Plan {
   py::object match_layout_;
   py::list names_;  // keeps the names in bound_items_ alive
 };
-
-// Kernels launched since the module was loaded.
-struct LaunchCounts {
-  std::uint64_t cpu = 0, cuda = 0;
-};
-LaunchCounts& launch_counts();
 
 }  // namespace warpstep

@@ -84,7 +84,7 @@ const char* Plan::check(py::handle state, py::handle param_groups, int threads) 
 
 std::size_t Plan::count_grads() const {
   std::size_t count = 0;
-  for (const Bucket& bucket : buckets_) {
+  for (const PlanBucket& bucket : buckets_) {
     for (const void* grad : bucket.grads) count += grad != nullptr;
   }
   return count;
@@ -92,8 +92,8 @@ std::size_t Plan::count_grads() const {
 
 bool Plan::has_shared_grads() const {
   std::vector<std::pair<const char*, const char*>> all;  // begin and end of each
-  for (const Bucket& bucket : buckets_) {
-    const std::uint32_t element = bytes_of(bucket.spec.recipe.grad);
+  for (const PlanBucket& bucket : buckets_) {
+    const std::uint32_t element = bytes_of(bucket.recipe.grad);
     for (std::size_t i = 0; i < bucket.rows.size(); ++i) {
       const auto* const begin = static_cast<const char*>(bucket.grads[i]);
       const std::int64_t numel = bucket.rows[i].numel;
@@ -141,7 +141,7 @@ bool Plan::holds_bound_items(const BoundState& bound) const {
 }
 
 const char* Plan::check_groups(PyObject* param_groups, Scope scope) {
-  for (Bucket& bucket : buckets_) {
+  for (PlanBucket& bucket : buckets_) {
     bucket.held_grads.clear();
     bucket.copied_grads.clear();
     bucket.copied_from.clear();
@@ -184,8 +184,8 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, Scope scope,
 // which takes no Python: this thread holds the GIL for all of them. What cannot be seen that way,
 // or is not as it was, is left to this thread, which looks thoroughly and can tell why.
 int Plan::looking_threads(int threads) const {
-  for (const Bucket& bucket : buckets_) {
-    if (bucket.spec.backend == Backend::cpu) return threads;
+  for (const PlanBucket& bucket : buckets_) {
+    if (bucket.backend == Backend::cpu) return threads;
   }
   return 1;
 }
@@ -374,7 +374,7 @@ bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format
 
 const char* Plan::check_param(const BoundParam& bound, Look look) const {
   if (bound.assignment == no_state) return nullptr;
-  const Bucket& bucket = buckets_[bound.assignment];
+  const PlanBucket& bucket = buckets_[bound.assignment];
   const TensorRow& row = bucket.rows[bound.row];
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
@@ -395,7 +395,7 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
   for (int i = 0; i < 4; ++i) {
     if (bound.state[i] == nullptr) continue;
-    const Format format = i < 3 ? bucket.spec.recipe.moment : *bucket.spec.ema;
+    const Format format = i < 3 ? bucket.recipe.moment : *bucket.ema;
     if (!is_stream_at(bound.state[i], streams[i], format)) return kMoved;
   }
   const bool is_counter = is_at(bound.state[4], row.step) && view.known_format &&
@@ -425,7 +425,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   if (bound.assignment == no_state) {
     return grad == TensorReader::Grad::none ? nullptr : "a parameter got its first gradient";
   }
-  Bucket& bucket = buckets_[bound.assignment];
+  PlanBucket& bucket = buckets_[bound.assignment];
   const std::int64_t numel = bucket.rows[bound.row].numel;
   const std::int64_t* shape = dims_.data() + bound.dims;
   const std::int64_t* strides = shape + bound.ndim;
@@ -435,8 +435,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
     return nullptr;
   }
   if (held) bucket.held_grads.push_back(held);
-  if (grad == TensorReader::Grad::unreadable ||
-      !is_like_param(bound, view, bucket.spec.recipe.grad)) {
+  if (grad == TensorReader::Grad::unreadable || !is_like_param(bound, view, bucket.recipe.grad)) {
     return "a gradient's kind changed";
   }
   // What torch makes lazily negated or conjugated is a view of complex numbers: complex itself, or

@@ -31,7 +31,7 @@ void Plan::forget_grads() {
   remembered_.clear();
   gathered_.clear();
   keeper_.clear();
-  for (Bucket& bucket : buckets_) bucket.held_grads.clear();
+  for (PlanBucket& bucket : buckets_) bucket.held_grads.clear();
 }
 
 Plan::Unchanged Plan::compare_grads() const {

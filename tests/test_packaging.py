@@ -28,17 +28,16 @@ FOLDERS = ("kernels", "csrc", "python", "tests", "bench", "docs", "examples")
 MODULE = """
 #include <Python.h>
 #include "answer.h"
-#ifndef WARPSTEP_WHY_NO_CUDA
-#define WARPSTEP_WHY_NO_CUDA ""
-#endif
+const char* why_no_cuda();
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native"};
 PyMODINIT_FUNC PyInit__native() {
   PyObject* module = PyModule_Create(&definition);
   PyModule_AddIntConstant(module, "answer", ANSWER);
-  PyModule_AddStringConstant(module, "why_no_cuda", WARPSTEP_WHY_NO_CUDA);
+  PyModule_AddStringConstant(module, "why_no_cuda", why_no_cuda());
   return module;
 }
 """
+NO_CUDA = "const char* why_no_cuda() { return WARPSTEP_WHY_NO_CUDA; }"
 NVCC = """#!/bin/sh
 [ "$1" = --version ] && echo "Cuda compilation tools, release {version}, V{version}.89" && exit 0
 echo "nvcc is broken" >&2; exit 1
@@ -78,6 +77,7 @@ def stand_in(sources):
     for path in [*sources.glob("csrc/*.cpp"), *sources.glob("kernels/*.c*")]:
         path.write_text("")
     (sources / "csrc" / "bindings.cpp").write_text(MODULE)
+    (sources / "kernels" / "no_cuda.cpp").write_text(NO_CUDA)
     set_answer(sources, "1")
     return sources
 
