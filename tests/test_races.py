@@ -89,6 +89,7 @@ def build(tmp_path_factory):
         options = [*OPTIONS, f"-I{EMULATION}", f"-I{folder}"]
         sanitized = [*options, "-fsanitize=thread"]
         of_cuda = [*sanitized, "-x", "c++", "-include", "cuda_runtime.h"]
+        of_cuda += ['-DWARPSTEP_CUDA_ARCHITECTURES=""', '-DWARPSTEP_CUDA_DEVICE_TYPE="cpu"']
         units = {
             EMULATION / "cuda_runtime.cpp": options,
             EMULATION / "races.cpp": sanitized,

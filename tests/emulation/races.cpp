@@ -16,6 +16,8 @@ void expect(bool holds, const char* what) {
 }
 #define EXPECT(...) expect((__VA_ARGS__), #__VA_ARGS__)
 
+constexpr std::uint32_t kChunk = kCudaChunkLeast;
+
 struct Tensor {
   explicit Tensor(std::int64_t numel, std::uint32_t offset = 0)
       : param(offset + numel, 1), grad(param), exp_avg(param), exp_avg_sq(param), ema(param) {
@@ -24,7 +26,7 @@ struct Tensor {
     row.exp_avg_sq = exp_avg_sq.data() + offset;
     row.ema = ema.data() + offset;
     row.numel = numel;
-    row.chunks = count_chunks(numel, 0, kCudaChunk);
+    row.chunks = count_chunks(numel, 0, kChunk);
     grad_address = grad.data() + offset;
   }
   std::vector<float> param, grad, exp_avg, exp_avg_sq, ema;
@@ -34,9 +36,9 @@ struct Tensor {
 
 int run() {
   // Of one chunk, of several, off the vectors' boundaries; the last has no gradient.
-  Tensor tensors[] = {Tensor(5), Tensor(2 * kCudaChunk + 77), Tensor(1000, 1), Tensor(7)};
+  Tensor tensors[] = {Tensor(5), Tensor(2 * kChunk + 77), Tensor(1000, 1), Tensor(7)};
   constexpr std::uint32_t kTensors = 4;
-  constexpr double kElements = 5 + 2 * kCudaChunk + 77 + 1000;
+  constexpr double kElements = 5 + 2 * kChunk + 77 + 1000;
   std::vector<float> steps(kTensors, 0);
   std::vector<TensorRow> rows;
   std::vector<Chunk> chunks;
@@ -60,7 +62,8 @@ int run() {
   std::vector<std::uint32_t> arrivals(kTensors, 0);
   const CudaTables tables{rows.data(), chunks.data(), arrivals.data()};
   constexpr RecipeKey kRecipe{Format::float32, Format::float32, Format::float32, false};
-  Launch launch{kRecipe, {}, rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(), count};
+  Launch launch{kRecipe, {}, rows.data(),   grads.data(), kTensors,
+                &hyper,  1,  chunks.data(), count,        kChunk};
 
   for (int step = 0; step < 2; ++step) EXPECT(adamw_cuda(launch, tables, 0, nullptr).error == 0);
   std::vector<double> statistics(kStatistics * count, 0);
