@@ -85,7 +85,7 @@ PYBIND11_MODULE(_native, m) {
         [](const std::string& param, const std::string& grad, const std::string& moment,
            bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });
   m.def(
-      "set_exchange_api",
+      "connect_to_torch",
       [](py::object capsule, bool torch_abi) {
         set_tensor_reader(
             TensorReader(capsule.ptr(), torch_abi ? TorchHandles::make() : std::nullopt));

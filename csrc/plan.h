@@ -1,5 +1,5 @@
 // A plan: every tensor of an optimizer bound and checked once, compared with what is there at each
-// step, and launched. See docs/design.md, "When a plan is stale".
+// step, and launched. See docs/design.md, NOTE [what the check compares].
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -185,8 +185,8 @@ class Plan {
   const char* gather_grad(const BoundParam& bound, Look look);
   static TensorReader::Grad read_shard_of_grad(const BoundParam& bound, TensorView& view,
                                                py::object& held);
-  void fetch_states_after(std::size_t at) const;
-  void fetch_params_after(std::size_t at, Scope scope) const;
+  void prefetch_states_after(std::size_t at) const;
+  void prefetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(PlanBucket& bucket);

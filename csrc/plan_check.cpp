@@ -123,7 +123,7 @@ const char* Plan::check_state(PyObject* state, int threads) {
 
   std::atomic<bool> same{true};
   look_on_threads(threads, states_.size(), [&](std::size_t i) {
-    fetch_states_after(i);
+    prefetch_states_after(i);
     if (!holds_bound_items(states_[i])) same = false;
   });
   return same ? nullptr : "a state tensor was replaced";
@@ -193,7 +193,7 @@ int Plan::looking_threads(int threads) const {
 const char* Plan::check_tensors(Scope scope, int threads) {
   ++looks_;
   look_on_threads(threads, params_.size(), [&](std::size_t i) {
-    fetch_params_after(i, scope);
+    prefetch_params_after(i, scope);
     if (look_at(params_[i], scope, Look::in_place) == nullptr) params_[i].seen = looks_;
   });
   for (const BoundParam& bound : params_) {
@@ -219,7 +219,7 @@ const char* Plan::look_at(const BoundParam& bound, Scope scope, Look look) {
 // and so on.
 constexpr std::size_t kApart = 3;
 
-void Plan::fetch_states_after(std::size_t at) const {
+void Plan::prefetch_states_after(std::size_t at) const {
   if (at + 2 * kApart < states_.size()) fetch_object(states_[at + 2 * kApart].found);
   if (at + kApart >= states_.size()) return;
   PyObject* const found = states_[at + kApart].found;
@@ -229,7 +229,7 @@ void Plan::fetch_states_after(std::size_t at) const {
   for (int line = 0; line < 2; ++line) __builtin_prefetch(keys + 64 * line);
 }
 
-void Plan::fetch_params_after(std::size_t at, Scope scope) const {
+void Plan::prefetch_params_after(std::size_t at, Scope scope) const {
   const TensorReader& reader = tensor_reader();
   for (int stage = 0; stage < TensorReader::kFetchStages; ++stage) {
     const std::size_t ahead = at + kApart * (TensorReader::kFetchStages - stage);

@@ -160,7 +160,7 @@ py::object gradient_of(PyObject* param) {
 void set_tensor_reader(TensorReader value) { reader = value; }
 
 const TensorReader& tensor_reader() {
-  if (!reader) throw std::logic_error("set_exchange_api() has not been called");
+  if (!reader) throw std::logic_error("connect_to_torch() has not been called");
   return *reader;
 }
 

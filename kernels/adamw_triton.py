@@ -1,6 +1,7 @@
 """The Triton kernel of the step: every tensor of a recipe on a device in one launch.
 
-The rule is rule.h's, operation by operation and under the same names; the records are tables.h's.
+The rule is rule.h's, operation by operation and under the same names. Hyper-parameters are read as
+tables.h has them; the rows of the tensor table are TensorTable's own.
 A program takes one chunk: it works out the constants of the chunk's tensor, then walks the elements
 block by block. The constants need float64: where a device has none (some Intel GPUs) the kernel
 does not compile, and another backend has to serve.

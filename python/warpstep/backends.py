@@ -60,7 +60,7 @@ def native() -> tuple[ModuleType | None, str]:
     try:
         with _no_modes():
             wanted = os.environ.get(TORCH_ABI_VARIABLE) != "0"
-            _native.set_exchange_api(capsule, torch_abi=wanted)
+            _native.connect_to_torch(capsule, torch_abi=wanted)
     except RuntimeError as error:
         return None, str(error)
     return _native, ""

@@ -197,10 +197,10 @@ class Optimizer(Averaging, ClipsGradNorm):
         plan = self.plan
         reason: str | None = "there is none yet"
         if plan is not None and plan.lasts:
-            reason = plan.stale_grads(self)
+            reason = plan.gather_grads(self)
         if reason is not None:
             plan = self._new_plan(reason)
-            if plan is not None and plan.lasts and (reason := plan.stale_grads(self)):
+            if plan is not None and plan.lasts and (reason := plan.gather_grads(self)):
                 raise RuntimeError(_CHANGING.format(reason))
         return plan
 

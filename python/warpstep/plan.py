@@ -317,8 +317,8 @@ class Plan:
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else none
 
-    def stale_grads(self, optimizer: Optimizer) -> str | None:
-        """Why this plan does not describe the gradients, or None. Gathers them."""
+    def gather_grads(self, optimizer: Optimizer) -> str | None:
+        """Gathers the gradients, for their norm; or says why the plan does not describe them."""
         threads = torch.get_num_threads()
         reason: str | None = self._bound.gather_grads(optimizer.param_groups, threads)
         return reason
