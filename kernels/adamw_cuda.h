@@ -7,13 +7,11 @@
 
 namespace warpstep {
 
-constexpr std::uint32_t kCudaThreads = 256;
-
 // Elements of a chunk, which one block takes, of a launch on so many: as large as leaves a launch
 // about a thousand blocks, some for each multiprocessor of any GPU, but not so small that working
 // out the constants would show. A function of the sizes alone, not of the GPU: the norm's bits
 // depend on how gradients are cut, and are to be the same everywhere. A multiple of every vector.
-constexpr std::uint32_t kCudaChunkLeast = 2048;  // eight elements a thread
+constexpr std::uint32_t kCudaChunkLeast = 2048;
 constexpr std::uint32_t kCudaChunkMost = 16384;
 constexpr std::int64_t kCudaBlocksWanted = 1024;
 

@@ -13,6 +13,13 @@ namespace {
 constexpr std::uint32_t kArgumentBytes = 32760;
 constexpr std::uint32_t kVectorBytes = 16;
 
+// Threads of a block. In the tests' build for the host they run one at a time, so fewer do.
+#ifdef __CUDACC__
+constexpr std::uint32_t kCudaThreads = 256;
+#else
+constexpr std::uint32_t kCudaThreads = 64;
+#endif
+
 struct Header {
   const TensorRow* rows;
   const Chunk* chunks;

@@ -59,7 +59,7 @@ def scale_lr(optimizer, factor):
         group["lr"] *= factor
 
 
-@pytest.mark.parametrize("groups", [1, 500, 600, 1200])
+@pytest.mark.parametrize("groups", [1, 500, 1200])
 def test_a_replay_repeats_the_numbers_of_the_capture(backend, device, capture, groups):
     """Whatever the number of groups, and whatever steps outside the graph were taken with."""
     optimizer, params = made(groups, device, backend)

@@ -24,14 +24,12 @@ OPTIONS = [
     "-Wno-unknown-pragmas",
 ]
 
-# What the sanitizer would only take longer for: the other recipes have the same source, and a block
-# of fewer threads has the same barriers.
+# What the sanitizer would only take longer for: the other recipes have the same source.
 SMALLER = {
     "formats.h": (
         r"RecipeList<Recipe<float64.*?>;",
         "RecipeList<Recipe<float32, float32, float32, kAmsgrad>>;",
     ),
-    "adamw_cuda.h": (r"kCudaThreads = 256", "kCudaThreads = 64"),
 }
 
 # What is made wrong: a file of kernels/, what stands there, what takes its place; and the function
