@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # none waits for these
     if config.getoption("--quick"):
         kept = {}
         for item in items:

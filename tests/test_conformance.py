@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 import oracle
 import warpstep
+from environment import INTERPRETED
 from oracle import Options, Streams
 from warpstep.recipes import Recipe, real_dtype
 
@@ -50,6 +51,8 @@ OPTIONS = {
 }
 # Around the edges of vectors and, at the end, of the backends' chunks.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 257, 1000, 1023)
+if INTERPRETED:  # at some 5 ms a tensor, in vectors of 16 elements
+    SIZES = (0, 1, 3, 15, 16, 17, 64, 257, 1023)
 LONG = (16383, 16384, 16385, 32768 + 5, 50001)
 
 

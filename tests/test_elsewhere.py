@@ -129,5 +129,6 @@ def test_reading_through_dlpack():
 
 
 def test_without_torchs_threads():
-    files = ["test_threads.py", "test_tensor_reader.py", "test_many_parameters.py"]
-    assert run_suite("test", files, WARPSTEP_TORCH_ABI="0") > 90
+    assert run_suite("test", ["test_threads.py"], WARPSTEP_TORCH_ABI="0") > 12
+    files = ["--quick", "test_tensor_reader.py", "test_many_parameters.py"]
+    assert run_suite("test", files, WARPSTEP_TORCH_ABI="0") > 12
