@@ -7,7 +7,6 @@ import torch
 import oracle
 import warpstep
 from warpstep.functional import adam_, adamw_
-from warpstep.lists import Options
 from warpstep.recipes import real_dtype
 
 SHAPES = [(1,), (3, 5), (257,), (0,), (2, 3, 4), (40_001,), ()]
@@ -498,8 +497,3 @@ def test_bits_of_the_optimizer(lists_backend, device):
         optimizer.step()
         adamw_(*lists, **HYPERS, backend=lists_backend)
     assert all(torch.equal(p, q) for p, q in zip(params, lists[0], strict=True))
-
-
-def test_the_native_module_reads_the_options_in_their_order():
-    module, _ = warpstep.backends.native()
-    assert module.list_options == Options._fields

@@ -6,6 +6,7 @@ import torch
 import warpstep
 from test_functional import HYPERS, assert_same, assert_within_bounds, clones, streams
 from warpstep.functional import adam_, adamw_
+from warpstep.lists import Options
 
 OPERATORS = ["adamw_", "adam_"]
 SMALL = [(3,), (4, 5), (0,)]
@@ -152,3 +153,8 @@ def test_fake_tensors():
         lists = [[torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], []]
         adamw_(*lists, [torch.ones(())], **HYPERS)
     assert warpstep.torch_ops.OPERATORS == ("adamw_", "adam_")
+
+
+def test_the_native_module_reads_the_options_in_their_order():
+    module, _ = warpstep.backends.native()
+    assert module.list_options == Options._fields
