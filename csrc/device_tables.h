@@ -52,8 +52,8 @@ class ResidentTables {
   ResidentTables(py::object upload, py::object use, std::size_t most_bytes)
       : upload_(std::move(upload)), use_(std::move(use)), most_bytes_(most_bytes) {}
 
-  // A bucket's tables, for a launch on `stream`; null where they are not there, and `may_upload`
-  // only lists that are worth it.
+  // A bucket's tables, for a launch on `stream`. Where they are not on the device they are put
+  // there, as `upload` says: never, for lists that are worth it, always. Null if they were not.
   enum class Upload { never, worthwhile, always };
   std::shared_ptr<Resident> get(const Bucket& bucket, void* stream, Upload upload);
   // Keeps them until `stream` has done with them, or for good where it is being captured.

@@ -50,10 +50,11 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   }
   hypers_.resize(groups_.size());
   for (PlanBucket& bucket : buckets_) {
-    if (bucket.backend == Backend::external) {  // whose own rows name the optimizer's groups
+    // Python cuts external buckets, and its rows name the optimizer's groups.
+    if (bucket.backend == Backend::external) {
       bucket.groups.resize(groups_.size());
       std::iota(bucket.groups.begin(), bucket.groups.end(), 0u);
-    } else {  // others are cut where they are launched
+    } else {
       bucket.cut(bucket.backend == Backend::cuda);
     }
   }
