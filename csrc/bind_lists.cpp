@@ -12,8 +12,7 @@ namespace warpstep {
 namespace {
 
 // The fields of warpstep.lists.Options, in their order there.
-constexpr std::array kFields{"lr",         "beta1",     "beta2",         "weight_decay",
-                             "eps",        "amsgrad",   "maximize",      "coupled",
+constexpr std::array kFields{"lr",        "numbers",    "maximize",  "coupled",
                              "grad_scale", "found_inf", "advance_steps", "unscale_grads"};
 
 class Fields {
@@ -39,7 +38,7 @@ void bind_lists(py::module_& m) {
            py::arg("use"), py::arg("resident_bytes"))
       .def(
           "step",
-          [](ListStepper& stepper, const std::array<py::list, 6>& lists, const py::tuple& given,
+          [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists, const py::tuple& given,
              bool cuda, bool dispatched, bool always, bool count_writes, int threads) {
             Fields fields(given);
             ListOptions options{};

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "adamw_cpu.h"
+#include "cpu/launch.h"
 
 namespace warpstep {
 namespace {
@@ -13,23 +13,18 @@ namespace {
 // Elements before the first 16-byte boundary that most of the row's addresses share; gradients,
 // whose addresses change from step to step, have no vote.
 std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
-  const struct {
-    const void* address;
-    std::uint32_t element;
-  } streams[] = {{row.param, bytes_of(recipe.param)},
-                 {row.exp_avg, bytes_of(recipe.moment)},
-                 {row.exp_avg_sq, bytes_of(recipe.moment)}};
   std::uint32_t best = 0, best_votes = 0;
   for (std::uint32_t head = 0; head < 8; ++head) {
-    std::uint32_t votes = 0;
-    for (const auto& stream : streams) {
-      votes += (reinterpret_cast<std::uintptr_t>(stream.address) + head * stream.element) % 16 == 0;
+    std::uint32_t votes = 0;  // also of what is not there: address 0, and of no bytes
+    for (std::uint32_t i = 0; i < kStable; ++i) {
+      const auto address = reinterpret_cast<std::uintptr_t>(row.operands[i]);
+      votes += (address + head * bytes_of(recipe.formats[i])) % 16 == 0;
     }
     if (votes > best_votes) {
       best = head;
       best_votes = votes;
     }
-    if (votes == std::size(streams)) break;
+    if (votes == kStable) break;
   }
   return best;
 }
@@ -90,13 +85,13 @@ Launch Bucket::launch_of(const Tail& tail, const Hyper* hypers, std::size_t grou
 
 void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads) {
   const auto batches = static_cast<std::uint32_t>(bucket.batches.size() - 1);
-  adamw_cpu(launch, bucket.batches.data(), batches, threads);
+  step_cpu(launch, bucket.batches.data(), batches, threads);
   ++launch_counts().cpu;
 }
 
 void step_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
                   void* stream) {
-  count_cuda(adamw_cuda(launch, tables, bucket.device.index, stream));
+  count_cuda(step_cuda(launch, tables, bucket.device.index, stream));
 }
 
 void grad_norm_on_cuda(const Bucket& bucket, Norm kind, const CudaTables& tables, double* out,

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "adamw_cuda.h"
-#include "tables.h"
+#include "cuda/launch.h"
+#include "layout.h"
 #include "tensor_view.h"
 
 namespace warpstep {
@@ -19,7 +19,7 @@ struct Bucket {
   std::int64_t elements = 0;  // of all rows
   std::vector<Chunk> chunks;  // in row order
   std::uint32_t chunk_size = 0;
-  std::vector<std::uint32_t> batches;  // of chunks, for the CPU's threads (kernels/adamw_cpu.h)
+  std::vector<std::uint32_t> batches;  // of chunks, for the CPU's threads (kernels/cpu/launch.h)
 
   // Adds a row of which all but `chunks` and `head` is there, and its gradient.
   void add(TensorRow row, void* grad);

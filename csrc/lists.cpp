@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "adamw_cpu.h"
+#include "cpu/launch.h"
 
 namespace warpstep {
 namespace {
@@ -79,12 +79,12 @@ const char* read_lr(py::handle lr, dlpack::Device device, Hyper& hyper) {
         view.data == nullptr) {
       return "lr on a device is not one float32 or float64";
     }
-    hyper.lr.address = view.data;
-    hyper.lr_kind =
+    hyper.numbers[kLr].address = view.data;
+    hyper.kinds[kLr] =
         view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
     return nullptr;
   }
-  hyper.lr.value = py::float_(py::reinterpret_borrow<py::object>(lr)).cast<double>();
+  hyper.numbers[kLr].value = py::float_(py::reinterpret_borrow<py::object>(lr)).cast<double>();
   return nullptr;
 }
 
@@ -93,11 +93,10 @@ const char* read_lr(py::handle lr, dlpack::Device device, Hyper& hyper) {
 const char* ListStepper::gather(const TensorLists& lists, const ListOptions& options,
                                 std::vector<Bucket>& buckets) const {
   const std::size_t count = lists.params.size();
-  if (lists.grads.size() != count || lists.exp_avgs.size() != count ||
-      lists.exp_avg_sqs.size() != count || lists.state_steps.size() != count ||
-      (options.amsgrad && lists.max_exp_avg_sqs.size() != count)) {
-    return "lists of different lengths";
-  }
+  bool same = lists.grads.size() == count;
+  for (const py::list& moments : lists.moments) same &= moments.size() == count;
+  const bool counts = !lists.state_steps.empty();
+  if (!same || (counts && lists.state_steps.size() != count)) return "lists of different lengths";
   const TensorReader& reader = tensor_reader();
   const auto readable = [&](PyObject* object, TensorView& view) {
     return (options.dispatched || is_torchs_own(object)) && reader.read(object, view);
@@ -113,16 +112,21 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     const std::int64_t numel = param.numel();
     if (!is_dense(param)) return "gaps in memory";
 
-    // One loop would do for all streams; the formats that they must have differ.
-    PyObject* const objects[] = {
-        PyList_GET_ITEM(lists.params.ptr(), i), PyList_GET_ITEM(lists.grads.ptr(), i),
-        PyList_GET_ITEM(lists.exp_avgs.ptr(), i), PyList_GET_ITEM(lists.exp_avg_sqs.ptr(), i),
-        options.amsgrad ? PyList_GET_ITEM(lists.max_exp_avg_sqs.ptr(), i) : nullptr};
-    void* data[5] = {};
-    Format formats[5] = {};
-    for (int k = 0; k < 5 && objects[k] != nullptr; ++k) {
+    PyObject* objects[kOperands] = {};
+    objects[kParam] = PyList_GET_ITEM(lists.params.ptr(), i);
+    objects[kGrad] = PyList_GET_ITEM(lists.grads.ptr(), i);
+    for (std::size_t k = 0; k < lists.moments.size(); ++k) {
+      objects[kMoment + k] = PyList_GET_ITEM(lists.moments[k].ptr(), i);
+    }
+    TensorRow row{};
+    void* grad = nullptr;
+    RecipeKey recipe{options.rule, {}};
+    for (std::uint32_t k = 0; k < kOperands; ++k) {
+      if (objects[k] == nullptr) continue;
       TensorView view = param;
-      if (k > 0 && !readable(objects[k], view)) return "a tensor of a subclass, or without strides";
+      if (k != kParam && !readable(objects[k], view)) {
+        return "a tensor of a subclass, or without strides";
+      }
       if (!view.known_format) return "no kernel for the dtypes";
       if (!on_device(view, device)) return "several devices";
       if (view.ndim != param.ndim || view.is_complex != param.is_complex)
@@ -135,29 +139,21 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       }
       if (!options.dispatched && is_lazy(objects[k], view, numel)) return "a lazy tensor";
       if (view.data == nullptr && numel != 0) return "memory that was freed";
-      data[k] = view.data;
-      formats[k] = view.format;
+      recipe.formats[k] = view.format;
+      (k == kGrad ? grad : row.operands[k]) = view.data;
     }
-    if (formats[3] != formats[2] || (options.amsgrad && formats[4] != formats[2])) {
-      return "no kernel for the dtypes";
+    if (counts) {
+      TensorView step;
+      if (!readable(PyList_GET_ITEM(lists.state_steps.ptr(), i), step))
+        return "a tensor of a subclass, or without strides";
+      if (!step.known_format || step.is_complex || step.format != Format::float32 ||
+          step.numel() != 1 || !on_device(step, device) || step.data == nullptr) {
+        return "a step that is not one float32 on the device";
+      }
+      row.step = static_cast<float*>(step.data);
     }
-
-    TensorRow row{};
-    row.param = data[0];
-    row.exp_avg = data[2];
-    row.exp_avg_sq = data[3];
-    row.max_exp_avg_sq = data[4];
-    TensorView step;
-    if (!readable(PyList_GET_ITEM(lists.state_steps.ptr(), i), step))
-      return "a tensor of a subclass, or without strides";
-    if (!step.known_format || step.is_complex || step.format != Format::float32 ||
-        step.numel() != 1 || !on_device(step, device) || step.data == nullptr) {
-      return "a step that is not one float32 on the device";
-    }
-    row.step = static_cast<float*>(step.data);
     row.numel = numel;
 
-    const RecipeKey recipe{formats[0], formats[1], formats[2], options.amsgrad};
     while (last < buckets.size() && !(buckets[last].recipe == recipe)) ++last;
     if (last == buckets.size()) {
       last = 0;
@@ -172,10 +168,10 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     }
     Bucket& bucket = buckets[last];
     // Found here where it is found at no cost: several rows would advance one counter.
-    if (options.advance_steps && !bucket.rows.empty() && bucket.rows.back().step == row.step) {
+    if (counts && options.advance_steps && !bucket.rows.empty() && bucket.rows.back().step == row.step) {
       return "a step that several tensors share";
     }
-    bucket.add(row, numel == 0 ? &nothing : data[1]);
+    bucket.add(row, numel == 0 ? &nothing : grad);
   }
   return nullptr;
 }
@@ -187,9 +183,7 @@ void ListStepper::count_writes(const TensorLists& lists, const ListOptions& opti
     for (py::handle tensor : list) tensor_reader().increment_version(tensor.ptr());
   };
   count(lists.params);
-  count(lists.exp_avgs);
-  count(lists.exp_avg_sqs);
-  if (options.amsgrad) count(lists.max_exp_avg_sqs);
+  for (const py::list& moments : lists.moments) count(moments);
   if (options.advance_steps) count(lists.state_steps);
   if (tail.grads_after != GradsAfter::kept) count(lists.grads);
 }
@@ -219,10 +213,13 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   const bool is_brief = elements <= kBriefElements;
   Keeper keeper;  // other threads may change the lists
   if (!is_brief || !tensor_reader().uses_handles()) {
-    for (const py::list& list : {lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs,
-                                 lists.max_exp_avg_sqs, lists.state_steps}) {
+    const auto keep = [&](const py::list& list) {
       for (py::handle tensor : list) keeper.keep(tensor.ptr());
-    }
+    };
+    keep(lists.params);
+    keep(lists.grads);
+    for (const py::list& moments : lists.moments) keep(moments);
+    keep(lists.state_steps);
   }
   if (options.count_writes) count_writes(lists, options, tail);
   std::optional<py::gil_scoped_release> release;

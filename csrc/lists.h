@@ -9,21 +9,24 @@
 
 #include "device_tables.h"
 #include "keeper.h"
-#include "tables.h"
+#include "layout.h"
 #include "tensor_reader.h"
 
 namespace warpstep {
 
 namespace py = pybind11;
 
-// As aten::_fused_adamw_ takes them: one entry a tensor, max_exp_avg_sqs empty without amsgrad.
+// One entry a tensor. `moments` are those that the rule has; `state_steps` is empty where steps are
+// not counted.
 struct TensorLists {
-  py::list params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
+  py::list params, grads;
+  std::vector<py::list> moments;
+  py::list state_steps;
 };
 
 struct ListOptions {
+  RuleId rule;
   Hyper hyper;
-  bool amsgrad;
   bool cuda;           // else the CPU's kernel
   bool advance_steps;  // else the caller has done it
   bool unscale_grads;  // write the gradients back, divided by grad_scale

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <optional>
 
-#include "adamw_cpu.h"
+#include "cpu/launch.h"
 
 namespace warpstep {
 namespace {
@@ -19,32 +19,28 @@ void* address_of(py::handle tensor) {
 
 }  // namespace
 
-Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
-           const std::vector<BucketSpec>& buckets, py::object match_layout)
-    : match_layout_(std::move(match_layout)) {
+Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
+           const std::vector<int>& assignments, const std::vector<BucketSpec>& buckets,
+           py::object match_layout)
+    : keys_(std::move(keys)), match_layout_(std::move(match_layout)) {
   for (const BucketSpec& spec : buckets) {
     PlanBucket& bucket = buckets_.emplace_back();
     bucket.backend = spec.backend;
     bucket.recipe = spec.recipe;
-    bucket.ema = spec.ema;
   }
 
   std::size_t next = 0;
   for (std::uint32_t g = 0; g < param_groups.size(); ++g) {
     py::dict group = param_groups[g];
+    groups_.emplace_back(group, keys_);
     const py::object params = group["params"];
-    groups_.push_back({params.ptr(),
-                       static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr())),
-                       py::bool_(group["amsgrad"]),
-                       group.contains("ema_decay") && !group["ema_decay"].is_none(),
-                       {group["fused"], group["capturable"], group["differentiable"]},
-                       {},
-                       {}});
     for (py::handle param : params) {
       BoundParam bound;
       bound.param = param.ptr();
       bound.assignment = assignments.at(next++);
-      if (bound.assignment >= 0) bind_param(state[param], bound, g);
+      if (bound.assignment >= 0) {
+        bind_param(state[param], buckets.at(bound.assignment), bound, g);
+      }
       params_.push_back(bound);
     }
   }
@@ -71,7 +67,8 @@ Plan::Plan(py::dict state, py::list param_groups, const std::vector<int>& assign
   }
 }
 
-void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) {
+void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound,
+                      std::uint32_t group) {
   PlanBucket& bucket = buckets_.at(bound.assignment);
   const RecipeKey& recipe = bucket.recipe;
   bound.layout = layout_of(bound.param);
@@ -100,32 +97,24 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
   };
   const std::int64_t numel = param.numel();
   TensorRow row{};
-  row.param = bind(own_part_of(bound.param, bound.layout), recipe.param, numel);
+  row.operands[kParam] = bind(own_part_of(bound.param, bound.layout), recipe.formats[kParam], numel);
   // Kernels take an average that is not of the parameter's format for float32.
-  if (bucket.ema && *bucket.ema != recipe.param &&
-      (*bucket.ema != Format::float32 || recipe.param == Format::float64)) {
+  const Format ema = recipe.formats[kEma];
+  if (ema != Format::none && ema != recipe.formats[kParam] &&
+      (ema != Format::float32 || recipe.formats[kParam] == Format::float64)) {
     throw py::type_error("an average has a format that no kernel takes");
   }
-  void* step = nullptr;
-  const struct {
-    const char* name;
-    bool present;
-    Format format;
-    std::int64_t numel;
-    void** address;
-  } streams[] = {{"exp_avg", true, recipe.moment, numel, &row.exp_avg},
-                 {"exp_avg_sq", true, recipe.moment, numel, &row.exp_avg_sq},
-                 {"max_exp_avg_sq", recipe.amsgrad, recipe.moment, numel, &row.max_exp_avg_sq},
-                 {"ema", bucket.ema.has_value(), bucket.ema.value_or(Format{}), numel, &row.ema},
-                 {"step", true, Format::float32, 1, &step}};
-  for (std::size_t i = 0; i < std::size(streams); ++i) {
-    if (!streams[i].present) continue;
-    const py::object tensor = state[streams[i].name];
-    bound.state[i] = tensor.ptr();
-    PyObject* const own = i < 4 ? own_part_of(tensor.ptr(), bound.layout) : tensor.ptr();
-    *streams[i].address = bind(own, streams[i].format, streams[i].numel);
+  for (std::uint32_t i = kMoment; i < kStable; ++i) {
+    if (recipe.formats[i] == Format::none) continue;
+    const py::object tensor = state[spec.keys.at(i)];
+    bound.operands[i] = tensor.ptr();
+    row.operands[i] = bind(own_part_of(tensor.ptr(), bound.layout), recipe.formats[i], numel);
   }
-  row.step = static_cast<float*>(step);
+  if (!spec.counter.is_none()) {
+    const py::object counter = state[spec.counter];
+    bound.counter = counter.ptr();
+    row.step = static_cast<float*>(bind(counter.ptr(), Format::float32, 1));
+  }
   row.numel = numel;
   if (bucket.groups.empty() || bucket.groups.back() != group) bucket.groups.push_back(group);
   row.group = static_cast<std::uint32_t>(bucket.groups.size() - 1);
@@ -137,22 +126,10 @@ void Plan::bind_param(py::handle state, BoundParam& bound, std::uint32_t group) 
 std::vector<Hyper>& Plan::hypers_for(PlanBucket& bucket) {
   bucket.hypers.clear();
   for (const std::uint32_t group : bucket.groups) bucket.hypers.push_back(hypers_[group]);
-  for (const TensorScalar& scalar : tensor_scalars_) {
-    const auto found = std::lower_bound(bucket.groups.begin(), bucket.groups.end(), scalar.group);
-    if (found == bucket.groups.end() || *found != scalar.group) continue;
-    Hyper& hyper = bucket.hypers[found - bucket.groups.begin()];
-    TensorView view;
-    tensor_reader().read(scalar.tensor.ptr(), view);
-    const bool addressable =
-        bucket.device.type != dlpack::cpu && view.device.type == bucket.device.type &&
-        view.device.index == bucket.device.index && view.known_format && bytes_of(view.format) >= 4;
-    if (addressable) {
-      (hyper.*scalar.value).address = view.data;
-      hyper.*scalar.kind =
-          view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
-    } else {
-      (hyper.*scalar.value).value = py::float_(scalar.tensor).cast<double>();
-    }
+  for (const TensorNumber& number : tensor_numbers_) {
+    const auto found = std::lower_bound(bucket.groups.begin(), bucket.groups.end(), number.group);
+    if (found == bucket.groups.end() || *found != number.group) continue;
+    set_number(bucket.hypers[found - bucket.groups.begin()], number, bucket.device);
   }
   return bucket.hypers;
 }
@@ -174,7 +151,8 @@ void Plan::keep_alive() {
   for (const BoundParam& bound : params_) {
     if (bound.assignment < 0) continue;
     keeper_.keep(bound.param);
-    for (PyObject* tensor : bound.state) keeper_.keep(tensor);
+    for (PyObject* tensor : bound.operands) keeper_.keep(tensor);
+    keeper_.keep(bound.counter);
     if (bound.seen == looks_ && has_grad(bound)) keeper_.keep_grad_of(bound.param);
   }
 }
@@ -199,7 +177,7 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   } const at_the_end{*this};
   const bool brief = is_brief();
   // Without handles, incrementing a version counter runs Python; so does reading a tensor's number.
-  const bool runs_others = !brief || !tensor_reader().uses_handles() || !tensor_scalars_.empty();
+  const bool runs_others = !brief || !tensor_reader().uses_handles() || !tensor_numbers_.empty();
   if (runs_others && keeper_.is_empty()) keep_alive();
   // What is zeroed after all gradients have been read, and those that were only read as copies.
   std::vector<py::object> zeroed_after;
@@ -219,8 +197,6 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     if (bucket.backend == Backend::external) continue;
 
     Tail tail{};
-    tail.has_ema = bucket.ema.has_value();
-    tail.ema = bucket.ema.value_or(Format{});
     tail.grads_after = step_tail.zero_grads && !zeroes_after              ? GradsAfter::zeroed
                        : step_tail.unscale_grads && !step_tail.zero_grads ? GradsAfter::unscaled
                                                                           : GradsAfter::kept;
@@ -316,8 +292,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   Py_VISIT(names_.ptr());
   Py_VISIT(match_layout_.ptr());
   for (const BoundGroup& group : groups_) {
-    for (const py::object& flag : group.flags) Py_VISIT(flag.ptr());
-    if (const int stop = visit_all(group.kept)) return stop;
+    if (const int stop = group.traverse(visit, arg)) return stop;
   }
   for (const BoundParam& bound : params_) {
     Py_VISIT(bound.layout.mesh.ptr());

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "device_tables.h"
+#include "hypers.h"
 #include "keeper.h"
 #include "shards.h"
-#include "tables.h"
 #include "tensor_reader.h"
 
 namespace warpstep {
@@ -31,7 +31,9 @@ enum Assignment : int {
 struct BucketSpec {
   Backend backend;
   RecipeKey recipe;
-  std::optional<Format> ema;  // of the averages of the weights, where there are any
+  // What a parameter's state calls its operands; None for what is not there or not in the state.
+  std::vector<py::object> keys;
+  py::object counter;  // and its step counter; or None
 };
 
 // The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
@@ -54,9 +56,10 @@ struct StepTail {
 // forget_grads() is called.
 class Plan {
  public:
-  // `state` and `param_groups` are the optimizer's own; `assignments` has one entry a parameter, in
-  // their order. `match_layout(param, grad)` copies a gradient to its parameter's strides.
-  Plan(py::dict state, py::list param_groups, const std::vector<int>& assignments,
+  // `state` and `param_groups` are the optimizer's own, `keys` those of its rule; `assignments` has
+  // one entry a parameter, in their order. `match_layout(param, grad)` copies a gradient to its
+  // parameter's strides.
+  Plan(py::dict state, py::list param_groups, GroupKeys keys, const std::vector<int>& assignments,
        const std::vector<BucketSpec>& buckets, py::object match_layout);
 
   // Takes the step of the C++ backends' buckets: check, then launch. Returns null, or why nothing
@@ -118,7 +121,6 @@ class Plan {
  private:
   struct PlanBucket : Bucket {
     Backend backend{};
-    std::optional<Format> ema;
     std::vector<py::object> held_grads;  // that Python was asked for, alive until they are used
     // Of match_layout, alive until the next step; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
@@ -135,9 +137,9 @@ class Plan {
     bool is_complex = false;
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
-    // exp_avg, exp_avg_sq, max_exp_avg_sq, ema, step; null where there is none. Alive while
-    // check_state() finds them in their place.
-    PyObject* state[5] = {};
+    // Of the state; null for what is not there. Alive while check_state() finds them in their place.
+    PyObject* operands[kStable] = {};
+    PyObject* counter = nullptr;
     ShardLayout layout;      // its gradient and state have the same; not its step
     std::uint64_t seen = 0;  // the number of the last look in place that found it as bound
   };
@@ -149,27 +151,7 @@ class Plan {
     PyObject* found = nullptr;  // what holds them: of the last check
   };
 
-  struct BoundGroup {
-    PyObject* params;   // a list or tuple
-    std::size_t count;  // its length
-    bool amsgrad;
-    bool has_ema;
-    py::object flags[3];  // fused, capturable, differentiable
-    // The group's items when it was last read: while the same objects are there, so are their
-    // values.
-    std::vector<PyObject*> items;
-    std::vector<py::object> kept;  // keeps those alive that were read
-  };
-
-  // A hyper-parameter that is a tensor: read, or pointed to, for each bucket.
-  struct TensorScalar {
-    std::uint32_t group;
-    Scalar Hyper::* value;
-    std::uint8_t Hyper::* kind;
-    py::object tensor;
-  };
-
-  void bind_param(py::handle state, BoundParam& bound, std::uint32_t group);
+  void bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound, std::uint32_t group);
   // What is compared, and how: in place is without Python, as other threads can (TensorReader).
   enum class Scope { everything, grads };
   enum class Look { in_place, thorough };
@@ -178,7 +160,6 @@ class Plan {
   bool holds_bound_items(const BoundState& bound) const;
   const char* check_groups(PyObject* param_groups, Scope scope);
   const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
-  const char* check_items(PyObject* group, std::uint32_t index);
   const char* check_tensors(Scope scope, int threads);
   const char* look_at(const BoundParam& bound, Scope scope, Look look);
   const char* check_param(const BoundParam& bound, Look look) const;
@@ -188,19 +169,19 @@ class Plan {
   void prefetch_states_after(std::size_t at) const;
   void prefetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
-  const char* read_group(PyObject* group, std::uint32_t index);
   std::vector<Hyper>& hypers_for(PlanBucket& bucket);
   bool is_brief() const;  // see kBriefElements
   void increment_versions(bool grads_too);
   bool has_grad(const BoundParam& bound) const;
   static const void* address_of_grad(PyObject* grad, const BoundParam& bound);
 
+  GroupKeys keys_;
   std::vector<PlanBucket> buckets_;
   std::vector<BoundGroup> groups_;
   std::vector<BoundParam> params_;
   std::vector<std::int64_t> dims_;
   std::vector<Hyper> hypers_;                 // of this step, one a group
-  std::vector<TensorScalar> tensor_scalars_;  // of this step
+  std::vector<TensorNumber> tensor_numbers_;  // of this step
   // The state dict in its own order. Its tensors are not kept alive: state that is moved away is
   // freed at once.
   std::vector<BoundState> states_;

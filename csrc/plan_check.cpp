@@ -3,45 +3,10 @@
 #include <atomic>
 
 #include "plan.h"
-#include "threads.h"
+#include "cpu/threads.h"
 
 namespace warpstep {
 namespace {
-
-// Names looked up at every step, interned once.
-struct Names {
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* betas = PyUnicode_InternFromString("betas");
-  PyObject* eps = PyUnicode_InternFromString("eps");
-  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
-  PyObject* maximize = PyUnicode_InternFromString("maximize");
-  PyObject* amsgrad = PyUnicode_InternFromString("amsgrad");
-  PyObject* decoupled = PyUnicode_InternFromString("decoupled_weight_decay");
-  PyObject* decay_form = PyUnicode_InternFromString("decay_form");
-  PyObject* base_lr = PyUnicode_InternFromString("base_lr");
-  PyObject* ema_decay = PyUnicode_InternFromString("ema_decay");
-  PyObject* fused = PyUnicode_InternFromString("fused");
-  PyObject* capturable = PyUnicode_InternFromString("capturable");
-  PyObject* differentiable = PyUnicode_InternFromString("differentiable");
-};
-const Names& names() {
-  static const Names all;
-  return all;
-}
-
-// By the word that groups hold; warpstep/hypers.py has the same.
-std::optional<Decay> decay_named(PyObject* name) {
-  static constexpr std::pair<const char*, Decay> kForms[] = {{"coupled", Decay::coupled},
-                                                             {"decoupled", Decay::decoupled},
-                                                             {"independent", Decay::independent},
-                                                             {"l1", Decay::l1},
-                                                             {"cautious", Decay::cautious}};
-  for (const auto& [form, decay] : kForms) {
-    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, form) == 0) return decay;
-  }
-  return std::nullopt;
-}
 
 bool same_shape(const TensorView& view, const std::int64_t* shape) {
   for (std::int32_t i = 0; i < view.ndim; ++i) {  // a few numbers: no call is worth it
@@ -73,7 +38,7 @@ void look_on_threads(int threads, std::size_t count, const Function& look) {
 }  // namespace
 
 const char* Plan::check(py::handle state, py::handle param_groups, int threads) {
-  tensor_scalars_.clear();
+  tensor_numbers_.clear();
   keeper_.clear();
   threads = looking_threads(threads);
   // The groups first: reading them can run Python, which could change what is looked at then.
@@ -93,7 +58,7 @@ std::size_t Plan::count_grads() const {
 bool Plan::has_shared_grads() const {
   std::vector<std::pair<const char*, const char*>> all;  // begin and end of each
   for (const PlanBucket& bucket : buckets_) {
-    const std::uint32_t element = bytes_of(bucket.recipe.grad);
+    const std::uint32_t element = bytes_of(bucket.recipe.formats[kGrad]);
     for (std::size_t i = 0; i < bucket.rows.size(); ++i) {
       const auto* const begin = static_cast<const char*>(bucket.grads[i]);
       const std::int64_t numel = bucket.rows[i].numel;
@@ -160,18 +125,18 @@ const char* Plan::check_groups(PyObject* param_groups, Scope scope) {
 
 const char* Plan::check_group(PyObject* group, std::uint32_t index, Scope scope,
                               std::size_t& next) {
-  const BoundGroup& bound = groups_[index];
+  BoundGroup& bound = groups_[index];
   if (!PyDict_Check(group)) return "a group was replaced";
   if (scope == Scope::grads) {
-    if (PyDict_GetItem(group, names().params) != bound.params) return "a group was replaced";
-  } else if (const char* why = check_items(group, index)) {
+    if (!bound.has_params(group)) return "a group was replaced";
+  } else if (const char* why = bound.read(group, index, keys_, hypers_[index], tensor_numbers_)) {
     return why;
   }
-  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params)) != bound.count) {
+  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(bound.params())) != bound.count()) {
     return "a group's parameters changed";
   }
-  PyObject* const* params = PySequence_Fast_ITEMS(bound.params);
-  for (std::size_t i = 0; i < bound.count; ++i, ++next) {
+  PyObject* const* params = PySequence_Fast_ITEMS(bound.params());
+  for (std::size_t i = 0; i < bound.count(); ++i, ++next) {
     if (params[i] != params_[next].param) return "a group's parameters changed";
   }
   return nullptr;
@@ -237,132 +202,11 @@ void Plan::prefetch_params_after(std::size_t at, Scope scope) const {
     const BoundParam& bound = params_[ahead];
     reader.fetch(stage, bound.param, true);
     if (scope == Scope::grads || stage > 2) continue;
-    for (PyObject* tensor : bound.state) {
+    for (PyObject* tensor : bound.operands) {
       if (tensor != nullptr) reader.fetch(stage, tensor, false);
     }
+    if (bound.counter != nullptr) reader.fetch(stage, bound.counter, false);
   }
-}
-
-const char* Plan::check_items(PyObject* group, std::uint32_t index) {
-  const BoundGroup& bound = groups_[index];
-  std::size_t seen = 0;
-  PyObject *key, *value;
-  for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); seen += 2) {
-    if (seen == bound.items.size() || bound.items[seen] != key || bound.items[seen + 1] != value) {
-      break;
-    }
-  }
-  const bool same = seen != 0 && seen == bound.items.size() &&
-                    seen == 2 * static_cast<std::size_t>(PyDict_GET_SIZE(group));
-  return same ? nullptr : read_group(group, index);
-}
-
-// What is invalid makes the plan stale: making the next one says what is wrong with it.
-const char* Plan::read_group(PyObject* group, std::uint32_t index) {
-  static constexpr const char* kInvalid = "a hyper-parameter is invalid";
-  BoundGroup& bound = groups_[index];
-  Hyper& hyper = hypers_[index];
-  hyper = Hyper{};
-  bool settled = true;  // the same objects will mean the same values
-
-  const auto read_number = [&](PyObject* object, double& number) {
-    if (object == nullptr) return false;
-    settled &= PyFloat_Check(object) || PyLong_Check(object);
-    number = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : PyFloat_AsDouble(object);
-    if (PyErr_Occurred() == nullptr) return true;
-    PyErr_Clear();
-    return false;
-  };
-  // An accelerator's tensor is read, or pointed to, when the bucket's device is known.
-  const auto read_scalar = [&](PyObject* object, Scalar Hyper::* value,
-                               std::uint8_t Hyper::* kind) {
-    TensorView view;
-    if (object != nullptr && !PyFloat_Check(object) && !PyLong_Check(object) &&
-        tensor_reader().read(object, view)) {
-      if (view.numel() != 1) return false;
-      if (view.device.type != dlpack::cpu) {
-        tensor_scalars_.push_back({index, value, kind, py::reinterpret_borrow<py::object>(object)});
-        settled = false;
-        return true;
-      }
-    }
-    return read_number(object, (hyper.*value).value);
-  };
-  if (PyDict_GetItem(group, names().params) != bound.params) return "a group was replaced";
-  PyObject* const planned_for[] = {names().fused, names().capturable, names().differentiable};
-  for (int i = 0; i < 3; ++i) {
-    if (PyDict_GetItem(group, planned_for[i]) != bound.flags[i].ptr()) {
-      return "a group's implementation flags changed";
-    }
-  }
-  const auto read_flag = [&](PyObject* name, bool& flag) {
-    PyObject* const object = PyDict_GetItem(group, name);
-    if (object == nullptr) return false;
-    settled &= PyBool_Check(object) || PyLong_Check(object) || object == Py_None;
-    const int truth = PyObject_IsTrue(object);
-    if (truth < 0) PyErr_Clear();
-    flag = truth > 0;
-    return truth >= 0;
-  };
-
-  PyObject* const betas = PyDict_GetItem(group, names().betas);
-  const bool two = betas != nullptr && PyObject_Size(betas) == 2;
-  // Of a tuple or list the very same; of an array or a tensor a list of what it holds.
-  const auto pair =
-      py::reinterpret_steal<py::object>(two ? PySequence_Fast(betas, "no pair") : nullptr);
-  if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
-    PyErr_Clear();
-    return kInvalid;
-  }
-  if (!PyTuple_Check(betas)) settled = false;
-  PyObject* const* const beta = PySequence_Fast_ITEMS(pair.ptr());
-  if (!read_scalar(PyDict_GetItem(group, names().lr), &Hyper::lr, &Hyper::lr_kind) ||
-      !read_scalar(beta[0], &Hyper::beta1, &Hyper::beta1_kind) ||
-      !read_scalar(beta[1], &Hyper::beta2, &Hyper::beta2_kind) ||
-      !read_number(PyDict_GetItem(group, names().eps), hyper.eps) ||
-      !read_number(PyDict_GetItem(group, names().weight_decay), hyper.weight_decay)) {
-    return kInvalid;
-  }
-  bool amsgrad = false, maximize = false, decoupled = false;
-  if (!read_flag(names().amsgrad, amsgrad) || !read_flag(names().maximize, maximize) ||
-      !read_flag(names().decoupled, decoupled)) {
-    return kInvalid;
-  }
-  if (amsgrad != groups_[index].amsgrad) return "a group's amsgrad changed";
-  hyper.maximize = maximize;
-  hyper.decay = decoupled ? Decay::decoupled : Decay::coupled;
-  if (PyObject* form = PyDict_GetItem(group, names().decay_form)) {
-    const std::optional<Decay> decay = decay_named(form);
-    if (!decay) return kInvalid;
-    hyper.decay = *decay;
-  }
-  if (hyper.decay == Decay::independent) {
-    double base_lr = 0;
-    if (!read_number(PyDict_GetItem(group, names().base_lr), base_lr) || !(base_lr > 0)) {
-      return kInvalid;
-    }
-    hyper.weight_decay /= base_lr;
-  }
-  PyObject* ema_decay = PyDict_GetItem(group, names().ema_decay);
-  const bool has_ema = ema_decay != nullptr && ema_decay != Py_None;
-  if (has_ema && (!read_number(ema_decay, hyper.ema_decay) ||
-                  !(hyper.ema_decay >= 0 && hyper.ema_decay <= 1))) {
-    return kInvalid;
-  }
-  if (has_ema != bound.has_ema) return "a group's ema_decay came or went";
-
-  bound.items.clear();
-  bound.kept.clear();
-  PyObject *key, *value;
-  for (Py_ssize_t i = 0; settled && PyDict_Next(group, &i, &key, &value);) {
-    bound.items.insert(bound.items.end(), {key, value});
-    // Numbers, flags, words and betas; what else a group holds is not the plan's to keep alive.
-    if (PyFloat_Check(value) || PyLong_Check(value) || PyUnicode_Check(value) ||
-        PyTuple_Check(value)) {
-      bound.kept.push_back(py::reinterpret_borrow<py::object>(value));
-    }
-  }
-  return nullptr;
 }
 
 bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format format) const {
@@ -386,19 +230,18 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
                                    : reader.read(tensor, view)) &&
            view.data == address;
   };
-  const auto is_stream_at = [&](PyObject* tensor, const void* address, Format format) {
+  const auto is_operand_at = [&](PyObject* tensor, const void* address, Format format) {
     return is_at(own_part_of(tensor, bound.layout), address) &&
            is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
-  if (!is_stream_at(bound.param, row.param, bound.format)) return "a parameter's memory changed";
+  if (!is_operand_at(bound.param, row.operands[kParam], bound.format)) return "a parameter's memory changed";
   static constexpr const char* kMoved = "a state tensor's memory changed";
-  const void* const streams[] = {row.exp_avg, row.exp_avg_sq, row.max_exp_avg_sq, row.ema};
-  for (int i = 0; i < 4; ++i) {
-    if (bound.state[i] == nullptr) continue;
-    const Format format = i < 3 ? bucket.recipe.moment : *bucket.ema;
-    if (!is_stream_at(bound.state[i], streams[i], format)) return kMoved;
+  for (std::uint32_t i = kMoment; i < kStable; ++i) {
+    if (bound.operands[i] == nullptr) continue;
+    if (!is_operand_at(bound.operands[i], row.operands[i], bucket.recipe.formats[i])) return kMoved;
   }
-  const bool is_counter = is_at(bound.state[4], row.step) && view.known_format &&
+  if (bound.counter == nullptr) return nullptr;
+  const bool is_counter = is_at(bound.counter, row.step) && view.known_format &&
                           view.format == Format::float32 && view.numel() == 1 &&
                           view.device.type == bucket.device.type &&
                           view.device.index == bucket.device.index;
@@ -435,7 +278,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
     return nullptr;
   }
   if (held) bucket.held_grads.push_back(held);
-  if (grad == TensorReader::Grad::unreadable || !is_like_param(bound, view, bucket.recipe.grad)) {
+  if (grad == TensorReader::Grad::unreadable || !is_like_param(bound, view, bucket.recipe.formats[kGrad])) {
     return "a gradient's kind changed";
   }
   // What torch makes lazily negated or conjugated is a view of complex numbers: complex itself, or

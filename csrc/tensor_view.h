@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "tables.h"
+#include "layout.h"
 
 namespace warpstep {
 

@@ -1,20 +1,15 @@
-// How a stream's elements become numbers in registers and back, each once. Host and device.
+// Codecs: how an operand's elements become numbers in registers and back, each once.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
 
-#include "tables.h"
+#include "arithmetic.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
-// NOTE [one copy per instruction set]
-// The CPU kernel is compiled once per instruction set. Everything here and in rule.h therefore has
-// internal linkage: otherwise the linker would keep one copy of each inline function, perhaps the
-// AVX-512 one, for all of them.
 namespace warpstep {
 namespace {
 
@@ -38,46 +33,6 @@ struct float16 {
   static constexpr Format format = Format::float16;
   std::uint16_t bits;
 };
-
-// Formats of one tensor's streams, as types. Numbers are in `Compute` between load and store.
-template <class ParamFormat, class GradFormat, class MomentFormat, bool kAmsgrad>
-struct Recipe {
-  using Param = ParamFormat;
-  using Grad = GradFormat;
-  using Moment = MomentFormat;
-  using Compute = typename ParamFormat::Compute;
-  static constexpr bool amsgrad = kAmsgrad;
-  static constexpr RecipeKey key{Param::format, Grad::format, Moment::format, kAmsgrad};
-};
-
-template <class... Recipes>
-struct RecipeList {};
-
-// Every recipe that the C++ kernels are built for, with and without amsgrad. To add one, add a
-// line.
-template <bool kAmsgrad>
-using RecipesOf = RecipeList<Recipe<float64, float64, float64, kAmsgrad>,     //
-                             Recipe<float32, float32, float32, kAmsgrad>,     //
-                             Recipe<bfloat16, bfloat16, bfloat16, kAmsgrad>,  //
-                             Recipe<float16, float16, float16, kAmsgrad>,     //
-                             Recipe<bfloat16, bfloat16, float32, kAmsgrad>,   //
-                             Recipe<float16, float16, float32, kAmsgrad>,     //
-                             Recipe<bfloat16, float32, bfloat16, kAmsgrad>,   //
-                             Recipe<bfloat16, float32, float32, kAmsgrad>,    //
-                             Recipe<float16, float32, float16, kAmsgrad>,     //
-                             Recipe<float16, float32, float32, kAmsgrad>,     //
-                             Recipe<float32, float32, bfloat16, kAmsgrad>>;
-
-// Calls visit(Recipe{}) for the recipe with this key; false if there is none.
-template <class Visit, class... Recipes>
-bool visit_recipe(RecipeList<Recipes...>, const RecipeKey& key, Visit&& visit) {
-  return ((Recipes::key == key && (visit(Recipes{}), true)) || ...);
-}
-template <class Visit>
-bool visit_recipe(const RecipeKey& key, Visit&& visit) {
-  return key.amsgrad ? visit_recipe(RecipesOf<true>{}, key, visit)
-                     : visit_recipe(RecipesOf<false>{}, key, visit);
-}
 
 template <class To, class From>
 WARPSTEP_FN To bits_as(From from) {

@@ -1,13 +1,13 @@
-// The CPU launcher, and what it needs of the kernel's copies for each instruction set.
+// The CPU launcher, and what it needs of the kernels' copies for each instruction set.
 #pragma once
 
 #include <vector>
 
-#include "tables.h"
+#include "../layout.h"
 
 namespace warpstep {
 
-// Elements of a chunk: 64 KiB a stream in float32, so that a chunk's streams fit the L2 cache.
+// Elements of a chunk: 64 KiB an operand in float32, so that a chunk's operands fit the L2 cache.
 constexpr std::int64_t kCpuChunk = 16384;
 // A thread takes a batch of elements at a time (several small tensors, or a run of one): about a
 // 64th of all, so that threads end together, but neither so few that taking it shows nor more than
@@ -22,8 +22,8 @@ constexpr std::uint32_t kCpuBatchesWorthThreads = 4;
 
 // Runs the step on all tensors with up to `threads` threads. `batches` cuts launch.chunks into runs
 // of about as many elements: batch i is chunks [batches[i], batches[i + 1]).
-void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
-               int threads);
+void step_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
+              int threads);
 
 // The norm of all gradients: the sum of their squares, or their largest magnitude. The same bits
 // whatever the threads. `partials` has room for a number a chunk.
@@ -34,24 +34,24 @@ bool has_cpu_recipe(const RecipeKey& key);
 // The instruction set that was chosen on this machine.
 const char* cpu_instruction_set();
 
-// Four float32 streams of one length.
-struct Streams {
-  float* param;
-  const float* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
+// Four float32 arrays of one length, as large as a tensor's operands under AdamW.
+struct TouchedArrays {
+  float* a;
+  const float* read_only;
+  float* b;
+  float* c;
   std::int64_t count;
 };
 
-// Reads the four streams of each tensor and writes three, once. For benchmarks.
-void touch_streams_cpu(const std::vector<Streams>& tensors, int threads);
+// Reads the four arrays of each tensor and writes three, once. For benchmarks.
+void touch_cpu(const std::vector<TouchedArrays>& tensors, int threads);
 
 using StepChunks = void (*)(const Launch& launch, std::uint32_t first, std::uint32_t last);
 
 struct CpuKernels {
   StepChunks (*find)(const RecipeKey& key);  // null where there is no such recipe
   double (*chunk_norm)(Norm kind, const Launch& launch, std::uint32_t index);
-  void (*touch_streams)(float*, const float*, float*, float*, std::int64_t);
+  void (*touch)(float*, const float*, float*, float*, std::int64_t);
 };
 
 #define WARPSTEP_CPU_KERNELS_(isa) cpu_kernels_##isa

@@ -16,23 +16,30 @@ WARPSTEP_FN constexpr A min_of(A a, A b) {
   return b < a ? b : a;
 }
 
-// How the elements of one stream lie in memory.
-enum class Format : std::uint8_t { float64, float32, bfloat16, float16 };
+// How the elements of one operand lie in memory.
+enum class Format : std::uint8_t { none, float64, float32, bfloat16, float16 };
 
 WARPSTEP_FN constexpr std::uint32_t bytes_of(Format format) {
-  return format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
+  return format == Format::none ? 0 : format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
 }
 
-// What a kernel is instantiated for: the formats of one tensor's streams.
+// The tensors that a step of one parameter works on, in the order of everything that has one each.
+// What the moments are (exp_avg, ...), and how many there are, is the rule's to say.
+enum Operand : std::uint32_t { kParam, kMoment, kMomentEnd = kMoment + 3, kEma = kMomentEnd, kGrad, kOperands };
+// All but the gradient, whose address changes from step to step.
+constexpr std::uint32_t kStable = kGrad;
+
+enum class RuleId : std::uint8_t { adamw, sgd };
+
+// What a kernel is built for: a rule, and the format of each operand; none where there is none.
 struct RecipeKey {
-  Format param;   // the parameter
-  Format grad;    // its gradient
-  Format moment;  // exp_avg, exp_avg_sq and max_exp_avg_sq
-  bool amsgrad;   // is there a max_exp_avg_sq stream
+  RuleId rule;
+  Format formats[kOperands];
 
   bool operator==(const RecipeKey& other) const {
-    return param == other.param && grad == other.grad && moment == other.moment &&
-           amsgrad == other.amsgrad;
+    bool same = rule == other.rule;
+    for (std::uint32_t i = 0; i < kOperands; ++i) same = same && formats[i] == other.formats[i];
+    return same;
   }
 };
 
@@ -45,35 +52,30 @@ struct Scalar {
   };
 };
 
-// How weight decay acts; rule.h has the formulas.
+// How weight decay acts; rules/decay.h has the formulas.
 enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious };
+
+// The numbers of every rule; from kOfRule on they are what the rule says.
+enum Number : std::uint32_t { kLr, kWeightDecay, kOfRule, kNumbers = kOfRule + 3 };
 
 // Hyper-parameters of one parameter group, as they are at this step.
 struct Hyper {
-  Scalar lr;
-  Scalar beta1;
-  Scalar beta2;
-  double eps;
-  double weight_decay;  // for Decay::independent, divided by the base learning rate
-  double ema_decay;     // of the average of the weights
-  std::uint8_t lr_kind, beta1_kind, beta2_kind;  // of Scalar::Kind
+  Scalar numbers[kNumbers];      // weight_decay: for Decay::independent, divided by the base lr
+  double ema_decay;              // of the average of the weights
+  std::uint8_t kinds[kNumbers];  // of Scalar::Kind
   Decay decay;
   std::uint8_t maximize;  // 0 or 1
-  std::uint8_t pad_[3];
+  std::uint8_t pad_[1];
 };
 
 // One tensor of the table: what stays the same from step to step.
 struct TensorRow {
-  void* param;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  void* ema;             // average of the weights; null without
-  float* step;           // steps taken so far; the launch advances it
+  void* operands[kStable];  // null where there is none
+  float* step;              // steps taken so far; the launch advances it. Null where none are counted
   std::int64_t numel;
   std::uint32_t group;   // index into the Hyper table
   std::uint32_t chunks;  // how many chunks the tensor is cut into, at least one
-  std::uint32_t head;    // elements before the 16-byte boundary of (most of) its streams
+  std::uint32_t head;    // elements before the 16-byte boundary of (most of) its operands
   std::uint32_t pad_;
 };
 
@@ -84,7 +86,7 @@ struct Chunk {
 };
 
 // Elements [begin, end) of a chunk. All boundaries but the first and the last lie `head` elements
-// past a multiple of the chunk size, so that a tensor's head and tail are met once, not per chunk.
+// past a multiple of the chunk size, so that a tensor's head and rest are met once, not per chunk.
 struct ChunkRange {
   std::int64_t begin;
   std::int64_t end;
@@ -118,8 +120,6 @@ struct Tail {
   const float* found_inf;   // anything but zero: the step is not taken
   const double* clip_coef;  // the unscaled gradients are multiplied by it
   double* statistics;       // kStatistics for each chunk
-  Format ema;               // of the averages, where rows have any
-  bool has_ema;
   GradsAfter grads_after;
   bool steps_advanced;  // the caller has advanced the step counters, and the launch does not
 };

@@ -1,9 +1,11 @@
 // Launches the CPU kernel: chooses the instruction set, shares out the batches, counts the steps.
+#include "launch.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
-#include "adamw_cpu.h"
+#include "../tail.h"
 #include "threads.h"
 
 namespace warpstep {
@@ -51,10 +53,10 @@ const char* cpu_instruction_set() { return instruction_set().name; }
 
 bool has_cpu_recipe(const RecipeKey& key) { return kernels().find(key) != nullptr; }
 
-void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
-               int threads) {
+void step_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t batch_count,
+              int threads) {
   const Tail& tail = launch.tail;
-  const bool taken = tail.found_inf == nullptr || *tail.found_inf == 0;
+  const bool taken = is_taken(tail);
   const bool only_steps =
       tail.statistics == nullptr &&
       (tail.grads_after == GradsAfter::kept || tail.grads_after == GradsAfter::unscaled_if_taken);
@@ -70,7 +72,8 @@ void adamw_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t
   // Every chunk has read its tensor's step counter by now.
   if (!taken || tail.steps_advanced) return;
   for (std::uint32_t tensor = 0; tensor < launch.tensors; ++tensor) {
-    if (launch.grads[tensor] != nullptr) *launch.rows[tensor].step += 1;
+    float* const step = launch.rows[tensor].step;
+    if (launch.grads[tensor] != nullptr && step != nullptr) *step += 1;
   }
 }
 
@@ -93,21 +96,21 @@ double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int thre
   return norm;
 }
 
-void touch_streams_cpu(const std::vector<Streams>& tensors, int threads) {
-  std::vector<Streams> runs;
-  for (Streams left : tensors) {
+void touch_cpu(const std::vector<TouchedArrays>& tensors, int threads) {
+  std::vector<TouchedArrays> runs;
+  for (TouchedArrays left : tensors) {
     while (left.count > 0) {
-      Streams run = left;
+      TouchedArrays run = left;
       run.count = std::min(kCpuBatchMax, left.count);
       runs.push_back(run);
-      left = {left.param + run.count, left.grad + run.count, left.exp_avg + run.count,
-              left.exp_avg_sq + run.count, left.count - run.count};
+      left = {left.a + run.count, left.read_only + run.count, left.b + run.count,
+              left.c + run.count, left.count - run.count};
     }
   }
   static Sharing sharing;
   run_on_threads(threads, static_cast<std::uint32_t>(runs.size()), sharing, [&](std::uint32_t i) {
-    const Streams& run = runs[i];
-    kernels().touch_streams(run.param, run.grad, run.exp_avg, run.exp_avg_sq, run.count);
+    const TouchedArrays& run = runs[i];
+    kernels().touch(run.a, run.read_only, run.b, run.c, run.count);
   });
 }
 

@@ -2,8 +2,7 @@
 //
 // A block leaves its chunk's share; the last block adds the shares up in their order, so that the
 // result has the same bits each time. Sums are in float64.
-#include "launch_cuda.cuh"
-#include "rule.h"
+#include "launch.cuh"
 
 namespace warpstep {
 namespace {
@@ -97,7 +96,7 @@ CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tab
   args.norm = norm;
   args.norm_kind = kind;
   args.chunk_count = launch.chunk_count;
-  const Format format = launch.recipe.grad;
+  const Format format = launch.recipe.formats[kGrad];
   const Kernel kernel = format == Format::float64    ? grad_norm_kernel<float64>
                         : format == Format::float32  ? grad_norm_kernel<float32>
                         : format == Format::bfloat16 ? grad_norm_kernel<bfloat16>

@@ -7,8 +7,11 @@
 //
 // There are two kernels for each recipe: a plain one, and one with the tail, whose parts are told
 // apart at run time (all threads of a launch go the same way).
-#include "launch_cuda.cuh"
-#include "rule.h"
+#include <utility>
+
+#include "../recipes.h"
+#include "../tail.h"
+#include "launch.cuh"
 
 namespace warpstep {
 namespace {
@@ -27,61 +30,111 @@ __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* 
   return step;
 }
 
-// A thread's share of Tail::statistics.
-struct Sums {
-  double grad, param, change, not_finite;
+// Which operands are at a 16-byte boundary.
+struct Aligned {
+  bool operands[kOperands];
+
+  __device__ __forceinline__ bool all() const {
+    bool all = true;
+#pragma unroll
+    for (bool one : operands) all = all && one;
+    return all;
+  }
 };
 
-// The streams of one tensor, and the step of a few consecutive elements of it.
-template <class Recipe, bool kTail>
-struct Streams {
-  using T = typename Recipe::Compute;
-  using Param = typename Recipe::Param;
-  using Grad = typename Recipe::Grad;
-  using Moment = typename Recipe::Moment;
+// Packets of a tensor's moments, each in its format. `Indices` count them.
+template <std::uint32_t kElements, std::size_t kIndex, class Moment>
+struct MomentPacket {
+  Packet<Moment, kElements> packet;
+};
+template <std::uint32_t kElements, class Indices, class... Moment>
+struct MomentPackets;
+template <std::uint32_t kElements, std::size_t... kIndex, class... Moment>
+struct MomentPackets<kElements, std::index_sequence<kIndex...>, Moment...>
+    : MomentPacket<kElements, kIndex, Moment>... {
+  __device__ __forceinline__ void load(const TensorRow& row, std::int64_t i, const Aligned& aligned) {
+    (packet<kIndex, Moment>().load(address<kIndex, Moment>(row) + i, aligned.operands[kMoment + kIndex]),
+     ...);
+  }
+  __device__ __forceinline__ void store(const TensorRow& row, std::int64_t i, const Aligned& aligned) {
+    (packet<kIndex, Moment>().store(address<kIndex, Moment>(row) + i, aligned.operands[kMoment + kIndex]),
+     ...);
+  }
+  template <class T>
+  __device__ __forceinline__ void numbers_of(std::uint32_t k, T* numbers) {
+    ((numbers[kIndex] = warpstep::load(packet<kIndex, Moment>().elements[k])), ...);
+  }
+  template <class T>
+  __device__ __forceinline__ void set(std::uint32_t k, const T* numbers) {
+    (warpstep::store(numbers[kIndex], packet<kIndex, Moment>().elements[k]), ...);
+  }
 
+ private:
+  template <std::size_t kOne, class One>
+  __device__ __forceinline__ Packet<One, kElements>& packet() {
+    return static_cast<MomentPacket<kElements, kOne, One>*>(this)->packet;
+  }
+  template <std::size_t kOne, class One>
+  __device__ __forceinline__ static One* address(const TensorRow& row) {
+    return in_global_memory<One>(row.operands[kMoment + kOne]);
+  }
+};
+
+// The operands of one tensor, and the step of a few consecutive elements of it.
+template <class Recipe, bool kTail>
+struct Stepper;
+
+template <class Rule, class Param, class Grad, class... Moment, bool kTail>
+struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
+  using T = typename Param::Compute;
+
+  const TensorRow& row;
   Param* param;
   Grad* grad;
-  Moment* exp_avg;
-  Moment* exp_avg_sq;
-  Moment* max_exp_avg_sq;
-  void* ema;
+  Format ema;
 
-  struct Aligned {
-    bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, ema;
-    __device__ __forceinline__ bool all() const {
-      return param && grad && exp_avg && exp_avg_sq && max_exp_avg_sq && ema;
+  // As many elements at a time as fill one vector of the narrowest operand.
+  __host__ __device__ static constexpr std::uint32_t narrowest() {
+    std::uint32_t least = min_of(sizeof(Param), sizeof(Grad));
+    ((least = min_of<std::uint32_t>(least, sizeof(Moment))), ...);
+    return least;
+  }
+  static constexpr std::uint32_t kElements = kVectorBytes / narrowest();
+
+  // Absent operands are at address 0, and so aligned.
+  __device__ __forceinline__ Aligned alignment_at(std::int64_t i) const {
+    Aligned aligned;
+    aligned.operands[kParam] = is_aligned(param + i);
+    aligned.operands[kGrad] = is_aligned(grad + i);
+    constexpr std::uint32_t kBytes[] = {sizeof(Moment)..., 0, 0, 0};
+#pragma unroll
+    for (std::uint32_t k = 0; k < kMomentEnd - kMoment; ++k) {
+      aligned.operands[kMoment + k] =
+          k >= sizeof...(Moment) ||
+          is_aligned(static_cast<char*>(row.operands[kMoment + k]) + i * kBytes[k]);
     }
-  };
-
-  __device__ __forceinline__ Aligned alignment_at(std::int64_t i, const Tail& tail) const {
-    return {
-        is_aligned(param + i),
-        is_aligned(grad + i),
-        is_aligned(exp_avg + i),
-        is_aligned(exp_avg_sq + i),
-        !Recipe::amsgrad || is_aligned(max_exp_avg_sq + i),
-        !kTail || !tail.has_ema || is_aligned(static_cast<char*>(ema) + i * bytes_of(tail.ema))};
+    aligned.operands[kEma] =
+        !kTail || is_aligned(static_cast<char*>(row.operands[kEma]) + i * bytes_of(ema));
+    return aligned;
   }
 
   template <std::uint32_t kElements>
-  __device__ __forceinline__ void step(const Constants<T>& constants, const Tail& tail, bool taken,
-                                       std::int64_t i, const Aligned& aligned, Sums& sums) const {
+  __device__ __forceinline__ void step(const Constants<Rule, T>& constants, const Tail& tail,
+                                       bool taken, std::int64_t i, const Aligned& aligned,
+                                       Sums& sums) const {
     Packet<Param, kElements> p;
     Packet<Grad, kElements> g;
-    Packet<Moment, kElements> m, v, peak;
-    p.load(param + i, aligned.param);
-    g.load(grad + i, aligned.grad);
-    m.load(exp_avg + i, aligned.exp_avg);
-    v.load(exp_avg_sq + i, aligned.exp_avg_sq);
-    if constexpr (Recipe::amsgrad) peak.load(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+    MomentPackets<kElements, std::index_sequence_for<Moment...>, Moment...> m;
+    p.load(param + i, aligned.operands[kParam]);
+    g.load(grad + i, aligned.operands[kGrad]);
+    m.load(row, i, aligned);
     // The average too before anything waits for an operand: one memory latency, not two.
     T average[kElements];
-    const bool averages = kTail && taken && tail.has_ema;
+    const bool averages = kTail && taken && ema != Format::none;
     if (averages) {
-      in_format_of_average(tail, [&](auto format) {
+      in_format_of_average([&](auto format) {
         Packet<decltype(format), kElements> e;
-        e.load(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+        e.load(in_global_memory<decltype(format)>(row.operands[kEma]) + i, aligned.operands[kEma]);
 #pragma unroll
         for (std::uint32_t k = 0; k < kElements; ++k) average[k] = T(warpstep::load(e.elements[k]));
       });
@@ -90,52 +143,45 @@ struct Streams {
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
       const T before = warpstep::load(p.elements[k]);
-      const T gradient = T(warpstep::load(g.elements[k]));
-      Moments<T> moments{warpstep::load(m.elements[k]), warpstep::load(v.elements[k]), T(0)};
-      if constexpr (Recipe::amsgrad) moments.max_exp_avg_sq = warpstep::load(peak.elements[k]);
-      const T result = adamw_rule<Recipe::amsgrad, kTail ? Part::whole : Part::uniform>(
-          constants, before, gradient, moments);
+      const T gradient = T(warpstep::load(g.elements[k])) * constants.tail.grad_factor;
+      T moments[sizeof...(Moment) + 1];
+      m.numbers_of(k, moments);
+      const T result = Rule::template step<kTail ? Part::whole : Part::uniform>(
+          constants.rule, before, gradient, moments);
       if (!kTail || taken) {
         warpstep::store(result, p.elements[k]);
-        warpstep::store(moments.exp_avg, m.elements[k]);
-        warpstep::store(moments.exp_avg_sq, v.elements[k]);
-        if constexpr (Recipe::amsgrad) {
-          warpstep::store(moments.max_exp_avg_sq, peak.elements[k]);
-        }
+        m.set(k, moments);
       }
       if constexpr (kTail) {
         if (tail.statistics != nullptr) count(sums, before, p.elements[k], g.elements[k]);
         if (tail.grads_after == GradsAfter::zeroed) g.elements[k] = Grad{};
         if (leaves_unscaled(tail, taken)) {
           using G = typename Grad::Compute;
-          warpstep::store(warpstep::load(g.elements[k]) * static_cast<G>(constants.grad_left),
+          warpstep::store(warpstep::load(g.elements[k]) * static_cast<G>(constants.tail.grad_left),
                           g.elements[k]);
         }
       }
     }
 
     if (!kTail || taken) {
-      p.store(param + i, aligned.param);
-      m.store(exp_avg + i, aligned.exp_avg);
-      v.store(exp_avg_sq + i, aligned.exp_avg_sq);
-      if constexpr (Recipe::amsgrad) peak.store(max_exp_avg_sq + i, aligned.max_exp_avg_sq);
+      p.store(param + i, aligned.operands[kParam]);
+      m.store(row, i, aligned);
     }
     if constexpr (kTail) {
       if (averages) {
-        in_format_of_average(tail, [&](auto format) {
+        in_format_of_average([&](auto format) {
           Packet<decltype(format), kElements> e;
 #pragma unroll
           for (std::uint32_t k = 0; k < kElements; ++k) {
             const T now = warpstep::load(p.elements[k]);  // the parameter as it is stored
-            warpstep::store(lerp(average[k], now, constants.ema_weight, constants.ema_kept,
-                                 constants.ema_weight < T(0.5)),
-                            e.elements[k]);
+            warpstep::store(averaged(constants.tail, average[k], now), e.elements[k]);
           }
-          e.store(in_global_memory<decltype(format)>(ema) + i, aligned.ema);
+          e.store(in_global_memory<decltype(format)>(row.operands[kEma]) + i,
+                  aligned.operands[kEma]);
         });
       }
       if (tail.grads_after == GradsAfter::zeroed || leaves_unscaled(tail, taken)) {
-        g.store(grad + i, aligned.grad);
+        g.store(grad + i, aligned.operands[kGrad]);
       }
     }
   }
@@ -152,8 +198,8 @@ struct Streams {
 
   // Averages are of the parameter's format, or float32.
   template <class Visit>
-  __device__ __forceinline__ static void in_format_of_average(const Tail& tail, Visit&& visit) {
-    if (tail.ema == Param::format) {
+  __device__ __forceinline__ void in_format_of_average(Visit&& visit) const {
+    if (ema == Param::format) {
       visit(Param{});
     } else if constexpr (Param::format != Format::float32) {
       visit(float32{});
@@ -165,17 +211,16 @@ struct Streams {
 // memory: 64 for four, 80 for three, 128 for two.
 template <class Recipe, bool kTail>
 constexpr int resident_blocks() {
-  if (Recipe::Param::format == Format::float64) return kTail && Recipe::amsgrad ? 1 : 2;
+  constexpr bool kMany = Recipe::Rule::kMoments > 2;
+  if (Recipe::Param::format == Format::float64) return kTail && kMany ? 1 : 2;
   if (kTail) return 2;
-  const bool is_narrow = sizeof(typename Recipe::Param) + sizeof(typename Recipe::Grad) +
-                             sizeof(typename Recipe::Moment) <
-                         3 * sizeof(float);
-  return is_narrow || Recipe::amsgrad ? 3 : 4;
+  return Stepper<Recipe, kTail>::narrowest() < sizeof(float) || kMany ? 3 : 4;
 }
 
 template <class Recipe, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>())
-    adamw_kernel(const __grid_constant__ Arguments args) {
+    step_kernel(const __grid_constant__ Arguments args) {
+  using Rule = typename Recipe::Rule;
   using T = typename Recipe::Compute;
   const Tail& tail = args.tail;
   const std::uint32_t chunk_index = args.first_chunk + blockIdx.x;
@@ -185,37 +230,29 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
                                  : nullptr;
   void* const grad = grad_of(args, chunk.tensor);
   if (grad == nullptr) {
-    if (statistics != nullptr && threadIdx.x < kStatistics) {
-      statistics[threadIdx.x] = threadIdx.x == 3 ? -1 : 0;
-    }
+    if (statistics != nullptr && threadIdx.x == 0) leave_none(statistics);
     return;
   }
   const bool taken = is_taken(tail);
   if (!kTail && !taken) return;
   const TensorRow row = args.rows[chunk.tensor];
 
-  __shared__ Constants<T> shared_constants;
+  __shared__ Constants<Rule, T> shared_constants;
   if (threadIdx.x == 0) {
     const Hyper hyper = hyper_of(args, row.group);  // whole: no load waits for another
-    const float step =
-        taken && !tail.steps_advanced ? take_step(row, args.arrivals + chunk.tensor) : *row.step;
-    shared_constants = constants_of<T>(hyper, step, tail);
+    const bool takes = taken && !tail.steps_advanced;
+    const float step = row.step == nullptr ? kUncounted
+                       : takes             ? take_step(row, args.arrivals + chunk.tensor)
+                                           : *row.step;
+    shared_constants = constants_of<Rule, T>(hyper, step, tail);
   }
   __syncthreads();
-  const Constants<T> constants = shared_constants;
+  const Constants<Rule, T> constants = shared_constants;
 
-  using S = Streams<Recipe, kTail>;
-  const S streams{in_global_memory<typename S::Param>(row.param),
-                  in_global_memory<typename S::Grad>(grad),
-                  in_global_memory<typename S::Moment>(row.exp_avg),
-                  in_global_memory<typename S::Moment>(row.exp_avg_sq),
-                  in_global_memory<typename S::Moment>(row.max_exp_avg_sq),
-                  row.ema};
-
-  // As many elements at a time as fill one vector of the narrowest stream.
-  constexpr std::uint32_t kNarrowest = min_of(
-      sizeof(typename S::Param), min_of(sizeof(typename S::Grad), sizeof(typename S::Moment)));
-  constexpr std::uint32_t kElements = kVectorBytes / kNarrowest;
+  using S = Stepper<Recipe, kTail>;
+  constexpr std::uint32_t kElements = S::kElements;
+  const S stepper{row, in_global_memory<typename Recipe::Param>(row.operands[kParam]),
+                  in_global_memory<typename Recipe::Grad>(grad), args.ema};
 
   const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
@@ -224,41 +261,40 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
   const std::uint32_t rest = size - head - vectors * kElements;
   Sums sums{};
 
-  // Head and tail, a thread an element.
-  constexpr typename S::Aligned kScalar{};
+  // Head and rest, a thread an element.
+  constexpr Aligned kScalar{};
   if (threadIdx.x < head + rest) {
     const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
-    streams.template step<1>(constants, tail, taken, range.begin + i, kScalar, sums);
+    stepper.template step<1>(constants, tail, taken, range.begin + i, kScalar, sums);
   }
 
   const std::int64_t body = range.begin + head;
-  const typename S::Aligned aligned = streams.alignment_at(body, tail);
+  const Aligned aligned = stepper.alignment_at(body);
   if (aligned.all()) {
-    constexpr typename S::Aligned kAll{true, true, true, true, true, true};
+    constexpr Aligned kAll{{true, true, true, true, true, true}};
+    static_assert(sizeof(kAll) == 6, "one for each operand");
     for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      streams.template step<kElements>(constants, tail, taken, body + i * kElements, kAll, sums);
+      stepper.template step<kElements>(constants, tail, taken, body + i * kElements, kAll, sums);
     }
   } else {
     for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      streams.template step<kElements>(constants, tail, taken, body + i * kElements, aligned, sums);
+      stepper.template step<kElements>(constants, tail, taken, body + i * kElements, aligned, sums);
     }
   }
 
   if (statistics != nullptr) {
-    const double unscale = shared_constants.unscale;  // in no register until now
-    const double totals[kStatistics] = {sum_block(sums.grad) * unscale * unscale,
-                                        sum_block(sums.param), sum_block(sums.change),
-                                        sum_block(sums.not_finite)};
-    if (threadIdx.x == 0) {
-      for (std::uint32_t k = 0; k < kStatistics; ++k) statistics[k] = totals[k];
-    }
+    const double unscale = shared_constants.tail.unscale;  // in no register until now
+    const Sums totals{sum_block(sums.grad), sum_block(sums.param), sum_block(sums.change),
+                      sum_block(sums.not_finite)};
+    if (threadIdx.x == 0) totals.leave(statistics, unscale);
   }
 }
 
 // Whether the plain kernel does not do.
 bool needs_tail(const Launch& launch) {
   const Tail& tail = launch.tail;
-  if (tail.has_ema || tail.statistics != nullptr || tail.grads_after != GradsAfter::kept) {
+  const bool averages = launch.recipe.formats[kEma] != Format::none;
+  if (averages || tail.statistics != nullptr || tail.grads_after != GradsAfter::kept) {
     return true;
   }
   for (std::uint32_t group = 0; group < launch.groups; ++group) {
@@ -269,7 +305,7 @@ bool needs_tail(const Launch& launch) {
 
 }  // namespace
 
-CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
+CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error) return {guard.error, 0};
 
@@ -278,11 +314,12 @@ CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
   args.tail = launch.tail;
+  args.ema = launch.recipe.formats[kEma];
 
   Kernel kernel = nullptr;
   visit_recipe(launch.recipe, [&](auto recipe) {
     using Recipe = decltype(recipe);
-    kernel = needs_tail(launch) ? adamw_kernel<Recipe, true> : adamw_kernel<Recipe, false>;
+    kernel = needs_tail(launch) ? step_kernel<Recipe, true> : step_kernel<Recipe, false>;
   });
   if (kernel == nullptr) return {cudaErrorInvalidDeviceFunction, 0};
   const bool needs_grads = launch.tail.statistics == nullptr;  // else there is none to be noted
@@ -310,7 +347,7 @@ std::string cuda_device_reason(int device) {
            std::to_string(driver % 1000 / 10);
   }
   cudaFuncAttributes attributes;  // of any kernel: all are in one image
-  const auto kernel = adamw_kernel<Recipe<float32, float32, float32, false>, false>;
+  const auto kernel = step_kernel<Recipe<AdamW<false>, float32, float32, float32, float32>, false>;
   if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   if (!error) return "";
   cudaGetLastError();  // and forgets it

@@ -1,9 +1,9 @@
-// The CUDA launcher, for callers that know no CUDA. Where there is none, no_cuda.cpp stands in.
+// The CUDA launcher, for callers that know no CUDA. Where there is none, none.cpp stands in.
 #pragma once
 
 #include <string>
 
-#include "tables.h"
+#include "../layout.h"
 
 namespace warpstep {
 
@@ -35,7 +35,7 @@ struct CudaResult {
 
 // Enqueues the step on `stream` of `device`. Neither waits nor allocates. What it is given by value
 // (hyper-parameters that are numbers, gradients' addresses) a captured graph holds by value, too.
-CudaResult adamw_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream);
+CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream);
 
 // Enqueues the norm of all gradients. `norm` is double[2 + chunk_count] on the device, zeros on
 // entry: the sum of squares, or the largest magnitude, comes first; the rest is scratch.

@@ -1,5 +1,5 @@
 // In the place of the CUDA kernels where there is no nvcc: says so, and launches nothing.
-#include "adamw_cuda.h"
+#include "launch.h"
 
 namespace warpstep {
 
@@ -15,7 +15,7 @@ std::string cuda_device_reason(int) { return why_no_cuda(); }
 bool cuda_is_capturing(void*) { return false; }
 const char* cuda_error_text(int) { return "the native module was built without CUDA kernels"; }
 
-CudaResult adamw_cuda(const Launch&, const CudaTables&, int, void*) { return {kNoKernels, 0}; }
+CudaResult step_cuda(const Launch&, const CudaTables&, int, void*) { return {kNoKernels, 0}; }
 CudaResult grad_norm_cuda(Norm, const Launch&, const CudaTables&, double*, int, void*) {
   return {kNoKernels, 0};
 }

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "adamw_cuda.h"
-#include "formats.h"
+#include "../formats.h"
+#include "launch.h"
 
 namespace warpstep {
 namespace {
@@ -33,7 +33,8 @@ struct Header {
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;
   Norm norm_kind;
-  std::uint8_t pad_[3];
+  Format ema;  // of the averages; none where none are kept
+  std::uint8_t pad_[2];
 };
 
 struct Arguments : Header {
@@ -75,7 +76,7 @@ __device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* count
 #endif
 }
 
-// Consecutive elements of a stream, as they are in memory: one, or as many as fill whole vectors.
+// Consecutive elements of an operand, as they are in memory: one, or as many as fill whole vectors.
 template <class F, std::uint32_t kElements>
 struct Packet {
   static constexpr std::uint32_t kBytes = kElements * sizeof(F);

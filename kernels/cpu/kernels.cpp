@@ -1,0 +1,19 @@
+// The CPU kernels, made SIMD by the compiler. Compiled once per instruction set; WARPSTEP_ISA names
+// the copy. launch.cpp chooses one.
+#include "grad_norm.h"
+#include "launch.h"
+#include "step.h"
+#include "touch.h"
+
+namespace warpstep {
+
+CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
+  return {[](const RecipeKey& key) {
+            StepChunks kernel = nullptr;
+            visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
+            return kernel;
+          },
+          chunk_norm, touch_arrays};
+}
+
+}  // namespace warpstep

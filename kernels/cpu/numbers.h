@@ -1,0 +1,51 @@
+// What the CPU's traversals share: tiles, elements as numbers, and their sum of squares.
+#pragma once
+
+#include "../formats.h"
+
+namespace warpstep {
+namespace {
+
+// Elements whose operands stay in the L1 cache while the parts of the tail take their turns.
+constexpr std::int64_t kTile = 1024;
+
+// Numbers to compute with: an operand's own memory where that is their format, else converted.
+template <class F>
+WARPSTEP_FN const auto* numbers_of(const F* elements, std::int64_t count,
+                                   typename F::Compute (&converted)[kTile]) {
+  using T = typename F::Compute;
+  if constexpr (sizeof(F) == sizeof(T)) {
+    return reinterpret_cast<const T*>(elements);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) converted[i] = load(elements[i]);
+    return static_cast<const T*>(converted);
+  }
+}
+
+// The sum of squares in float64. Kept as many sums side by side, spelled as vectors, so that it is
+// SIMD code with the same bits on every machine.
+template <class T>
+double sum_of_squares(const T* numbers, std::int64_t count) {
+  constexpr std::int64_t kWidth = 8;
+  constexpr std::int64_t kVectors = 4;
+  typedef double Sums __attribute__((vector_size(kWidth * sizeof(double))));
+  typedef T Numbers __attribute__((vector_size(kWidth * sizeof(T))));
+  Sums sums[kVectors] = {};
+  std::int64_t i = 0;
+  for (; i + kVectors * kWidth <= count; i += kVectors * kWidth) {
+    for (std::int64_t k = 0; k < kVectors; ++k) {
+      Numbers narrow;
+      std::memcpy(&narrow, numbers + i + k * kWidth, sizeof(narrow));
+      const Sums wide = __builtin_convertvector(narrow, Sums);
+      sums[k] += wide * wide;
+    }
+  }
+  double total = 0;
+  for (; i < count; ++i) total += static_cast<double>(numbers[i]) * numbers[i];
+  const Sums all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (std::int64_t k = 0; k < kWidth; ++k) total += all[k];
+  return total;
+}
+
+}  // namespace
+}  // namespace warpstep

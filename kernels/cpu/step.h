@@ -1,0 +1,244 @@
+// The step on the CPU: a rule over runs of elements, a chunk at a time.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+
+#include "../recipes.h"
+#include "../tail.h"
+#include "launch.h"
+#include "numbers.h"
+
+namespace warpstep {
+namespace {
+
+// Sums of a tile in T are good to some 20 roundings; where squares leave T's range they are made
+// again in float64.
+template <class T>
+bool is_in_range(T sum) {
+  return sizeof(T) == 8 ? sum > 0 : sum > T(1e-25) && sum < T(1e38);
+}
+
+template <class Grad, class T>
+void count_gradients(Sums& sums, const Grad* grad, T in_step, std::int64_t count) {
+  if (is_in_range(in_step) && is_finite(in_step)) {
+    sums.grad += in_step;
+    return;
+  }
+  typename Grad::Compute converted[kTile] = {};
+  const auto* const numbers = numbers_of(grad, count, converted);
+  sums.grad += sum_of_squares(numbers, count);
+  std::int64_t not_finite = 0;
+  for (std::int64_t i = 0; i < count; ++i) not_finite += !is_finite(numbers[i]);
+  sums.not_finite += static_cast<double>(not_finite);
+}
+
+template <class Param, class T>
+void count_parameters(Sums& sums, const Param* param, T in_step, std::int64_t count) {
+  if (is_in_range(in_step)) {
+    sums.param += in_step;
+    return;
+  }
+  typename Param::Compute converted[kTile] = {};
+  sums.param += sum_of_squares(numbers_of(param, count, converted), count);
+}
+
+// What is done to the elements of a recipe.
+template <class Recipe>
+struct Stepper;
+
+template <class Rule, class Param, class Grad, class... Moment>
+struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
+  using T = typename Param::Compute;
+  using RuleConstants = typename Rule::template Constants<T>;
+
+  // The operands of one tensor from some element on.
+  struct Operands {
+    Param* param;
+    Grad* grad;
+    std::tuple<Moment*...> moments;
+    void* ema;
+  };
+
+  static Operands operands_at(const TensorRow& row, void* grad, Format ema, std::int64_t element) {
+    std::uint32_t next = kMoment;
+    return {static_cast<Param*>(row.operands[kParam]) + element,
+            static_cast<Grad*>(grad) + element,
+            {static_cast<Moment*>(row.operands[next++]) + element...},
+            static_cast<char*>(row.operands[kEma]) + element * bytes_of(ema)};
+  }
+
+  // Returns the parameter as it was.
+  template <Part kPart>
+  WARPSTEP_FN static T step_element(const RuleConstants& rule, T grad_factor, Param& param,
+                                    const Grad& grad, Moment&... moments) {
+    T numbers[] = {load(moments)..., T(0)};
+    const T before = load(param);
+    store(Rule::template step<kPart>(rule, before, T(load(grad)) * grad_factor, numbers), param);
+    [[maybe_unused]] std::uint32_t next = 0;
+    (store(numbers[next++], moments), ...);
+    return before;
+  }
+
+  template <Part kPart>
+  static void step_elements(const RuleConstants rule, const T grad_factor, std::int64_t count,
+                            Param* __restrict param, const Grad* __restrict grad,
+                            Moment* __restrict... moments) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+    }
+  }
+
+  // Of operands that are all bfloat16, two elements at a time.
+  template <Part kPart>
+  static void step_pairs(const RuleConstants rule, const T grad_factor, std::int64_t count,
+                         Param* __restrict param, const Grad* __restrict grad,
+                         Moment* __restrict... moments) {
+    std::int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      T p[2], g[2], m[sizeof...(Moment) + 1][2];
+      load_pair(param + i, p);
+      load_pair(grad + i, g);
+      [[maybe_unused]] std::uint32_t next = 0;
+      (load_pair(moments + i, m[next++]), ...);
+      for (int k = 0; k < 2; ++k) {
+        T numbers[sizeof...(Moment) + 1];
+        for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) numbers[j] = m[j][k];
+        p[k] = Rule::template step<kPart>(rule, p[k], g[k] * grad_factor, numbers);
+        for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) m[j][k] = numbers[j];
+      }
+      store_pair(p, param + i);
+      next = 0;
+      (store_pair(m[next++], moments + i), ...);
+    }
+    if (i < count) step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+  }
+
+  template <Part kPart>
+  static void step_part(const Constants<Rule, T>& c, const Operands& at, std::int64_t count) {
+    const auto step = [&](Moment*... moments) {
+      if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>)&&(
+                        std::is_same_v<Moment, bfloat16> && ...)) {
+        step_pairs<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
+      } else {
+        step_elements<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
+      }
+    };
+    std::apply(step, at.moments);
+  }
+
+  static void step(const Constants<Rule, T>& c, const Operands& at, std::int64_t count) {
+    return c.rule.is_usual() ? step_part<Part::usual>(c, at, count)
+                             : step_part<Part::whole>(c, at, count);
+  }
+
+  // Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
+  // sums the compiler keeps side by side is the instruction set's: so are the statistics' last
+  // bits.
+  template <Part kPart>
+  static void step_and_count(const RuleConstants rule, const T grad_factor, std::int64_t count,
+                             Sums& sums, Param* __restrict param, Grad* __restrict grad,
+                             Moment* __restrict... moments) {
+    T grads = 0, params = 0, changes = 0;
+#pragma omp simd reduction(+ : grads, params, changes)
+    for (std::int64_t i = 0; i < count; ++i) {
+      const T before = step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+      const T g = T(load(grad[i]));
+      const T after = load(param[i]);
+      grads += g * g;
+      params += after * after;
+      changes += (after - before) * (after - before);
+    }
+    sums.change += changes;
+    count_gradients(sums, grad, grads, count);
+    count_parameters(sums, param, params, count);
+  }
+
+  static void step_tile(const Constants<Rule, T>& c, const Tail& tail, Format ema, bool taken,
+                        const Operands& at, std::int64_t count, Sums& sums) {
+    if (tail.statistics != nullptr && taken) {
+      const auto step = c.rule.is_usual() ? step_and_count<Part::usual>
+                                          : step_and_count<Part::whole>;
+      std::apply(
+          [&](Moment*... moments) {
+            step(c.rule, c.tail.grad_factor, count, sums, at.param, at.grad, moments...);
+          },
+          at.moments);
+    } else if (tail.statistics != nullptr) {
+      count_gradients(sums, at.grad, T(0), count);
+      count_parameters(sums, at.param, T(0), count);
+    } else if (taken) {
+      step(c, at, count);
+    }
+    if (taken && ema == Param::format) {
+      average(c.tail, at.param, static_cast<Param*>(at.ema), count);
+    } else if (taken && ema != Format::none) {
+      average(c.tail, at.param, static_cast<float32*>(at.ema), count);
+    }
+    if (tail.grads_after == GradsAfter::zeroed) {
+      std::memset(static_cast<void*>(at.grad), 0, count * sizeof(Grad));
+    } else if (leaves_unscaled(tail, taken)) {
+      using G = typename Grad::Compute;
+      const G left = static_cast<G>(c.tail.grad_left);
+      for (std::int64_t i = 0; i < count; ++i) store(load(at.grad[i]) * left, at.grad[i]);
+    }
+  }
+
+  template <class Ema>
+  static void average(const TailConstants<T> c, const Param* __restrict param,
+                      Ema* __restrict ema, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      store(averaged(c, T(load(ema[i])), load(param[i])), ema[i]);
+    }
+  }
+};
+
+template <class Recipe>
+void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
+  using Rule = typename Recipe::Rule;
+  using T = typename Recipe::Compute;
+  const Tail& tail = launch.tail;
+  const Format ema = launch.recipe.formats[kEma];
+  const bool taken = is_taken(tail);
+  const bool only_steps = taken && ema == Format::none && tail.statistics == nullptr &&
+                          tail.grads_after == GradsAfter::kept;
+  Constants<Rule, T> constants{};
+  std::uint32_t group = ~0u;  // of which `constants` are
+  float step = 0;
+
+  for (std::uint32_t i = first; i < last; ++i) {
+    const Chunk chunk = launch.chunks[i];
+    double* const statistics =
+        tail.statistics != nullptr ? tail.statistics + i * kStatistics : nullptr;
+    void* const grad = launch.grads[chunk.tensor];
+    if (grad == nullptr) {
+      if (statistics != nullptr) leave_none(statistics);
+      continue;
+    }
+    const TensorRow& row = launch.rows[chunk.tensor];
+    const float row_step = row.step != nullptr ? *row.step : kUncounted;
+    if (row.group != group || row_step != step) {
+      group = row.group;
+      step = row_step;
+      constants = constants_of<Rule, T>(launch.hypers[group], step, tail);
+    }
+    const ChunkRange range = chunk_range(row, chunk.index, kCpuChunk);
+    const auto operands_at = [&](std::int64_t element) {
+      return Stepper<Recipe>::operands_at(row, grad, ema, element);
+    };
+    if (only_steps) {
+      Stepper<Recipe>::step(constants, operands_at(range.begin), range.end - range.begin);
+      continue;
+    }
+    Sums sums;
+    for (std::int64_t at = range.begin; at < range.end; at += kTile) {
+      const std::int64_t count = min_of(kTile, range.end - at);
+      Stepper<Recipe>::step_tile(constants, tail, ema, taken, operands_at(at), count, sums);
+    }
+    if (statistics != nullptr) sums.leave(statistics, constants.tail.unscale);
+  }
+}
+
+}  // namespace
+}  // namespace warpstep

@@ -1,0 +1,105 @@
+// The rule of AdamW (and of Adam, whose decay is coupled): one element, in registers.
+//
+//   g  <- g + weight_decay * p                            Decay::coupled only
+//   m  <- m + (1 - beta1) * (g - m)                       exp_avg
+//   v  <- (v - (1 - beta2) * v) + (1 - beta2) * g * g     exp_avg_sq
+//   u  <- step_size * m / (sqrt(v) + eps_hat)
+//   p  <- p - (decay * d + u)                             decay.h has the table of both
+//
+// with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
+// which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
+// the running maximum of v takes its place.
+// Where eps_hat would be subnormal it is torch's form, all of it times a scale that keeps m / eps
+// in range: step_size = scale * lr / (1 - beta1^t), eps_hat = scale * eps, and sqrt(v) is
+// multiplied by root_scale = scale / sqrt(1 - beta2^t), which otherwise is 1.
+//
+// NOTE [every number that torch takes]
+// torch checks hyper-parameters at construction only: schedules overshoot, groups are edited. So
+// here there is a result for every one of them and for every step counter, with torch's NaNs and
+// infinities: those of its fused kernel, since its other forms raise at a division by zero. But for
+// one: an infinite p with lr * weight_decay of 1 or more, which torch multiplies by zero or less,
+// is what an infinite p is otherwise; to follow there, too, took 10% of Part::whole.
+//
+// NOTE [why v has this form]
+// v - (1 - beta2) * v and not beta2 * v, because float32 rounds 0.999 by 1.3e-8, which is 1.3e-5 of
+// 1 - beta2: the weights of v and g^2 would then not add up to one, and v would be off by that.
+#pragma once
+
+#include "decay.h"
+
+namespace warpstep {
+namespace {
+
+template <bool kAmsgrad>
+struct AdamW {
+  static constexpr RuleId id = RuleId::adamw;
+  static constexpr std::uint32_t kMoments = kAmsgrad ? 3 : 2;  // m, v and its running maximum
+  enum : std::uint32_t { kBeta1 = kOfRule, kBeta2, kEps };     // of Hyper::numbers
+
+  // What the rule needs of a tensor at this step; from float64, each rounded once.
+  template <class T>
+  struct Constants {
+    DecayConstants<T> decay;
+    T step_size;
+    T eps_hat;
+    T root_scale;
+    T weight1, weight2;  // 1 - beta1, 1 - beta2
+    T beta1, beta2;
+
+    WARPSTEP_FN bool is_usual() const {
+      return decay.is_usual() && std::fabs(weight1) < T(0.5) && weight2 < T(0.5) && root_scale == 1;
+    }
+  };
+
+  // `t` counts the steps, this one among them: any float32.
+  template <class T>
+  WARPSTEP_FN static Constants<T> constants_of(const Hyper& hyper, float t) {
+    const double lr = read(hyper, kLr);
+    const double beta1 = read(hyper, kBeta1);
+    const double beta2 = read(hyper, kBeta2);
+    const double given_eps = read(hyper, kEps);
+    double powers[2] = {beta1, beta2};
+    raise(powers, t);
+    const double bias_correction1 = 1 - powers[0];
+    const double bias_correction2_sqrt = std::sqrt(1 - powers[1]);
+    const double eps_hat = given_eps * bias_correction2_sqrt;
+    const double eps = static_cast<T>(given_eps);  // as torch adds it to a T
+    const bool scales_root = eps != 0 && std::fabs(eps_hat) < least_normal(T());
+    constexpr double kScale = 0x1p48;
+
+    Constants<T> c;
+    c.decay = decay_of<T>(hyper, lr);
+    c.step_size =
+        static_cast<T>(lr / bias_correction1 * (scales_root ? kScale : bias_correction2_sqrt));
+    c.eps_hat = static_cast<T>(scales_root ? eps * kScale : eps_hat);
+    c.root_scale = static_cast<T>(scales_root ? kScale / bias_correction2_sqrt : 1);
+    c.weight1 = static_cast<T>(1 - beta1);
+    c.weight2 = static_cast<T>(1 - beta2);
+    c.beta1 = static_cast<T>(beta1);
+    c.beta2 = static_cast<T>(beta2);
+    return c;
+  }
+
+  // Returns the new parameter; `grad` is unscaled and clipped.
+  template <Part kPart, class T>
+  WARPSTEP_FN static T step(const Constants<T>& c, T param, T grad, T* moments) {
+    constexpr bool kUsual = kPart == Part::usual;
+    const T g = kUsual ? grad : with_coupled(c.decay, param, grad);
+
+    T& m = moments[0];
+    T& v = moments[1];
+    m = lerp(m, g, c.weight1, c.beta1, kUsual || std::fabs(c.weight1) < T(0.5));
+    const T kept =
+        kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
+    v = fma_of(c.weight2 * g, g, kept);
+    T peak = v;
+    if constexpr (kAmsgrad) peak = moments[2] = maximum(moments[2], v);
+
+    const T root = square_root(peak);
+    const T denominator = kUsual ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
+    return stepped<kPart>(c.decay, param, c.step_size * divide(m, denominator));
+  }
+};
+
+}  // namespace
+}  // namespace warpstep

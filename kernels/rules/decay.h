@@ -1,0 +1,86 @@
+// Weight decay, in the forms that every rule has. With p the parameter and u its update, a rule ends
+//
+//   p  <- p - (decay * d + u)
+//
+//   Decay          decay                          d
+//   coupled        0                              (the gradient has it: g + weight_decay * p)
+//   decoupled      lr * weight_decay              p        (AdamW as torch has it)
+//   independent    lr / base_lr * weight_decay    p        (the schedule's multiple alone)
+//   l1             lr * weight_decay              sign(p)
+//   cautious       lr * weight_decay              p, or 0 where u and p differ in sign
+//
+// NOTE [why the decay joins the update]
+// In one subtraction, because 1 - lr * weight_decay in float32 is 1 for lr * weight_decay below
+// 3e-8: a separate multiplication would lose the decay.
+#pragma once
+
+#include "../arithmetic.h"
+
+namespace warpstep {
+namespace {
+
+// How much of a rule a kernel can do; what it leaves out would be computed to no effect.
+enum class Part {
+  usual,    // where the rule's Constants::is_usual()
+  uniform,  // where the decay is neither l1 nor cautious
+  whole
+};
+
+template <class T>
+struct DecayConstants {
+  T coupled;       // weight_decay if coupled, else 0
+  T decay;         // of the table above
+  T l1, cautious;  // 1 where that is the form, else 0
+
+  WARPSTEP_FN bool is_usual() const { return coupled == 0 && l1 + cautious == 0; }
+};
+
+// A number of a group: its own, or what stands at its address.
+WARPSTEP_FN double read(const Hyper& hyper, std::uint32_t number) {
+  const Scalar& scalar = hyper.numbers[number];
+  if (hyper.kinds[number] == Scalar::float32_address) {
+    return *static_cast<const float*>(scalar.address);
+  }
+  if (hyper.kinds[number] == Scalar::float64_address) {
+    return *static_cast<const double*>(scalar.address);
+  }
+  return scalar.value;
+}
+
+WARPSTEP_FN bool is_selective(Decay decay) {
+  return decay == Decay::l1 || decay == Decay::cautious;
+}
+
+template <class T>
+WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper, double lr) {
+  const double weight_decay = read(hyper, kWeightDecay);
+  const bool is_coupled = hyper.decay == Decay::coupled;
+  const bool decays = !is_coupled && weight_decay != 0;  // no inf * 0
+  DecayConstants<T> c;
+  c.coupled = static_cast<T>(is_coupled ? weight_decay : 0);
+  c.decay = static_cast<T>(decays ? lr * weight_decay : 0);
+  c.l1 = hyper.decay == Decay::l1 ? 1 : 0;
+  c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
+  return c;
+}
+
+// The gradient with a coupled decay.
+template <class T>
+WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
+  return c.coupled != 0 ? fma_of(c.coupled, param, grad) : grad;
+}
+
+// The parameter after the step. No branches, so that loops become SIMD code.
+template <Part kPart, class T>
+WARPSTEP_FN T stepped(const DecayConstants<T>& c, T param, T update) {
+  T d = finite_or_zero(param);
+  if (kPart == Part::whole) {
+    const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
+    const T kept = c.cautious * sign * update < 0 ? T(0) : d;
+    d = c.l1 != 0 ? sign : kept;
+  }
+  return param - fma_of(c.decay, d, update);
+}
+
+}  // namespace
+}  // namespace warpstep
