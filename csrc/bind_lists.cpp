@@ -6,13 +6,14 @@
 #include <array>
 
 #include "lists.h"
+#include "names.h"
 
 namespace warpstep {
 
 namespace {
 
 // The fields of warpstep.lists.Options, in their order there.
-constexpr std::array kFields{"lr",        "numbers",    "maximize",  "coupled",
+constexpr std::array kFields{"lr",         "numbers",   "maximize",      "coupled",
                              "grad_scale", "found_inf", "advance_steps", "unscale_grads"};
 
 class Fields {
@@ -38,16 +39,17 @@ void bind_lists(py::module_& m) {
            py::arg("use"), py::arg("resident_bytes"))
       .def(
           "step",
-          [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists, const py::tuple& given,
-             bool cuda, bool dispatched, bool always, bool count_writes, int threads) {
+          [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists,
+             const py::tuple& given, bool cuda, bool dispatched, bool always, bool count_writes,
+             int threads) {
             Fields fields(given);
             ListOptions options{};
+            options.rule = rule_named(rule);
             const py::handle lr = fields.next();
-            options.hyper.beta1.value = fields.number();
-            options.hyper.beta2.value = fields.number();
-            options.hyper.weight_decay = fields.number();
-            options.hyper.eps = fields.number();
-            options.amsgrad = fields.flag();
+            const py::tuple numbers = py::reinterpret_borrow<py::tuple>(fields.next());
+            for (std::size_t i = 0; i < numbers.size() && kLr + 1 + i < kNumbers; ++i) {
+              options.hyper.numbers[kLr + 1 + i].value = numbers[i].cast<double>();
+            }
             options.hyper.maximize = fields.flag();
             options.hyper.decay = fields.flag() ? Decay::coupled : Decay::decoupled;
             const py::handle grad_scale = fields.next(), found_inf = fields.next();
@@ -58,11 +60,14 @@ void bind_lists(py::module_& m) {
             options.always = always;
             options.count_writes = count_writes;
             options.threads = threads;
-            const auto& [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps] = lists;
-            return stepper.step({params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps}, lr,
-                                grad_scale, found_inf, options);
+            if (lists.size() < 3 || lists.size() > 3 + kMomentEnd - kMoment) {
+              throw py::value_error("params, grads, moments and steps are needed");
+            }
+            const TensorLists given_lists{
+                lists.front(), lists[1], {lists.begin() + 2, lists.end() - 1}, lists.back()};
+            return stepper.step(given_lists, lr, grad_scale, found_inf, options);
           },
-          py::arg("lists"), py::arg("options"), py::kw_only(), py::arg("cuda"),
+          py::arg("rule"), py::arg("lists"), py::arg("options"), py::kw_only(), py::arg("cuda"),
           py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"));
 }
 

@@ -6,22 +6,15 @@
 #include <array>
 #include <vector>
 
-#include "adamw_cpu.h"
-#include "adamw_cuda.h"
 #include "bind_lists.h"
+#include "cpu/launch.h"
+#include "cuda/launch.h"
+#include "names.h"
 #include "plan.h"
 
 namespace {
 
 using namespace warpstep;
-
-Format format_named(const std::string& name) {
-  if (name == "float64") return Format::float64;
-  if (name == "float32") return Format::float32;
-  if (name == "bfloat16") return Format::bfloat16;
-  if (name == "float16") return Format::float16;
-  throw py::value_error("no such format: " + name);
-}
 
 Backend backend_named(const std::string& name) {
   if (name == "cpu") return Backend::cpu;
@@ -30,12 +23,7 @@ Backend backend_named(const std::string& name) {
   throw py::value_error("no such backend: " + name);
 }
 
-RecipeKey recipe_named(const std::string& param, const std::string& grad, const std::string& moment,
-                       bool amsgrad) {
-  return {format_named(param), format_named(grad), format_named(moment), amsgrad};
-}
-
-float* float_stream(py::handle tensor, std::int64_t count) {
+float* float_array(py::handle tensor, std::int64_t count) {
   TensorView view;
   if (!tensor_reader().read(tensor.ptr(), view) || !view.known_format ||
       view.format != Format::float32 || view.device.type != dlpack::cpu || view.numel() != count ||
@@ -81,9 +69,9 @@ PYBIND11_MODULE(_native, m) {
     struct sigaction action{};
     return sigaction(signal, nullptr, &action) == 0 && (action.sa_flags & SA_RESTART) != 0;
   });
-  m.def("has_recipe",
-        [](const std::string& param, const std::string& grad, const std::string& moment,
-           bool amsgrad) { return has_cpu_recipe(recipe_named(param, grad, moment, amsgrad)); });
+  m.def("has_recipe", [](const std::string& rule, const py::tuple& formats) {
+    return has_cpu_recipe(recipe_named(rule, formats));
+  });
   m.def(
       "connect_to_torch",
       [](py::object capsule, bool torch_abi) {
@@ -101,34 +89,40 @@ PYBIND11_MODULE(_native, m) {
     return counts;
   });
   m.def("touch_streams", [](const std::vector<std::array<py::object, 4>>& tensors, int threads) {
-    std::vector<Streams> streams;
+    std::vector<TouchedArrays> arrays;
     for (const auto& [param, grad, exp_avg, exp_avg_sq] : tensors) {
       TensorView view{};
       const std::int64_t count = tensor_reader().read(param.ptr(), view) ? view.numel() : -1;
-      streams.push_back({float_stream(param, count), float_stream(grad, count),
-                         float_stream(exp_avg, count), float_stream(exp_avg_sq, count), count});
+      arrays.push_back({float_array(param, count), float_array(grad, count),
+                        float_array(exp_avg, count), float_array(exp_avg_sq, count), count});
     }
     py::gil_scoped_release release;
-    touch_streams_cpu(streams, threads);
+    touch_cpu(arrays, threads);
   });
 
   py::class_<BucketSpec>(m, "BucketSpec")
-      .def(py::init([](const std::string& backend, const std::string& param,
-                       const std::string& grad, const std::string& moment, bool amsgrad,
-                       const std::optional<std::string>& ema) {
-             BucketSpec spec{
-                 backend_named(backend), recipe_named(param, grad, moment, amsgrad), {}};
-             if (ema) spec.ema = format_named(*ema);
-             return spec;
+      .def(
+          py::init([](const std::string& backend, const std::string& rule, const py::tuple& formats,
+                      const std::vector<py::object>& keys, py::object counter) {
+            return BucketSpec{backend_named(backend), recipe_named(rule, formats), keys,
+                              std::move(counter)};
+          }),
+          py::kw_only(), py::arg("backend"), py::arg("rule"), py::arg("formats"), py::arg("keys"),
+          py::arg("counter"));
+  py::class_<GroupKeys>(m, "GroupKeys")
+      .def(py::init([](std::vector<std::pair<py::str, int>> numbers, std::vector<py::str> switches,
+                       std::vector<py::str> flags, py::object decoupled) {
+             return GroupKeys{std::move(numbers), std::move(switches), std::move(flags),
+                              std::move(decoupled)};
            }),
-           py::kw_only(), py::arg("backend"), py::arg("param"), py::arg("grad"), py::arg("moment"),
-           py::arg("amsgrad"), py::arg("ema"));
+           py::kw_only(), py::arg("numbers"), py::arg("switches"), py::arg("flags"),
+           py::arg("decoupled"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
-      .def(py::init<py::dict, py::list, const std::vector<int>&, const std::vector<BucketSpec>&,
-                    py::object>(),
-           py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("assignments"),
-           py::arg("buckets"), py::arg("match_layout"))
+      .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,
+                    const std::vector<BucketSpec>&, py::object>(),
+           py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("keys"),
+           py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"))
       .def(
           "step",
           [](Plan& plan, py::handle state, py::handle param_groups, int threads, py::object tensors,

@@ -51,8 +51,8 @@ struct Values {
   bool read_flag(PyObject* key, bool& flag) {
     PyObject* const object = get(key);
     if (object == nullptr) return false;
-    settled &= PyBool_Check(object) || PyFloat_Check(object) || PyLong_Check(object) ||
-               object == Py_None;
+    settled &=
+        PyBool_Check(object) || PyFloat_Check(object) || PyLong_Check(object) || object == Py_None;
     const int truth = PyObject_IsTrue(object);
     if (truth < 0) PyErr_Clear();
     flag = truth > 0;
@@ -72,8 +72,7 @@ struct Values {
       return {};
     }
     if (!PyTuple_Check(value)) settled = false;
-    return py::reinterpret_borrow<py::object>(
-        PySequence_Fast_GET_ITEM(pair.ptr(), place.second));
+    return py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(pair.ptr(), place.second));
   }
 };
 
@@ -94,9 +93,9 @@ bool is_on_accelerator(PyObject* object, bool& one) {
 void set_number(Hyper& hyper, const TensorNumber& number, dlpack::Device device) {
   TensorView view;
   tensor_reader().read(number.tensor.ptr(), view);
-  const bool addressable =
-      device.type != dlpack::cpu && view.device.type == device.type &&
-      view.device.index == device.index && view.known_format && bytes_of(view.format) >= 4;
+  const bool addressable = device.type != dlpack::cpu && view.device.type == device.type &&
+                           view.device.index == device.index && view.known_format &&
+                           bytes_of(view.format) >= 4;
   Scalar& scalar = hyper.numbers[number.number];
   if (addressable) {
     scalar.address = view.data;

@@ -1,5 +1,5 @@
-// Hyper-parameters: a parameter group's dict, read into what kernels take. The one place in C++ that
-// knows their names.
+// Hyper-parameters: a parameter group's dict, read into what kernels take. The one place in C++
+// that knows their names.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -45,9 +45,9 @@ class BoundGroup {
 
   // Whether `group` has the list of parameters that was bound.
   bool has_params(PyObject* group) const;
-  // Reads `group`, the number `index`, where its items are not those of the last time. Returns null,
-  // or why the plan is stale. What is invalid makes it stale, too: making the next one says what is
-  // wrong with it.
+  // Reads `group`, the number `index`, where its items are not those of the last time. Returns
+  // null, or why the plan is stale. What is invalid makes it stale, too: making the next one says
+  // what is wrong with it.
   const char* read(PyObject* group, std::uint32_t index, const GroupKeys& keys, Hyper& hyper,
                    std::vector<TensorNumber>& tensors);
 

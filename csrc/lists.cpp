@@ -168,7 +168,8 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
     }
     Bucket& bucket = buckets[last];
     // Found here where it is found at no cost: several rows would advance one counter.
-    if (counts && options.advance_steps && !bucket.rows.empty() && bucket.rows.back().step == row.step) {
+    if (counts && options.advance_steps && !bucket.rows.empty() &&
+        bucket.rows.back().step == row.step) {
       return "a step that several tensors share";
     }
     bucket.add(row, numel == 0 ? &nothing : grad);

@@ -97,7 +97,8 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
   };
   const std::int64_t numel = param.numel();
   TensorRow row{};
-  row.operands[kParam] = bind(own_part_of(bound.param, bound.layout), recipe.formats[kParam], numel);
+  row.operands[kParam] =
+      bind(own_part_of(bound.param, bound.layout), recipe.formats[kParam], numel);
   // Kernels take an average that is not of the parameter's format for float32.
   const Format ema = recipe.formats[kEma];
   if (ema != Format::none && ema != recipe.formats[kParam] &&

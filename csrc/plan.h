@@ -137,7 +137,8 @@ class Plan {
     bool is_complex = false;
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
-    // Of the state; null for what is not there. Alive while check_state() finds them in their place.
+    // Of the state; null for what is not there. Alive while check_state() finds them in their
+    // place.
     PyObject* operands[kStable] = {};
     PyObject* counter = nullptr;
     ShardLayout layout;      // its gradient and state have the same; not its step

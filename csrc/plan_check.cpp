@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "plan.h"
 #include "cpu/threads.h"
+#include "plan.h"
 
 namespace warpstep {
 namespace {
@@ -234,7 +234,8 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
     return is_at(own_part_of(tensor, bound.layout), address) &&
            is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
-  if (!is_operand_at(bound.param, row.operands[kParam], bound.format)) return "a parameter's memory changed";
+  if (!is_operand_at(bound.param, row.operands[kParam], bound.format))
+    return "a parameter's memory changed";
   static constexpr const char* kMoved = "a state tensor's memory changed";
   for (std::uint32_t i = kMoment; i < kStable; ++i) {
     if (bound.operands[i] == nullptr) continue;
@@ -278,7 +279,8 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
     return nullptr;
   }
   if (held) bucket.held_grads.push_back(held);
-  if (grad == TensorReader::Grad::unreadable || !is_like_param(bound, view, bucket.recipe.formats[kGrad])) {
+  if (grad == TensorReader::Grad::unreadable ||
+      !is_like_param(bound, view, bucket.recipe.formats[kGrad])) {
     return "a gradient's kind changed";
   }
   // What torch makes lazily negated or conjugated is a view of complex numbers: complex itself, or

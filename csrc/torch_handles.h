@@ -20,7 +20,7 @@
 #include <optional>
 
 #include "tensor_view.h"
-#include "threads.h"
+#include "cpu/threads.h"
 
 namespace warpstep {
 

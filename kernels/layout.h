@@ -20,12 +20,22 @@ WARPSTEP_FN constexpr A min_of(A a, A b) {
 enum class Format : std::uint8_t { none, float64, float32, bfloat16, float16 };
 
 WARPSTEP_FN constexpr std::uint32_t bytes_of(Format format) {
-  return format == Format::none ? 0 : format == Format::float64 ? 8 : format == Format::float32 ? 4 : 2;
+  return format == Format::none      ? 0
+         : format == Format::float64 ? 8
+         : format == Format::float32 ? 4
+                                     : 2;
 }
 
 // The tensors that a step of one parameter works on, in the order of everything that has one each.
 // What the moments are (exp_avg, ...), and how many there are, is the rule's to say.
-enum Operand : std::uint32_t { kParam, kMoment, kMomentEnd = kMoment + 3, kEma = kMomentEnd, kGrad, kOperands };
+enum Operand : std::uint32_t {
+  kParam,
+  kMoment,
+  kMomentEnd = kMoment + 3,
+  kEma = kMomentEnd,
+  kGrad,
+  kOperands
+};
 // All but the gradient, whose address changes from step to step.
 constexpr std::uint32_t kStable = kGrad;
 
@@ -71,7 +81,7 @@ struct Hyper {
 // One tensor of the table: what stays the same from step to step.
 struct TensorRow {
   void* operands[kStable];  // null where there is none
-  float* step;              // steps taken so far; the launch advances it. Null where none are counted
+  float* step;  // steps taken so far; the launch advances it. Null where none are counted
   std::int64_t numel;
   std::uint32_t group;   // index into the Hyper table
   std::uint32_t chunks;  // how many chunks the tensor is cut into, at least one

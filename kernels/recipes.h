@@ -10,7 +10,8 @@
 namespace warpstep {
 namespace {
 
-// A rule, and the formats of its operands as types. Numbers are in `Compute` between load and store.
+// A rule, and the formats of its operands as types. Numbers are in `Compute` between load and
+// store.
 template <class RuleType, class ParamFormat, class GradFormat, class... MomentFormats>
 struct Recipe {
   using Rule = RuleType;
@@ -21,7 +22,8 @@ struct Recipe {
 
   // Averages can be of any format that there is: a kernel tells them apart at run time.
   static bool is_for(const RecipeKey& key) {
-    constexpr Format moments[] = {MomentFormats::format..., Format::none, Format::none, Format::none};
+    constexpr Format moments[] = {MomentFormats::format..., Format::none, Format::none,
+                                  Format::none};
     bool same = key.rule == Rule::id && key.formats[kParam] == Param::format &&
                 key.formats[kGrad] == Grad::format;
     for (std::uint32_t i = kMoment; i < kMomentEnd; ++i) {
@@ -34,7 +36,8 @@ struct Recipe {
 template <class... Types>
 struct List {};
 
-// The parameter's format, the gradient's, and that of all moments. To add a combination, add a line.
+// The parameter's format, the gradient's, and that of all moments. To add a combination, add a
+// line.
 template <class Param, class Grad, class Moment>
 struct Formats {};
 using AllFormats = List<Formats<float64, float64, float64>,     //
@@ -59,8 +62,9 @@ bool visit_recipe(Rule, Formats<Param, Grad, Moment>, std::index_sequence<kMomen
 }
 template <class Visit, class Rule, class... AnyFormats>
 bool visit_recipe(Rule rule, List<AnyFormats...>, const RecipeKey& key, Visit&& visit) {
-  return (visit_recipe(rule, AnyFormats{}, std::make_index_sequence<Rule::kMoments>{}, key, visit) ||
-          ...);
+  return (
+      visit_recipe(rule, AnyFormats{}, std::make_index_sequence<Rule::kMoments>{}, key, visit) ||
+      ...);
 }
 template <class Visit, class... Rules>
 bool visit_recipe(List<Rules...>, const RecipeKey& key, Visit&& visit) {

@@ -118,8 +118,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   template <Part kPart>
   static void step_part(const Constants<Rule, T>& c, const Operands& at, std::int64_t count) {
     const auto step = [&](Moment*... moments) {
-      if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>)&&(
-                        std::is_same_v<Moment, bfloat16> && ...)) {
+      if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>) &&
+                    (std::is_same_v<Moment, bfloat16> && ...)) {
         step_pairs<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
       } else {
         step_elements<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
@@ -158,8 +158,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   static void step_tile(const Constants<Rule, T>& c, const Tail& tail, Format ema, bool taken,
                         const Operands& at, std::int64_t count, Sums& sums) {
     if (tail.statistics != nullptr && taken) {
-      const auto step = c.rule.is_usual() ? step_and_count<Part::usual>
-                                          : step_and_count<Part::whole>;
+      const auto step =
+          c.rule.is_usual() ? step_and_count<Part::usual> : step_and_count<Part::whole>;
       std::apply(
           [&](Moment*... moments) {
             step(c.rule, c.tail.grad_factor, count, sums, at.param, at.grad, moments...);
@@ -186,8 +186,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   }
 
   template <class Ema>
-  static void average(const TailConstants<T> c, const Param* __restrict param,
-                      Ema* __restrict ema, std::int64_t count) {
+  static void average(const TailConstants<T> c, const Param* __restrict param, Ema* __restrict ema,
+                      std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) {
       store(averaged(c, T(load(ema[i])), load(param[i])), ema[i]);
     }

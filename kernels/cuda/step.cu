@@ -52,12 +52,16 @@ struct MomentPackets;
 template <std::uint32_t kElements, std::size_t... kIndex, class... Moment>
 struct MomentPackets<kElements, std::index_sequence<kIndex...>, Moment...>
     : MomentPacket<kElements, kIndex, Moment>... {
-  __device__ __forceinline__ void load(const TensorRow& row, std::int64_t i, const Aligned& aligned) {
-    (packet<kIndex, Moment>().load(address<kIndex, Moment>(row) + i, aligned.operands[kMoment + kIndex]),
+  __device__ __forceinline__ void load(const TensorRow& row, std::int64_t i,
+                                       const Aligned& aligned) {
+    (packet<kIndex, Moment>().load(address<kIndex, Moment>(row) + i,
+                                   aligned.operands[kMoment + kIndex]),
      ...);
   }
-  __device__ __forceinline__ void store(const TensorRow& row, std::int64_t i, const Aligned& aligned) {
-    (packet<kIndex, Moment>().store(address<kIndex, Moment>(row) + i, aligned.operands[kMoment + kIndex]),
+  __device__ __forceinline__ void store(const TensorRow& row, std::int64_t i,
+                                        const Aligned& aligned) {
+    (packet<kIndex, Moment>().store(address<kIndex, Moment>(row) + i,
+                                    aligned.operands[kMoment + kIndex]),
      ...);
   }
   template <class T>

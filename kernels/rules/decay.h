@@ -1,4 +1,5 @@
-// Weight decay, in the forms that every rule has. With p the parameter and u its update, a rule ends
+// Weight decay, in the forms that every rule has. With p the parameter and u its update, a rule
+// ends
 //
 //   p  <- p - (decay * d + u)
 //

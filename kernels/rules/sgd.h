@@ -16,7 +16,7 @@ namespace {
 template <bool kMomentum>
 struct Sgd {
   static constexpr RuleId id = RuleId::sgd;
-  static constexpr std::uint32_t kMoments = kMomentum ? 1 : 0;  // b
+  static constexpr std::uint32_t kMoments = kMomentum ? 1 : 0;            // b
   enum : std::uint32_t { kMomentumOf = kOfRule, kDampening, kNesterov };  // of Hyper::numbers
 
   // What the rule needs of a tensor at this step; from float64, each rounded once.

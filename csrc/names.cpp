@@ -1,0 +1,42 @@
+// See names.h.
+#include "names.h"
+
+namespace warpstep {
+namespace {
+
+template <class Value, std::size_t kCount>
+Value value_named(const std::pair<const char*, Value> (&values)[kCount], const std::string& name,
+                  const char* kind) {
+  for (const auto& [known, value] : values) {
+    if (name == known) return value;
+  }
+  throw py::value_error(std::string("no such ") + kind + ": " + name);
+}
+
+}  // namespace
+
+Format format_named(const std::string& name) {
+  static constexpr std::pair<const char*, Format> kFormats[] = {{"float64", Format::float64},
+                                                                {"float32", Format::float32},
+                                                                {"bfloat16", Format::bfloat16},
+                                                                {"float16", Format::float16}};
+  return value_named(kFormats, name, "format");
+}
+
+RuleId rule_named(const std::string& name) {
+  static constexpr std::pair<const char*, RuleId> kRules[] = {{"adamw", RuleId::adamw},
+                                                              {"sgd", RuleId::sgd}};
+  return value_named(kRules, name, "rule");
+}
+
+RecipeKey recipe_named(const std::string& rule, const py::tuple& formats) {
+  if (formats.size() != kOperands) throw py::value_error("a format for each operand is needed");
+  RecipeKey recipe{rule_named(rule), {}};
+  for (std::uint32_t i = 0; i < kOperands; ++i) {
+    const py::object name = formats[i];
+    if (!name.is_none()) recipe.formats[i] = format_named(name.cast<std::string>());
+  }
+  return recipe;
+}
+
+}  // namespace warpstep
