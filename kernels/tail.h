@@ -1,7 +1,8 @@
-// The tail: what training loops do around the step, told once for CPU and CUDA.
+// The step of one element: a rule, and around it the tail, which is what training loops do around
+// the step. Told once for CPU and CUDA.
 #pragma once
 
-#include "arithmetic.h"
+#include "rules/decay.h"
 
 namespace warpstep {
 namespace {
@@ -20,7 +21,10 @@ struct TailConstants {
 template <class Rule, class T>
 struct Constants {
   typename Rule::template Constants<T> rule;
+  DecayConstants<T> decay;
   TailConstants<T> tail;
+
+  WARPSTEP_FN bool is_usual() const { return rule.is_usual() && decay.is_usual(); }
 };
 
 // What a tensor without a step counter is taken to have behind it.
@@ -46,12 +50,21 @@ WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, cons
 
   Constants<Rule, T> c;
   c.rule = Rule::template constants_of<T>(hyper, t);
+  c.decay = decay_of<T>(hyper);
   c.tail.grad_left = static_cast<T>(clip_coef * unscale);
   c.tail.grad_factor = hyper.maximize ? -c.tail.grad_left : c.tail.grad_left;
   c.tail.unscale = static_cast<T>(unscale);
   c.tail.ema_weight = static_cast<T>(1 - ema_decay);
   c.tail.ema_kept = static_cast<T>(ema_decay);
   return c;
+}
+
+// One element's step: the parameter after it. `grad` is as it was found.
+template <class Rule, Part kPart, class T>
+WARPSTEP_FN T stepped(const Constants<Rule, T>& c, T param, T grad, T* moments) {
+  T g = grad * c.tail.grad_factor;
+  if (kPart != Part::usual) g = with_coupled(c.decay, param, g);
+  return decayed<kPart>(c.decay, param, Rule::template update<kPart>(c.rule, g, moments));
 }
 
 // The average after the step; `param` is the parameter as it is stored.

@@ -51,7 +51,7 @@ struct Stepper;
 template <class Rule, class Param, class Grad, class... Moment>
 struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   using T = typename Param::Compute;
-  using RuleConstants = typename Rule::template Constants<T>;
+  using C = Constants<Rule, T>;
 
   // The operands of one tensor from some element on.
   struct Operands {
@@ -71,30 +71,28 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
 
   // Returns the parameter as it was.
   template <Part kPart>
-  WARPSTEP_FN static T step_element(const RuleConstants& rule, T grad_factor, Param& param,
-                                    const Grad& grad, Moment&... moments) {
+  WARPSTEP_FN static T step_element(const C& c, Param& param, const Grad& grad,
+                                    Moment&... moments) {
     T numbers[] = {load(moments)..., T(0)};
     const T before = load(param);
-    store(Rule::template step<kPart>(rule, before, T(load(grad)) * grad_factor, numbers), param);
+    store(stepped<Rule, kPart>(c, before, T(load(grad)), numbers), param);
     [[maybe_unused]] std::uint32_t next = 0;
     (store(numbers[next++], moments), ...);
     return before;
   }
 
   template <Part kPart>
-  static void step_elements(const RuleConstants rule, const T grad_factor, std::int64_t count,
-                            Param* __restrict param, const Grad* __restrict grad,
-                            Moment* __restrict... moments) {
+  static void step_elements(const C c, std::int64_t count, Param* __restrict param,
+                            const Grad* __restrict grad, Moment* __restrict... moments) {
     for (std::int64_t i = 0; i < count; ++i) {
-      step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+      step_element<kPart>(c, param[i], grad[i], moments[i]...);
     }
   }
 
   // Of operands that are all bfloat16, two elements at a time.
   template <Part kPart>
-  static void step_pairs(const RuleConstants rule, const T grad_factor, std::int64_t count,
-                         Param* __restrict param, const Grad* __restrict grad,
-                         Moment* __restrict... moments) {
+  static void step_pairs(const C c, std::int64_t count, Param* __restrict param,
+                         const Grad* __restrict grad, Moment* __restrict... moments) {
     std::int64_t i = 0;
     for (; i + 2 <= count; i += 2) {
       T p[2], g[2], m[sizeof...(Moment) + 1][2];
@@ -105,45 +103,44 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
       for (int k = 0; k < 2; ++k) {
         T numbers[sizeof...(Moment) + 1];
         for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) numbers[j] = m[j][k];
-        p[k] = Rule::template step<kPart>(rule, p[k], g[k] * grad_factor, numbers);
+        p[k] = stepped<Rule, kPart>(c, p[k], g[k], numbers);
         for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) m[j][k] = numbers[j];
       }
       store_pair(p, param + i);
       next = 0;
       (store_pair(m[next++], moments + i), ...);
     }
-    if (i < count) step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+    if (i < count) step_element<kPart>(c, param[i], grad[i], moments[i]...);
   }
 
   template <Part kPart>
-  static void step_part(const Constants<Rule, T>& c, const Operands& at, std::int64_t count) {
+  static void step_part(const C& c, const Operands& at, std::int64_t count) {
     const auto step = [&](Moment*... moments) {
       if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>) &&
                     (std::is_same_v<Moment, bfloat16> && ...)) {
-        step_pairs<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
+        step_pairs<kPart>(c, count, at.param, at.grad, moments...);
       } else {
-        step_elements<kPart>(c.rule, c.tail.grad_factor, count, at.param, at.grad, moments...);
+        step_elements<kPart>(c, count, at.param, at.grad, moments...);
       }
     };
     std::apply(step, at.moments);
   }
 
-  static void step(const Constants<Rule, T>& c, const Operands& at, std::int64_t count) {
-    return c.rule.is_usual() ? step_part<Part::usual>(c, at, count)
-                             : step_part<Part::whole>(c, at, count);
+  static void step(const C& c, const Operands& at, std::int64_t count) {
+    return c.is_usual() ? step_part<Part::usual>(c, at, count)
+                        : step_part<Part::whole>(c, at, count);
   }
 
   // Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
   // sums the compiler keeps side by side is the instruction set's: so are the statistics' last
   // bits.
   template <Part kPart>
-  static void step_and_count(const RuleConstants rule, const T grad_factor, std::int64_t count,
-                             Sums& sums, Param* __restrict param, Grad* __restrict grad,
-                             Moment* __restrict... moments) {
+  static void step_and_count(const C c, std::int64_t count, Sums& sums, Param* __restrict param,
+                             Grad* __restrict grad, Moment* __restrict... moments) {
     T grads = 0, params = 0, changes = 0;
 #pragma omp simd reduction(+ : grads, params, changes)
     for (std::int64_t i = 0; i < count; ++i) {
-      const T before = step_element<kPart>(rule, grad_factor, param[i], grad[i], moments[i]...);
+      const T before = step_element<kPart>(c, param[i], grad[i], moments[i]...);
       const T g = T(load(grad[i]));
       const T after = load(param[i]);
       grads += g * g;
@@ -155,16 +152,12 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
     count_parameters(sums, param, params, count);
   }
 
-  static void step_tile(const Constants<Rule, T>& c, const Tail& tail, Format ema, bool taken,
-                        const Operands& at, std::int64_t count, Sums& sums) {
+  static void step_tile(const C& c, const Tail& tail, Format ema, bool taken, const Operands& at,
+                        std::int64_t count, Sums& sums) {
     if (tail.statistics != nullptr && taken) {
-      const auto step =
-          c.rule.is_usual() ? step_and_count<Part::usual> : step_and_count<Part::whole>;
-      std::apply(
-          [&](Moment*... moments) {
-            step(c.rule, c.tail.grad_factor, count, sums, at.param, at.grad, moments...);
-          },
-          at.moments);
+      const auto step = c.is_usual() ? step_and_count<Part::usual> : step_and_count<Part::whole>;
+      std::apply([&](Moment*... moments) { step(c, count, sums, at.param, at.grad, moments...); },
+                 at.moments);
     } else if (tail.statistics != nullptr) {
       count_gradients(sums, at.grad, T(0), count);
       count_parameters(sums, at.param, T(0), count);

@@ -147,11 +147,11 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
 #pragma unroll
     for (std::uint32_t k = 0; k < kElements; ++k) {
       const T before = warpstep::load(p.elements[k]);
-      const T gradient = T(warpstep::load(g.elements[k])) * constants.tail.grad_factor;
+      const T gradient = T(warpstep::load(g.elements[k]));
       T moments[sizeof...(Moment) + 1];
       m.numbers_of(k, moments);
-      const T result = Rule::template step<kTail ? Part::whole : Part::uniform>(
-          constants.rule, before, gradient, moments);
+      const T result =
+          stepped<Rule, kTail ? Part::whole : Part::uniform>(constants, before, gradient, moments);
       if (!kTail || taken) {
         warpstep::store(result, p.elements[k]);
         m.set(k, moments);

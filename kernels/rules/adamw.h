@@ -1,10 +1,8 @@
-// The rule of AdamW (and of Adam, whose decay is coupled): one element, in registers.
+// The rule of AdamW and Adam, which decay.h tells apart: the update of one element, in registers.
 //
-//   g  <- g + weight_decay * p                            Decay::coupled only
 //   m  <- m + (1 - beta1) * (g - m)                       exp_avg
 //   v  <- (v - (1 - beta2) * v) + (1 - beta2) * g * g     exp_avg_sq
-//   u  <- step_size * m / (sqrt(v) + eps_hat)
-//   p  <- p - (decay * d + u)                             decay.h has the table of both
+//   u  <- step_size * m / (sqrt(v) + eps_hat)             taken from p, beside the decay
 //
 // with step_size = lr * sqrt(1 - beta2^t) / (1 - beta1^t) and eps_hat = eps * sqrt(1 - beta2^t),
 // which is torch's p - lr * mhat / (sqrt(vhat) + eps) with one division less. Under amsgrad
@@ -39,7 +37,6 @@ struct AdamW {
   // What the rule needs of a tensor at this step; from float64, each rounded once.
   template <class T>
   struct Constants {
-    DecayConstants<T> decay;
     T step_size;
     T eps_hat;
     T root_scale;
@@ -47,7 +44,7 @@ struct AdamW {
     T beta1, beta2;
 
     WARPSTEP_FN bool is_usual() const {
-      return decay.is_usual() && std::fabs(weight1) < T(0.5) && weight2 < T(0.5) && root_scale == 1;
+      return std::fabs(weight1) < T(0.5) && weight2 < T(0.5) && root_scale == 1;
     }
   };
 
@@ -68,7 +65,6 @@ struct AdamW {
     constexpr double kScale = 0x1p48;
 
     Constants<T> c;
-    c.decay = decay_of<T>(hyper, lr);
     c.step_size =
         static_cast<T>(lr / bias_correction1 * (scales_root ? kScale : bias_correction2_sqrt));
     c.eps_hat = static_cast<T>(scales_root ? eps * kScale : eps_hat);
@@ -80,12 +76,10 @@ struct AdamW {
     return c;
   }
 
-  // Returns the new parameter; `grad` is unscaled and clipped.
+  // Returns u.
   template <Part kPart, class T>
-  WARPSTEP_FN static T step(const Constants<T>& c, T param, T grad, T* moments) {
+  WARPSTEP_FN static T update(const Constants<T>& c, T g, T* moments) {
     constexpr bool kUsual = kPart == Part::usual;
-    const T g = kUsual ? grad : with_coupled(c.decay, param, grad);
-
     T& m = moments[0];
     T& v = moments[1];
     m = lerp(m, g, c.weight1, c.beta1, kUsual || std::fabs(c.weight1) < T(0.5));
@@ -97,7 +91,7 @@ struct AdamW {
 
     const T root = square_root(peak);
     const T denominator = kUsual ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
-    return stepped<kPart>(c.decay, param, c.step_size * divide(m, denominator));
+    return c.step_size * divide(m, denominator);
   }
 };
 

@@ -1,10 +1,10 @@
-// Weight decay, in the forms that every rule has. With p the parameter and u its update, a rule
-// ends
+// Weight decay, in forms that there are with every rule. With p the parameter and u its update:
 //
+//   g  <- g + weight_decay * p     coupled only; then the rule works out u
 //   p  <- p - (decay * d + u)
 //
 //   Decay          decay                          d
-//   coupled        0                              (the gradient has it: g + weight_decay * p)
+//   coupled        0                              (Adam, or SGD, with L2)
 //   decoupled      lr * weight_decay              p        (AdamW as torch has it)
 //   independent    lr / base_lr * weight_decay    p        (the schedule's multiple alone)
 //   l1             lr * weight_decay              sign(p)
@@ -20,9 +20,9 @@
 namespace warpstep {
 namespace {
 
-// How much of a rule a kernel can do; what it leaves out would be computed to no effect.
+// How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  usual,    // where the rule's Constants::is_usual()
+  usual,    // where is_usual() of DecayConstants and of the rule's constants
   uniform,  // where the decay is neither l1 nor cautious
   whole
 };
@@ -53,13 +53,13 @@ WARPSTEP_FN bool is_selective(Decay decay) {
 }
 
 template <class T>
-WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper, double lr) {
+WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper) {
   const double weight_decay = read(hyper, kWeightDecay);
   const bool is_coupled = hyper.decay == Decay::coupled;
   const bool decays = !is_coupled && weight_decay != 0;  // no inf * 0
   DecayConstants<T> c;
   c.coupled = static_cast<T>(is_coupled ? weight_decay : 0);
-  c.decay = static_cast<T>(decays ? lr * weight_decay : 0);
+  c.decay = static_cast<T>(decays ? read(hyper, kLr) * weight_decay : 0);
   c.l1 = hyper.decay == Decay::l1 ? 1 : 0;
   c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
   return c;
@@ -73,7 +73,7 @@ WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
 
 // The parameter after the step. No branches, so that loops become SIMD code.
 template <Part kPart, class T>
-WARPSTEP_FN T stepped(const DecayConstants<T>& c, T param, T update) {
+WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
   T d = finite_or_zero(param);
   if (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));

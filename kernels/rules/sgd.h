@@ -1,9 +1,7 @@
-// The rule of SGD with or without momentum: one element, in registers.
+// The rule of SGD with or without momentum: the update of one element, in registers.
 //
-//   g  <- g + weight_decay * p                Decay::coupled only
 //   b  <- momentum * b + (1 - dampening) * g  momentum_buffer; g itself at the first step
 //   u  <- lr * b                              or, with nesterov, lr * (g + momentum * b)
-//   p  <- p - (decay * d + u)                 decay.h has the table of both
 //
 // Without momentum there is no b, and u is lr * g.
 #pragma once
@@ -22,13 +20,12 @@ struct Sgd {
   // What the rule needs of a tensor at this step; from float64, each rounded once.
   template <class T>
   struct Constants {
-    DecayConstants<T> decay;
     T lr;
     T kept, weight;  // of b and g in b
     T momentum;
     T nesterov;  // 1 or 0
 
-    WARPSTEP_FN bool is_usual() const { return decay.l1 + decay.cautious == 0; }
+    WARPSTEP_FN bool is_usual() const { return true; }
   };
 
   // `t` counts the steps, this one among them.
@@ -36,7 +33,6 @@ struct Sgd {
   WARPSTEP_FN static Constants<T> constants_of(const Hyper& hyper, float t) {
     const double momentum = read(hyper, kMomentumOf);
     Constants<T> c;
-    c.decay = decay_of<T>(hyper, read(hyper, kLr));
     c.lr = static_cast<T>(read(hyper, kLr));
     c.kept = static_cast<T>(t == 1 ? 0 : momentum);
     c.weight = static_cast<T>(t == 1 ? 1 : 1 - read(hyper, kDampening));
@@ -45,17 +41,15 @@ struct Sgd {
     return c;
   }
 
-  // Returns the new parameter; `grad` is unscaled and clipped.
-  template <Part kPart, class T>
-  WARPSTEP_FN static T step(const Constants<T>& c, T param, T grad, T* moments) {
-    const T g = with_coupled(c.decay, param, grad);
-    T direction = g;
+  // Returns u.
+  template <Part, class T>
+  WARPSTEP_FN static T update(const Constants<T>& c, T g, T* moments) {
     if constexpr (kMomentum) {
       T& b = moments[0];
       b = fma_of(c.weight, g, c.kept * b);
-      direction = c.nesterov != 0 ? fma_of(c.momentum, b, g) : b;
+      g = c.nesterov != 0 ? fma_of(c.momentum, b, g) : b;
     }
-    return stepped<kPart>(c.decay, param, c.lr * direction);
+    return c.lr * g;
   }
 };
 
