@@ -58,7 +58,7 @@ class BuildNative(build_ext):
         """
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cache = folder / "CMakeCache.txt"
-        sources = [ROOT / "CMakeLists.txt", *ROOT.glob("kernels/*"), *ROOT.glob("csrc/*")]
+        sources = [ROOT / "CMakeLists.txt", *ROOT.rglob("kernels/**/*"), *ROOT.glob("csrc/*")]
         if not cache.exists() or any(
             s.stat().st_mtime < cache.stat().st_mtime < s.stat().st_ctime for s in sources
         ):
@@ -70,7 +70,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["warpstep", "warpstep.kernels"],
+    packages=["warpstep", "warpstep.kernels", "warpstep.kernels.triton", "warpstep.rules"],
     package_dir={"warpstep": "python/warpstep", "warpstep.kernels": "kernels"},
     package_data={"warpstep": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("warpstep._native", sources=[], optional=True)],

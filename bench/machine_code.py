@@ -179,7 +179,7 @@ class Kernel:
     @property
     def is_step(self) -> bool:
         """Whether it is a kernel of the step."""
-        return "adamw_kernel" in self.name
+        return "step_kernel" in self.name
 
     @property
     def is_norm(self) -> bool:
@@ -190,34 +190,37 @@ class Kernel:
     def recipe(self) -> Recipe:
         """What the kernel is built for, by its name."""
         flag = r"\(?(?:bool\))?(true|false|0|1)"
-        match = re.search(rf"adamw_kernel<.*Recipe<(.+?), {flag}>, {flag}>", self.name)
+        found = rf"step_kernel<.*Recipe<.*?(\w+)<{flag}>, (.+?)>, {flag}>"
+        match = re.search(found, self.name)
         assert match is not None, self.name
-        formats = [part.split("::")[-1] for part in match.group(1).split(", ")]
-        flags = [value in ("true", "1") for value in match.groups()[1:]]
-        return Recipe(*formats, *flags)  # type: ignore[arg-type]
+        rule, _, formats, tail = match.groups()
+        param, grad, *moments = [part.split("::")[-1] for part in formats.split(", ")]
+        return Recipe(rule, param, grad, tuple(moments), tail in ("true", "1"))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Formats of parameter, gradient and moments, amsgrad, and whether with the tail."""
+    """A rule, formats of parameter, gradient and moments, and whether with the tail."""
 
+    rule: str
     param: str
     grad: str
-    moment: str
-    amsgrad: bool
+    moments: tuple[str, ...]
     tail: bool
 
     @property
     def label(self) -> str:
         """As the table names it."""
-        formats = [self.param] + ([f"{self.grad} gradients"] if self.grad != self.param else [])
-        formats += [f"{self.moment} moments"] if self.moment != self.param else []
-        return ", ".join(formats) + (", amsgrad" if self.amsgrad else "")
+        text = self.param + (f", {self.grad} gradients" if self.grad != self.param else "")
+        text += "".join(f", {m} moments" for m in sorted({*self.moments} - {self.param}))
+        if self.rule == "AdamW":
+            return text + (", amsgrad" if len(self.moments) > 2 else "")
+        return f"{self.rule}: {text}" + (", momentum" if self.moments else "")
 
     @property
     def elements(self) -> int:
         """So many are stepped at a time: a vector of the narrowest operand."""
-        return 16 // min(FORMAT_BYTES[f] for f in (self.param, self.grad, self.moment))
+        return 16 // min(FORMAT_BYTES[f] for f in (self.param, self.grad, *self.moments))
 
     def vectors(self, *formats: str) -> int:
         """16-byte accesses that so many elements take in each of the formats."""
@@ -236,7 +239,7 @@ def instructions(kernel: Kernel) -> dict[str, float]:
     recipe = kernel.recipe
     if recipe.param == "float64":
         return {}
-    stores = recipe.vectors(recipe.param, *[recipe.moment] * (3 if recipe.amsgrad else 2))
+    stores = recipe.vectors(recipe.param, *recipe.moments)
     grads = recipe.vectors(recipe.grad)
     averages = recipe.vectors("float32")
     loads = stores + grads
@@ -286,8 +289,8 @@ def table(kernels: list[Kernel]) -> str:
 
     def place(kernel: Kernel) -> tuple[object, ...]:
         recipe = kernel.recipe
-        formats = (recipe.param, recipe.grad, recipe.moment)
-        return recipe.tail, recipe.amsgrad, *(order[f] for f in formats)
+        formats = (recipe.param, recipe.grad, *recipe.moments[:1])
+        return recipe.rule, recipe.tail, len(recipe.moments), *(order[f] for f in formats)
 
     for kernel in sorted(steps, key=place):
         label = kernel.recipe.label + ("; tail" if kernel.recipe.tail else "")

@@ -7,7 +7,7 @@
 #include <string>
 #include <thread>
 
-#include "threads.h"
+#include "cpu/threads.h"
 
 namespace warpstep {
 namespace {

@@ -126,7 +126,9 @@ def assert_ran_on(optimizer, backend, recipe, amsgrad):
         assert not optimizer.plan.buckets
     else:
         assert [b.backend for b in optimizer.plan.buckets] == [backend]
-        assert optimizer.plan.buckets[0].recipe == Recipe(*recipe, amsgrad)
+        param, grad, moment = recipe
+        moments = (moment,) * (3 if amsgrad else 2)
+        assert optimizer.plan.buckets[0].recipe == Recipe("adamw", param, grad, moments)
         assert not optimizer.plan.python_only
 
 

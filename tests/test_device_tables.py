@@ -27,8 +27,8 @@ def uploads(backend, monkeypatch):
 
 def step(lists, always=True):
     options = native_lists.Options(
-        **HYPERS,
-        amsgrad=False,
+        HYPERS["lr"],
+        (HYPERS["weight_decay"], HYPERS["beta1"], HYPERS["beta2"], HYPERS["eps"]),
         maximize=False,
         coupled=False,
         grad_scale=None,
@@ -36,8 +36,16 @@ def step(lists, always=True):
         advance_steps=True,
         unscale_grads=False,
     )
+    given = native_lists.adam_lists(lists, amsgrad=False)
     return native_lists.stepper().step(
-        lists, options, cuda=True, dispatched=False, always=always, count_writes=True, threads=1
+        given.rule.name,
+        given.tensors,
+        options,
+        cuda=True,
+        dispatched=False,
+        always=always,
+        count_writes=True,
+        threads=1,
     )
 
 

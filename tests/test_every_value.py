@@ -83,7 +83,7 @@ def assert_as_torch(backend, device, dtype, hypers, step=3.0, adam=False, **more
 
 
 def unlike_torch(hypers, adam):
-    """Infinite parameters that are decayed by more than they are (kernels/rule.h)."""
+    """Infinite parameters that are decayed by more than they are (kernels/rules/adamw.h)."""
     decay = hypers.get("lr", 1e-3) * hypers.get("weight_decay", 1e-2)
     return [not adam and abs(decay) >= 1 and math.isinf(element[0]) for element in ELEMENTS]
 

@@ -74,10 +74,10 @@ def sources(tmp_path):
 @pytest.fixture
 def stand_in(sources):
     """The same with C++ and CUDA sources that compile at once: a module with an answer, 1."""
-    for path in [*sources.glob("csrc/*.cpp"), *sources.glob("kernels/*.c*")]:
+    for path in [*sources.glob("csrc/*.cpp"), *sources.glob("kernels/**/*.c*")]:
         path.write_text("")
     (sources / "csrc" / "bindings.cpp").write_text(MODULE)
-    (sources / "kernels" / "no_cuda.cpp").write_text(NO_CUDA)
+    (sources / "kernels" / "cuda" / "none.cpp").write_text(NO_CUDA)
     set_answer(sources, "1")
     return sources
 
@@ -407,7 +407,7 @@ def test_a_source_distribution_gives_the_native_backend(sources, environment, tm
 
 def test_the_installed_package_is_whole():
     package = Path(warpstep.__file__).parent
-    for name in ("py.typed", "_native.pyi", "kernels/launch_triton.py"):
+    for name in ("py.typed", "_native.pyi", "kernels/triton/launch.py"):
         assert (package / name).exists(), name
     native, reason = backends.native()
     assert native is not None, reason

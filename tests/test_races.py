@@ -26,9 +26,9 @@ OPTIONS = [
 
 # What the sanitizer would only take longer for: the other recipes have the same source.
 SMALLER = {
-    "formats.h": (
-        r"RecipeList<Recipe<float64.*?>;",
-        "RecipeList<Recipe<float32, float32, float32, kAmsgrad>>;",
+    "recipes.h": (
+        r"= List<Formats<float64.*?>>;.*?;",
+        "= List<Formats<float32, float32, float32>>;\nusing AllRules = List<AdamW<false>>;",
     ),
 }
 
@@ -36,32 +36,32 @@ SMALLER = {
 # in which the sanitizer finds one of the two accesses.
 BARRIER = r"  __syncthreads\(\);\n"
 RACES = {
-    "no barrier after the constants": ("adamw.cu", BARRIER, "", "adamw_kernel"),
+    "no barrier after the constants": ("cuda/step.cu", BARRIER, "", "step_kernel"),
     "the step counter relaxed": (
-        "adamw.cu",
+        "cuda/step.cu",
         r"atomic_add_acq_rel\(arrivals, 1\)",
         "atomicAdd(arrivals, 1u)",
         "take_step",
     ),
     "the step counter written by the first": (
-        "adamw.cu",
+        "cuda/step.cu",
         r"== row.chunks - 1",
         "== 0",
         "take_step",
     ),
-    "the step counter written by all": ("adamw.cu", r"row.chunks == 1", "true", "take_step"),
-    "an arrival that does not acquire": ("launch_cuda.cuh", "_ACQ_REL", "_RELEASE", "take_step"),
-    "an arrival that does not release": ("launch_cuda.cuh", "_ACQ_REL", "_ACQUIRE", "take_step"),
+    "the step counter written by all": ("cuda/step.cu", r"row.chunks == 1", "true", "take_step"),
+    "an arrival that does not acquire": ("cuda/launch.cuh", "_ACQ_REL", "_RELEASE", "take_step"),
+    "an arrival that does not release": ("cuda/launch.cuh", "_ACQ_REL", "_ACQUIRE", "take_step"),
     "the norm's shares relaxed": (
-        "grad_norm.cu",
+        "cuda/grad_norm.cu",
         r"atomic_add_acq_rel\(done, 1\)",
         "atomicAdd(done, 1u)",
         "finish",
     ),
-    "no barrier before the norm's end": ("grad_norm.cu", BARRIER, "", "finish"),
-    "no barrier within a sum": ("launch_cuda.cuh", f"  {BARRIER}", "", "combine_block"),
+    "no barrier before the norm's end": ("cuda/grad_norm.cu", BARRIER, "", "finish"),
+    "no barrier within a sum": ("cuda/launch.cuh", f"  {BARRIER}", "", "combine_block"),
     "no barrier after a sum": (
-        "launch_cuda.cuh",
+        "cuda/launch.cuh",
         r"__syncthreads\(\);  // before the next use",
         "",
         "combine_block",
@@ -82,8 +82,10 @@ def build(tmp_path_factory):
 
     def compile_all(changed, objects):
         folder = tmp_path_factory.mktemp("races")
-        for source in KERNELS.glob("*.[hc]*"):
-            (folder / source.name).write_text(changed.get(source.name, source.read_text()))
+        for source in KERNELS.rglob("*.[hc]*"):
+            name = str(source.relative_to(KERNELS))
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(changed.get(name, source.read_text()))
         options = [*OPTIONS, f"-I{EMULATION}", f"-I{folder}"]
         sanitized = [*options, "-fsanitize=thread"]
         of_cuda = [*sanitized, "-x", "c++", "-include", "cuda_runtime.h"]
@@ -91,8 +93,8 @@ def build(tmp_path_factory):
         units = {
             EMULATION / "cuda_runtime.cpp": options,
             EMULATION / "races.cpp": sanitized,
-            folder / "adamw.cu": of_cuda,
-            folder / "grad_norm.cu": of_cuda,
+            folder / "cuda/step.cu": of_cuda,
+            folder / "cuda/grad_norm.cu": of_cuda,
         }
         compiled = {source.name: folder / f"{source.stem}.o" for source in units} | objects
         for source, flags in units.items():
@@ -108,7 +110,7 @@ def build(tmp_path_factory):
         old = {
             name: at
             for name, at in unchanged.items()
-            if name not in changed and not (is_header and name.endswith(".cu"))
+            if f"cuda/{name}" not in changed and not (is_header and name.endswith(".cu"))
         }
         compiled = compile_all(smaller | changed, old)
         program = tmp_path_factory.mktemp("program") / "races"

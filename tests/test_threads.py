@@ -170,7 +170,7 @@ def sharing_program(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path_factory.mktemp("sharing") / "sharing"
-    sources = [ROOT / "tests" / "sharing.cpp", ROOT / "kernels" / "threads.cpp"]
+    sources = [ROOT / "tests" / "sharing.cpp", ROOT / "kernels" / "cpu" / "threads.cpp"]
     options = ["-std=c++17", "-O1", "-pthread", "-I", ROOT / "kernels"]
     subprocess.run([compiler, *options, *sources, "-o", program], check=True)
     return program

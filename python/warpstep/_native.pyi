@@ -14,7 +14,7 @@ def cuda_device_count() -> int: ...
 def cuda_device_reason(device: int) -> str: ...
 def cpu_instruction_set() -> str: ...
 def restarts_calls(signal: int) -> bool: ...
-def has_recipe(param: str, grad: str, moment: str, amsgrad: bool) -> bool: ...
+def has_recipe(rule: str, formats: tuple[str | None, ...]) -> bool: ...
 def connect_to_torch(capsule: Any, *, torch_abi: bool) -> None: ...
 def uses_handles() -> bool: ...
 def uses_torchs_threads() -> bool: ...
@@ -28,11 +28,20 @@ class BucketSpec:
         self,
         *,
         backend: str,
-        param: str,
-        grad: str,
-        moment: str,
-        amsgrad: bool,
-        ema: str | None,
+        rule: str,
+        formats: tuple[str | None, ...],
+        keys: tuple[str | None, ...],
+        counter: str | None,
+    ) -> None: ...
+
+class GroupKeys:
+    def __init__(
+        self,
+        *,
+        numbers: list[tuple[str, int]],
+        switches: list[str],
+        flags: list[str],
+        decoupled: str | None,
     ) -> None: ...
 
 class Plan:
@@ -41,6 +50,7 @@ class Plan:
         *,
         state: dict[Any, Any],
         param_groups: list[dict[str, Any]],
+        keys: GroupKeys,
         assignments: list[int],
         buckets: list[BucketSpec],
         match_layout: Callable[[Tensor, Tensor], Tensor],
@@ -91,6 +101,7 @@ class ListStepper:
     ) -> None: ...
     def step(
         self,
+        rule: str,
         lists: Sequence[list[Tensor]],
         options: tuple[Any, ...],
         *,

@@ -12,6 +12,7 @@ from warpstep.backends import BackendName
 from warpstep.groups import Members
 from warpstep.hypers import DecayForm, check_arguments
 from warpstep.optimizer import Optimizer
+from warpstep.rules import ADAMW
 
 Betas = tuple[float | Tensor, float | Tensor]
 
@@ -25,6 +26,8 @@ class Adam(Optimizer, TorchAdam):
 
     Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
     """
+
+    rule = ADAMW
 
     def __init__(
         self,

@@ -70,10 +70,10 @@ def native() -> tuple[ModuleType | None, str]:
 def triton_kernel() -> tuple[ModuleType | None, str]:
     """The module of the Triton kernel, or None and the reason why there is none."""
     try:
-        from warpstep.kernels import launch_triton
+        from warpstep.kernels.triton import launch
     except ImportError as error:
         return None, f"triton cannot be imported ({error}). Install it with `pip install triton`"
-    return launch_triton, ""
+    return launch, ""
 
 
 def _triton_interprets() -> bool:
@@ -154,12 +154,12 @@ def has_kernel(backend: str, recipe: Recipe) -> bool:
     """Whether ``backend`` has a kernel for ``recipe`` (the reference takes anything)."""
     if backend == "reference":
         return True
-    if any(dtype not in FORMATS for dtype in recipe[:3]):
+    if any(dtype not in FORMATS for dtype in (recipe.param, recipe.grad, *recipe.moments)):
         return False
     if backend == "triton":
         return True
     module, _ = native()
-    return module is not None and module.has_recipe(*recipe.names(), recipe.amsgrad)
+    return module is not None and module.has_recipe(recipe.rule, recipe.formats())
 
 
 def requested_backend(argument: str) -> BackendName:

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from warpstep.averages import Averaging
-from warpstep.hypers import HYPERS, check_own_options, complete_group
+from warpstep.hypers import check_own_options, complete_group
 from warpstep.recipes import ema_dtype
-from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
+from warpstep.rules import Rule
+from warpstep.state import describe, missing_keys, parameter_name
 
-_OTHERS = "Is it the state dict of another optimizer? Load one of AdamW's or Adam's"
 
-
-def load(optimizer: Averaging, state_dict: dict[str, Any], state_dtype: torch.dtype | None) -> None:
+def load(
+    optimizer: Averaging,
+    rule: Rule,
+    state_dict: dict[str, Any],
+    state_dtype: torch.dtype | None,
+) -> None:
     """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place.
 
     Moments get ``state_dtype``, or keep the dtypes that they were saved with.
@@ -31,7 +35,7 @@ def load(optimizer: Averaging, state_dict: dict[str, Any], state_dtype: torch.dt
             raise KeyError(f"{key}: an optimizer's state dict has it, this one {list(state_dict)}")
 
     ids = [list(group["params"]) for group in state_dict["param_groups"]]
-    groups = _loaded_groups(optimizer, deepcopy(state_dict["param_groups"]))
+    groups = _loaded_groups(optimizer, rule, deepcopy(state_dict["param_groups"]))
     places = (
         (param, group, parameter_name(optimizer.param_groups, g, i))
         for g, group in enumerate(groups)
@@ -39,13 +43,13 @@ def load(optimizer: Averaging, state_dict: dict[str, Any], state_dtype: torch.dt
     )
     place_of = dict(zip(chain.from_iterable(ids), places, strict=True))
 
-    dtypes = {**dict.fromkeys(MOMENTS, state_dtype), "ema": optimizer.ema_dtype}
+    dtypes = {**dict.fromkeys(rule.moments, state_dtype), "ema": optimizer.ema_dtype}
     state: dict[Any, Any] = type(optimizer.state)(dict)
     steps = [0.0]
     for key, value in state_dict["state"].items():
         if key in place_of:
             param, group, name = place_of[key]
-            state[param] = _loaded_state(name, param, group, value, dtypes)
+            state[param] = _loaded_state(name, param, rule, group, value, dtypes)
             if callable(optimizer.ema_decay) and "step" in state[param]:
                 steps.append(float(state[param]["step"]))
         else:
@@ -64,7 +68,13 @@ def load(optimizer: Averaging, state_dict: dict[str, Any], state_dtype: torch.dt
         post_hook(optimizer)
 
 
-def _loaded_groups(optimizer: Averaging, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _another(rule: Rule) -> str:
+    return f"Is it the state dict of another optimizer? Load one of {rule.title}"
+
+
+def _loaded_groups(
+    optimizer: Averaging, rule: Rule, groups: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The groups of a state dict, with the optimizer's parameters and what a step needs."""
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -78,11 +88,11 @@ def _loaded_groups(optimizer: Averaging, groups: list[dict[str, Any]]) -> list[d
                 f"optimizer's group: group {index} has {len(loaded['params'])} parameters, "
                 f"the optimizer's {len(mine['params'])}"
             )
-        missing = [key for key in HYPERS if key not in loaded]
+        missing = [key for key in dict.fromkeys(n.key for n in rule.numbers) if key not in loaded]
         if missing:
             raise ValueError(
                 f"loaded state dict has no {' and no '.join(map(repr, missing))} in parameter "
-                f"group {index}. {_OTHERS}, or add what is missing to its 'param_groups'."
+                f"group {index}. {_another(rule)}, or add what is missing to its 'param_groups'."
             )
         loaded["params"] = mine["params"]
         if "param_names" in mine:
@@ -95,17 +105,22 @@ def _loaded_groups(optimizer: Averaging, groups: list[dict[str, Any]]) -> list[d
 
 
 def _loaded_state(
-    name: str, param: Tensor, group: dict[str, Any], saved: Any, dtypes: dict[str, Any]
+    name: str,
+    param: Tensor,
+    rule: Rule,
+    group: dict[str, Any],
+    saved: Any,
+    dtypes: dict[str, Any],
 ) -> dict[str, Any]:
     """Copies of the tensors of one parameter's saved state, where and as they are needed."""
     misfit = f"loaded state dict does not fit {name}"
     if not isinstance(saved, dict):
         raise ValueError(f"{misfit}: its state is {saved!r}, expected a dict")
-    missing = missing_keys(saved, bool(group.get("amsgrad"))) if saved else []
+    missing = missing_keys(saved, rule, group) if saved else []
     if missing:
         raise ValueError(
             f"{misfit}: its state has {', '.join(map(repr, saved))} and no "
-            f"{' and no '.join(map(repr, missing))}. {_OTHERS}, or remove this parameter's state "
+            f"{' and no '.join(map(repr, missing))}. {_another(rule)}, or remove this parameter's state "
             "to begin it anew."
         )
     state = dict(saved)

@@ -8,43 +8,43 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from warpstep import backends, lists, modes, reference, signals
+from warpstep import backends, modes, reference, signals
 from warpstep.hypers import check_group
-from warpstep.lists import NAMES, Options
+from warpstep.lists import Lists, Options, adam_lists, stepper
 from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
+from warpstep.rules import Rule
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
 from warpstep.tail import Tail
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
-Streams = list[list[Tensor]]  # the six lists
 
 
-def run(
-    streams: Streams, options: Options, backend: str = "auto", dispatched: bool = False
-) -> None:
+def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool = False) -> None:
     """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
-    check_group(_group(options), "")
+    check_group(_group(lists.rule, len(lists.tensors) - 3, options), lists.rule, "")
     if backend == "triton":
         raise ValueError(
             "Invalid backend: 'triton' does not take lists of tensors. Choose "
             f"{one_of(('auto', 'cpu', 'cuda', 'reference'))}."
         )
-    if not streams[0] and not any(streams):
+    params = lists.tensors[0]
+    if not any(lists.tensors):
         return
     requested = backends.requested_backend(backend) if backend != "auto" else "auto"
-    if streams[0] and isinstance(streams[0][0], Tensor):
-        chosen = backends.choose(requested, streams[0][0].device)
-        if chosen in ("cpu", "cuda") and _launch(streams, options, chosen, dispatched) is None:
+    if params and isinstance(params[0], Tensor):
+        chosen = backends.choose(requested, params[0].device)
+        if chosen in ("cpu", "cuda") and _launch(lists, options, chosen, dispatched) is None:
             return
-    _check(streams, options)
-    _step_sorted(streams, options, requested)
+    _check(lists, options)
+    _step_sorted(lists, options, requested)
 
 
-def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) -> str | None:
+def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> str | None:
     """Runs the native kernels on everything; or says why not, and then nothing is changed."""
-    reason: str | None = lists.stepper().step(
-        streams,
+    reason: str | None = stepper().step(
+        lists.rule.name,
+        lists.tensors,
         options,
         cuda=backend == "cuda",
         dispatched=dispatched,
@@ -55,71 +55,52 @@ def _launch(streams: Streams, options: Options, backend: str, dispatched: bool) 
     return reason
 
 
-def _group(options: Options) -> dict[str, Any]:
-    """The options as a parameter group of an optimizer has them."""
-    return {
-        "lr": options.lr,
-        "betas": (options.beta1, options.beta2),
-        "eps": options.eps,
-        "weight_decay": options.weight_decay,
-        "amsgrad": options.amsgrad,
-        "maximize": options.maximize,
-        "decoupled_weight_decay": not options.coupled,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-    }
+def _group(rule: Rule, moments: int, options: Options) -> dict[str, Any]:
+    """The options as a parameter group of an optimizer has them, of tensors with so many moments."""
+    group: dict[str, Any] = dict.fromkeys(rule.flags, False)
+    for number, value in zip(rule.numbers, (options.lr, *options.numbers), strict=True):
+        before = group.get(number.key, ())
+        group[number.key] = value if number.index is None else (*before, value)
+    for key in rule.moments[:moments]:
+        if key in rule.optional:
+            group[rule.optional[key]] = group[rule.optional[key]] or True
+    group |= {"maximize": options.maximize, "decoupled_weight_decay": not options.coupled}
+    return group
 
 
-def _check(streams: Streams, options: Options) -> None:
+def _check(lists: Lists, options: Options) -> None:
     """Raises what `adamw_` documents; nothing has been written yet."""
-    params = streams[0]
-    needed = [s for s in range(6) if s != 4 or options.amsgrad]
-    for s in needed:
-        if len(streams[s]) != len(params):
+    params, grads, *moments, steps = lists.tensors
+    for name, tensors in zip(lists.names, lists.tensors, strict=True):
+        if len(tensors) != len(params):
             raise ValueError(
-                f"{NAMES[s]} has {len(streams[s])} tensors and params {len(params)}: the lists "
-                "must be of one length"
+                f"{name} has {len(tensors)} tensors and params {len(params)}: the lists must be of "
+                "one length"
             )
     for i, param in enumerate(params):
         name = f"params[{i}]"
-        for s in needed:
-            tensor = streams[s][i]
+        for of_list, tensors in zip(lists.names, lists.tensors, strict=True):
+            tensor = tensors[i]
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
-                raise TypeError(f"{NAMES[s]}[{i}] is of type {kind}, expected a tensor")
+                raise TypeError(f"{of_list}[{i}] is of type {kind}, expected a tensor")
             if tensor.layout != torch.strided:
                 raise RuntimeError(
-                    f"{NAMES[s]}[{i}] is of layout {tensor.layout}, expected torch.strided: call "
+                    f"{of_list}[{i}] is of layout {tensor.layout}, expected torch.strided: call "
                     "to_dense() on it"
                 )
-            if s < 5 and real_dtype(tensor.dtype) not in FORMATS:
+            if tensors is not steps and real_dtype(tensor.dtype) not in FORMATS:
                 raise TypeError(
-                    f"{NAMES[s]}[{i}] is {describe(tensor)}: its dtype has to be "
+                    f"{of_list}[{i}] is {describe(tensor)}: its dtype has to be "
                     f"{one_of(FORMATS)}, or complex"
                 )
-        check_gradient(name, param, streams[1][i])
-        for s in needed[2:-1]:
-            moment = streams[s][i]
-            if moment.shape != param.shape or moment.device != param.device:
-                raise RuntimeError(
-                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}: shape "
-                    "and device must be the same"
-                )
-            if moment.is_complex() != param.is_complex():
-                raise TypeError(
-                    f"{name} is {describe(param)}, {NAMES[s]}[{i}] is {describe(moment)}: both "
-                    "must be real, or both complex"
-                )
-            if is_freed(moment):
-                raise RuntimeError(
-                    f"{NAMES[s]}[{i}] has elements and no memory: its storage was freed. Bring it "
-                    "back before the step."
-                )
-        step = streams[5][i]
+        check_gradient(name, param, grads[i])
+        for of_list, of_moment in zip(lists.names[2:], moments, strict=False):
+            _check_moment(name, param, f"{of_list}[{i}]", of_moment[i])
+        step = steps[i]
         if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
             raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
-        if options.advance_steps and i > 0 and step is streams[5][i - 1]:
+        if options.advance_steps and i > 0 and step is steps[i - 1]:
             raise RuntimeError(
                 f"state_steps[{i}] is state_steps[{i - 1}]: several tensors would advance one step "
                 "counter. Give each its own, or advance it once and pass advance_steps=False."
@@ -136,46 +117,62 @@ def _check(streams: Streams, options: Options) -> None:
                 )
 
 
-def _step_sorted(streams: Streams, options: Options, requested: str) -> None:
+def _check_moment(name: str, param: Tensor, of_moment: str, moment: Tensor) -> None:
+    if moment.shape != param.shape or moment.device != param.device:
+        raise RuntimeError(
+            f"{name} is {describe(param)}, {of_moment} is {describe(moment)}: shape and device "
+            "must be the same"
+        )
+    if moment.is_complex() != param.is_complex():
+        raise TypeError(
+            f"{name} is {describe(param)}, {of_moment} is {describe(moment)}: both must be real, "
+            "or both complex"
+        )
+    if is_freed(moment):
+        raise RuntimeError(
+            f"{of_moment} has elements and no memory: its storage was freed. Bring it back before "
+            "the step."
+        )
+
+
+def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
     """Steps lists that were checked: by kernels what they take, the others by the reference."""
-    by_kernel: dict[tuple[str, torch.device], Streams] = {}
-    by_reference: list[int] = []
+    by_kernel: dict[tuple[str, torch.device], list[list[Tensor]]] = {}
+    by_reference: list[list[Tensor]] = []
     grad_scale, found_inf = (
         None if scalar is None else scalar.to(torch.float32)
         for scalar in (options.grad_scale, options.found_inf)
     )
     options = options._replace(grad_scale=grad_scale, found_inf=found_inf)
-    for i, param in enumerate(streams[0]):
+    for one in map(list, zip(*lists.tensors, strict=True)):
+        param = one[0]
         chosen = backends.choose(requested, param.device)
-        one = [[s[i]] if s else [] for s in streams]
-        if not _has_kernel(chosen, one, options):
-            by_reference.append(i)
+        if not _has_kernel(chosen, lists.rule, one, options):
+            by_reference.append(one)
             continue
-        one[1] = [match_layout(param, one[1][0])]
-        all_of = by_kernel.setdefault((chosen, param.device), [[], [], [], [], [], []])
+        one[1] = match_layout(param, one[1])
+        all_of = by_kernel.setdefault((chosen, param.device), [[] for _ in one])
         for mine, added in zip(all_of, one, strict=True):
-            mine += added
+            mine.append(added)
 
     # What can fail comes first.
-    computed = [_compute(streams, i, options) for i in by_reference]
+    computed = [_compute(lists.rule, one, options) for one in by_reference]
     with signals.deferred():
         reference.store(computed)
         for (backend, _), some in by_kernel.items():
-            reason = _launch(some, options, backend, dispatched=True)
+            reason = _launch(lists._replace(tensors=some), options, backend, dispatched=True)
             if reason is not None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 
 
-def _has_kernel(backend: str, one: Streams, options: Options) -> bool:
-    (param,), (grad,), (exp_avg,), (exp_avg_sq,), maximum, (step,) = one
-    moments = [exp_avg, exp_avg_sq, *(maximum if options.amsgrad else ())]
-    formats = {real_dtype(moment.dtype) for moment in moments}
-    if backend not in ("cpu", "cuda") or len(formats) != 1:
-        return False
-    recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), formats.pop(), options.amsgrad)
+def _has_kernel(backend: str, rule: Rule, one: list[Tensor], options: Options) -> bool:
+    param, grad, *moments, step = one
+    formats = [real_dtype(tensor.dtype) for tensor in (param, grad, *moments)]
+    recipe = Recipe(rule.name, formats[0], formats[1], tuple(formats[2:]))
     copied = not has_layout_of(grad, param)
     return (
-        backends.has_kernel(backend, recipe)
+        backend in ("cpu", "cuda")
+        and backends.has_kernel(backend, recipe)
         and all(is_plain(tensor) for tensor in (param, *moments, step))
         and is_plain(grad.resolve_conj().resolve_neg())
         and is_dense(param)
@@ -186,34 +183,48 @@ def _has_kernel(backend: str, one: Streams, options: Options) -> bool:
     )
 
 
-def _compute(streams: Streams, i: int, options: Options) -> reference.Computed:
+def _compute(rule: Rule, one: list[Tensor], options: Options) -> reference.Computed:
     """One tensor's step by the reference, not yet stored."""
-    param, grad, exp_avg, exp_avg_sq = (s[i] for s in streams[:4])
-    counter = streams[5][i]
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    param, grad, *moments, counter = one
+    state = dict(zip(rule.moments, moments, strict=False))
     state["step"] = counter if options.advance_steps else counter - 1
-    if options.amsgrad:
-        state["max_exp_avg_sq"] = streams[4][i]
     tail = Tail(options.grad_scale, options.found_inf)
     taken = options.found_inf is None or options.found_inf.item() == 0
-    one = reference.computed(param, grad, state, _group(options), tail, taken)
+    group = _group(rule, len(moments), options)
+    computed = reference.computed(param, grad, state, group, rule, tail, taken)
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
-            one.stores.append((grad, reference.real_view(grad) * (1 / options.grad_scale)))
-    return one
+            unscaled = reference.real_view(grad) * (1 / options.grad_scale)
+            computed.stores.append((grad, unscaled))
+    return computed
 
 
 def _enter(
-    operator: str, given: tuple[Sequence[Tensor], ...], backend: str, **options: Any
+    operator: str,
+    given: tuple[Sequence[Tensor], ...],
+    backend: str,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    **options: Any,
 ) -> None:
-    streams = [g if isinstance(g, list) else list(g) for g in given]
+    tensors = [g if isinstance(g, list) else list(g) for g in given]
     # Tracers and modes are to see an operator; without a tensor there is none to call.
-    if any(streams) and modes.is_watched():
+    if any(tensors) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.
-        overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
-        getattr(getattr(torch.ops.warpstep, operator), overload)(*streams, **options)
-    else:
-        run(streams, Options(coupled=operator == "adam_", **options), backend)
+        overload = "tensor_lr" if isinstance(lr, Tensor) else "default"
+        numbers = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
+        getattr(getattr(torch.ops.warpstep, operator), overload)(
+            *tensors, lr=lr, amsgrad=amsgrad, **numbers, **options
+        )
+        return
+    numbers_of = (weight_decay, beta1, beta2, eps)
+    options_of = Options(lr, numbers_of, coupled=operator == "adam_", **options)
+    run(adam_lists(tensors, amsgrad), options_of, backend)
 
 
 def adamw_(

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from warpstep import modes
 from warpstep.recipes import one_of
+from warpstep.rules import Rule
 from warpstep.state import is_plain
 
-# How weight decay acts (kernels/rule.h has the formulas), in the order of Decay in tables.h.
+# How weight decay acts (kernels/rules/decay.h has the formulas), in the order of Decay in layout.h.
 DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
 DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious"]
-# What every group has; older state dicts may lack torch's other keys, for which it has defaults.
-HYPERS = ("lr", "betas", "eps", "weight_decay")
 
 
 def check_arguments(params: Any, **numbers: Any) -> None:
@@ -50,14 +49,9 @@ def check_arguments(params: Any, **numbers: Any) -> None:
             ) from None
 
 
-# What a step reads of a group as torch has it, beside betas: with what messages call it.
-NUMBERS = {"lr": "learning rate", "eps": "epsilon value", "weight_decay": "weight_decay value"}
-FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay", "capturable", "differentiable", "fused")
-
-
 def decay_form(group: dict[str, Any]) -> str:
     """The form of a group's weight decay: ``decay_form``, else what torch's flag says."""
-    default = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+    default = "decoupled" if group.get("decoupled_weight_decay") else "coupled"
     form: str = group.get("decay_form", default)
     return form
 
@@ -71,48 +65,50 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
         group.setdefault("base_lr", float(group["lr"]))
 
 
-def check_group(group: dict[str, Any], where: str) -> None:
+def check_group(group: dict[str, Any], rule: Rule, where: str) -> None:
     """Raises ValueError if a hyper-parameter of ``group`` is missing or cannot be computed with.
 
     Torch checks values when an optimizer is made, and steps with whatever they are edited into: so
-    lr, eps, weight_decay and both betas are any numbers here, or tensors of one element. The values
-    of those on an accelerator are not read, which would wait for it, nor are those of any where a
-    mode is active, as they may have none. What torch does not have is checked always:
-    ``decay_form``, ``base_lr`` above 0, ``ema_decay`` in [0, 1].
+    the rule's numbers are any numbers here, or tensors of one element. The values of those on an
+    accelerator are not read, which would wait for it, nor are those of any where a mode is active,
+    as they may have none. What torch does not have is checked always: ``decay_form``, ``base_lr``
+    above 0, ``ema_decay`` in [0, 1].
     """
-    for key in (*NUMBERS, "betas", *FLAGS):
+    for key in (*dict.fromkeys(number.key for number in rule.numbers), *rule.flags):
         if key not in group:
             raise ValueError(f"{key!r} is missing{where}: a step needs it; torch's groups have it")
 
-    def check(key: str, label: str, value: Any) -> None:
+    for number in rule.numbers:
+        if number.index is not None:
+            _check_pair(number.key, group[number.key], where)
+        value = number.of(group)
         if isinstance(value, Tensor):
             if value.numel() != 1:
-                raise ValueError(f"Tensor {key} must be 1-element{where}")
+                raise ValueError(f"Tensor {number.name} must be 1-element{where}")
             if value.device.type != "cpu" or modes.are_active() or not is_plain(value):
-                return
+                continue
         try:
             math.fabs(value)  # as the native module reads it: a string is no number
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"Invalid {label}: {value!r} is not a number{where}") from error
-
-    for key, label in NUMBERS.items():
-        check(key, label, group[key])
-    betas = group["betas"]
-    try:
-        pair = tuple(betas) if len(betas) == 2 else None
-    except TypeError:
-        pair = None
-    if pair is None:
-        raise ValueError(f"Invalid betas: {betas!r} is not a pair{where}")
-    for index, beta in enumerate(pair):
-        check(f"betas[{index}]", f"beta parameter at index {index}", beta)
-    for key in FLAGS:
+            raise ValueError(
+                f"Invalid {number.label}: {value!r} is not a number{where}"
+            ) from error
+    for key in rule.flags:
         try:
             bool(group[key])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"Invalid {key}: {group[key]!r} is not a flag{where}") from error
 
     check_own_options(group, where)
+
+
+def _check_pair(key: str, value: Any, where: str) -> None:
+    try:
+        is_pair = len(value) == 2 and tuple(value) is not None
+    except TypeError:
+        is_pair = False
+    if not is_pair:
+        raise ValueError(f"Invalid {key}: {value!r} is not a pair{where}")
 
 
 def check_own_options(group: dict[str, Any], where: str) -> None:
@@ -134,23 +130,21 @@ def check_own_options(group: dict[str, Any], where: str) -> None:
         raise ValueError(f"Invalid ema_decay: {ema_decay!r} is not in [0, 1]{where}")
 
 
-def pack_groups(groups: list[dict[str, Any]]) -> bytes:
-    """The groups' hyper-parameters as the table of ``Hyper`` structs in kernels/tables.h.
+def pack_groups(groups: list[dict[str, Any]], rule: Rule) -> bytes:
+    """The groups' hyper-parameters as the table of ``Hyper`` structs in kernels/layout.h.
 
     Tensors are read on the host. The native module packs without that; this is for where it is
     missing.
     """
     table = b""
     for group in groups:
-        beta1, beta2 = group["betas"]
         form = decay_form(group)
-        weight_decay = group["weight_decay"] / (group["base_lr"] if form == "independent" else 1)
-        numbers = (group["lr"], beta1, beta2, group["eps"], weight_decay)
-        ema_decay = group.get("ema_decay") or 0.0
-        kinds = (0, 0, 0)  # numbers, all of them
+        lr, weight_decay, *others = (float(number.of(group)) for number in rule.numbers)
+        weight_decay /= group["base_lr"] if form == "independent" else 1
+        kinds = (0,) * len(rule.numbers)  # numbers, all of them
         table += struct.pack(
-            "<6d5B3x",
-            *map(float, (*numbers, ema_decay)),
+            "<6d7Bx",
+            *(lr, weight_decay, *others, group.get("ema_decay") or 0.0),
             *kinds,
             DECAY_FORMS.index(form),
             bool(group["maximize"]),

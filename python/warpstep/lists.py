@@ -10,29 +10,41 @@ import torch
 from torch import Tensor
 
 from warpstep import backends
-
-TensorLists = Sequence[list[Tensor]]  # as NAMES
+from warpstep.rules import ADAMW, Rule
 
 
 class Options(NamedTuple):
     """What a step takes beside its lists. ``_native.list_options`` has the same fields."""
 
     lr: float | Tensor
-    beta1: float
-    beta2: float
-    weight_decay: float
-    eps: float
-    amsgrad: bool
+    numbers: tuple[float, ...]  # the rule's others, in the order of Rule.numbers
     maximize: bool
-    coupled: bool  # Adam's decay, else AdamW's
+    coupled: bool  # else the decay is decoupled
     grad_scale: Tensor | None
     found_inf: Tensor | None
     advance_steps: bool
     unscale_grads: bool
 
 
-# As aten::_fused_adamw_ takes them: an entry a tensor; without amsgrad the fifth is ignored.
+class Lists(NamedTuple):
+    """The lists of one call, with an entry a tensor in each."""
+
+    rule: Rule
+    names: tuple[str, ...]
+    tensors: Sequence[list[Tensor]]  # params, grads, the rule's moments, step counters
+
+
+# As aten::_fused_adamw_ takes them: without amsgrad the fifth counts for nothing.
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+_WITHOUT = (*NAMES[:4], NAMES[5])
+
+
+def adam_lists(tensors: Sequence[list[Tensor]], amsgrad: bool) -> Lists:
+    """The lists of a call whose arguments are `NAMES`."""
+    if amsgrad:
+        return Lists(ADAMW, NAMES, tensors)
+    return Lists(ADAMW, _WITHOUT, (*tensors[:4], tensors[5]))
+
 
 Tables = tuple[Tensor, ...]
 RESIDENT_BYTES = 32 << 20  # of tables kept on GPUs: those of some 300,000 tensors

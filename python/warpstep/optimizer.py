@@ -20,6 +20,7 @@ from warpstep.groups import Members
 from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
 from warpstep.plan import Options, Plan
 from warpstep.recipes import FORMATS, one_of
+from warpstep.rules import Rule
 from warpstep.state import names_of
 from warpstep.statistics import Statistics
 from warpstep.tail import Tail
@@ -33,6 +34,7 @@ class Optimizer(Averaging, ClipsGradNorm):
     """What every optimizer of warpstep has, beside one of torch's classes that it is derived from.
 
     Attributes:
+        rule: what it steps by.
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
         state_dtype: the dtype of new moments; None for each parameter's own.
         plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
@@ -40,6 +42,7 @@ class Optimizer(Averaging, ClipsGradNorm):
             device and dtypes; and one for those that the reference steps.
     """
 
+    rule: Rule
     backend: BackendName = "auto"
     state_dtype: torch.dtype | None = None
     stats: bool = False
@@ -86,7 +89,7 @@ class Optimizer(Averaging, ClipsGradNorm):
             self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
         for index, group in enumerate(self.param_groups):
             complete_group(group, self.defaults)
-            check_group(group, f" (in parameter group {index})")
+            check_group(group, self.rule, f" (in parameter group {index})")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
@@ -189,7 +192,8 @@ class Optimizer(Averaging, ClipsGradNorm):
                 "a step on the same parameters and state before capturing"
             )
         self.plan = None  # never a stale one, should the next line raise
-        self.plan = kind(self, Options(self.backend, self.state_dtype, self.ema_dtype))
+        options = Options(self.rule, self.backend, self.state_dtype, self.ema_dtype)
+        self.plan = kind(self, options)
         return self.plan
 
     def _plan_of_grads(self) -> Plan | None:
@@ -277,4 +281,4 @@ class Optimizer(Averaging, ClipsGradNorm):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        checkpoint.load(self, state_dict, self.state_dtype)
+        checkpoint.load(self, self.rule, state_dict, self.state_dtype)

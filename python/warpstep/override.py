@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from warpstep import backends, shortcut
-from warpstep.lists import Options, stepper
+from warpstep.lists import Options, adam_lists, stepper
 
 OPERATORS = ("_fused_adamw_", "_fused_adamw_.tensor_lr", "_fused_adam_", "_fused_adam_.tensor_lr")
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
@@ -70,11 +70,7 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
         lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
         options = Options(
             lr,
-            beta1,
-            beta2,
-            weight_decay,
-            eps,
-            amsgrad,
+            (weight_decay, beta1, beta2, eps),
             maximize,
             coupled,
             grad_scale,
@@ -82,8 +78,10 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
             advance_steps=False,
             unscale_grads=True,
         )
+        given = adam_lists(lists, amsgrad)
         reason = reason or step(
-            lists,
+            given.rule.name,
+            given.tensors,
             options,
             cuda=cuda,
             dispatched=True,

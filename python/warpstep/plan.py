@@ -21,21 +21,22 @@ from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.python_plan import PythonPlan
-from warpstep.recipes import Recipe, dtype_name, real_dtype
+from warpstep.recipes import Recipe, real_dtype
+from warpstep.rules import Rule
 from warpstep.shards import layout_of, own_part, whole
 from warpstep.state import (
-    MOMENTS,
     check_device_for_fused,
     check_gradient,
     completed,
     is_walkable,
     match_layout,
-    moments_dtype,
     parameter_name,
 )
 from warpstep.statistics import Statistics, statistics_of
 from warpstep.tail import Tail
 
+# Flags that choose an implementation; and torch's flag for the form of decay.
+_PLANNED_FOR, _DECOUPLED = ("fused", "capturable", "differentiable"), "decoupled_weight_decay"
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
 
@@ -44,6 +45,7 @@ NO_STATE, PYTHON_ONLY = -1, -2
 class Options:
     """What an optimizer asks of its plans: see its class."""
 
+    rule: Rule
     backend: str = "auto"
     state_dtype: torch.dtype | None = None  # of new moments
     ema_dtype: torch.dtype | None = None  # of new averages
@@ -69,7 +71,7 @@ class Plan:
         self.repeated: list[Entry] = []
         groups = optimizer.param_groups
         for index, group in enumerate(groups):
-            check_group(group, f" (in parameter group {index})")
+            check_group(group, options.rule, f" (in parameter group {index})")
             if not isinstance(params := group.get("params"), (list, tuple)):
                 raise TypeError(
                     f"the 'params' of parameter group {index} are {params!r}, expected a list of "
@@ -118,18 +120,27 @@ class Plan:
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
         """What holds the tensors of the buckets, looks at them at each step and launches."""
         module, _ = backends.native()
+        rule = self.options.rule
         if module is None:
-            return PythonPlan(optimizer, [bucket.entries for bucket in self.buckets])
+            return PythonPlan(optimizer, rule, [bucket.entries for bucket in self.buckets])
+        keys = module.GroupKeys(
+            numbers=[(n.key, -1 if n.index is None else n.index) for n in rule.numbers],
+            switches=rule.switches(),
+            flags=[key for key in rule.flags if key in _PLANNED_FOR],
+            decoupled=_DECOUPLED if _DECOUPLED in rule.flags else None,
+        )
         return module.Plan(
             state=optimizer.state,
             param_groups=optimizer.param_groups,
+            keys=keys,
             assignments=assignments,
             buckets=[
                 module.BucketSpec(
                     backend=b.backend if b.is_native else "external",
-                    **dict(zip(("param", "grad", "moment"), b.recipe.names(), strict=True)),
-                    amsgrad=b.recipe.amsgrad,
-                    ema=None if b.recipe.ema is None else dtype_name(b.recipe.ema),
+                    rule=b.recipe.rule,
+                    formats=b.recipe.formats(),
+                    keys=b.recipe.keys(),
+                    counter="step" if b.recipe.counts_steps else None,
                 )
                 for b in self.buckets
             ],
@@ -145,29 +156,34 @@ class Plan:
             check_device_for_fused(entry.name, param)
         chosen = backends.choose(self.options.backend, param.device)
 
-        amsgrad = bool(group["amsgrad"])
-        on_device = chosen != "reference" or group["fused"] or group["capturable"]
+        rule = self.options.rule
+        on_device = chosen != "reference" or group["fused"] or group.get("capturable")
         entry.new_state = completed(
             entry.name,
             param,
             entry.state,
-            amsgrad=amsgrad,
+            rule,
+            group,
             state_dtype=self.options.state_dtype,
             step_device=param.device if on_device else torch.device("cpu"),
-            ema=group.get("ema_decay") is not None,
             wanted_ema_dtype=self.options.ema_dtype,
         )
-        state = {**entry.state, **(entry.new_state or {})}
-        moment = moments_dtype(state, amsgrad)
-        if moment is None or repeated or chosen == "reference":
+        if repeated or chosen == "reference":
             return
-        moments = [state[key] for key in (MOMENTS if amsgrad else MOMENTS[:2])]
-        ema = None
-        if group.get("ema_decay") is not None:
-            ema = real_dtype(state["ema"].dtype)
-            moments.append(state["ema"])
-        recipe = Recipe(real_dtype(param.dtype), real_dtype(grad.dtype), moment, amsgrad, ema)
-        walkable = is_walkable(param, grad, moments, state["step"])
+        state = {**entry.state, **(entry.new_state or {})}
+        moments = [state[key] for key in rule.moments_of(group)]
+        ema = state["ema"] if group.get("ema_decay") is not None else None
+        step = state["step"] if rule.counts_steps(group) else None
+        recipe = Recipe(
+            rule.name,
+            real_dtype(param.dtype),
+            real_dtype(grad.dtype),
+            tuple(real_dtype(moment.dtype) for moment in moments),
+            None if ema is None else real_dtype(ema.dtype),
+            step is not None,
+        )
+        operands = [*moments, *(() if ema is None else (ema,))]
+        walkable = is_walkable(param, grad, operands, step)
         if walkable and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
 
@@ -278,7 +294,9 @@ class Plan:
         computed = []
         for entry, (_, _, grad) in zip(entries, mentions, strict=True):
             group_of = optimizer.param_groups[entry.group]
-            one = reference.computed(entry.param, grad, entry.state, group_of, tail, taken)
+            one = reference.computed(
+                entry.param, grad, entry.state, group_of, self.options.rule, tail, taken
+            )
             computed.append(one)
         return computed
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from warpstep.clipping import RememberedGrad
 from warpstep.entries import Entry, with_grads
 from warpstep.hypers import pack_groups
+from warpstep.rules import Rule
 from warpstep.shards import own_part
 from warpstep.state import match_layout
 
@@ -25,7 +26,8 @@ class PythonPlan:
     Its methods are those of ``_native.Plan`` (see csrc/plan.h).
     """
 
-    def __init__(self, optimizer: Optimizer, buckets: list[list[Entry]]) -> None:
+    def __init__(self, optimizer: Optimizer, rule: Rule, buckets: list[list[Entry]]) -> None:
+        self._rule = rule
         self._groups = optimizer.param_groups
         self._entries = buckets
         self._found: list[dict[Entry, Gathered]] = [
@@ -84,8 +86,8 @@ class PythonPlan:
         return array("q", addresses).tobytes()
 
     def hyper_table(self, _bucket: int) -> bytes:
-        """The groups' hyper-parameters, as in kernels/tables.h."""
-        return pack_groups(self._groups)
+        """The groups' hyper-parameters, as in kernels/layout.h."""
+        return pack_groups(self._groups, self._rule)
 
     def launch(
         self, _threads: int, _tensors: Any, *, zero_grads: bool, unscale_grads: bool

@@ -1,4 +1,4 @@
-"""Recipes: the dtypes of one parameter's streams, which decide the kernel that runs it."""
+"""Recipes: a rule and the dtypes of a parameter's operands, which decide the kernel that runs it."""
 
 from __future__ import annotations
 
@@ -6,35 +6,52 @@ from typing import NamedTuple
 
 import torch
 
+from warpstep.rules import RULES
+
 _REAL_OF_COMPLEX = {
     torch.complex32: torch.float16,
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
 }
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOMENTS = 3  # that a rule has at most: as many operands there are between `param` and `ema`
 
 
 class Recipe(NamedTuple):
-    """The dtypes of a parameter, its gradient and its moments, complex ones as their real part's.
+    """A rule, and the dtypes of what it works on, complex ones as their real part's.
 
-    ``amsgrad`` tells whether there is a ``max_exp_avg_sq``, which has the moments' dtype; ``ema``
-    is the dtype of the parameter's average, or None where none is kept.
+    ``ema`` is the dtype of the parameter's average, or None where none is kept.
     """
 
+    rule: str
     param: torch.dtype
     grad: torch.dtype
-    moment: torch.dtype
-    amsgrad: bool
+    moments: tuple[torch.dtype, ...]
     ema: torch.dtype | None = None
+    counts_steps: bool = True
 
-    def names(self) -> tuple[str, str, str]:
-        """Names of the three dtypes, as the native module spells them."""
-        return dtype_name(self.param), dtype_name(self.grad), dtype_name(self.moment)
+    def formats(self) -> tuple[str | None, ...]:
+        """The name of each operand's format, in the order of ``Operand`` in kernels/layout.h."""
+        none = (None,) * (MOMENTS - len(self.moments))
+        dtypes = (self.param, *self.moments, *none, self.ema, self.grad)
+        return tuple(None if dtype is None else dtype_name(dtype) for dtype in dtypes)
+
+    def keys(self) -> tuple[str | None, ...]:
+        """What a parameter's state calls each operand, in that order; None for what is not there."""
+        none = (None,) * (MOMENTS - len(self.moments))
+        ema = None if self.ema is None else "ema"
+        return (None, *RULES[self.rule].moments[: len(self.moments)], *none, ema, None)
 
     def __str__(self) -> str:
-        param, grad, moment = self.names()
-        text = param if param == grad == moment else f"{param}, {grad} gradients, {moment} moments"
-        text += ", amsgrad" if self.amsgrad else ""
+        param, grad = dtype_name(self.param), dtype_name(self.grad)
+        moments = sorted({dtype_name(dtype) for dtype in self.moments})
+        text = param
+        if {param, grad, *moments} != {param}:
+            of_moments = f", {' and '.join(moments)} moments" if moments else ""
+            text = f"{param}, {grad} gradients{of_moments}"
+        optional = RULES[self.rule].optional
+        for key in RULES[self.rule].moments[: len(self.moments)]:
+            text += f", {optional[key]}" if key in optional else ""
         return text + (f", {dtype_name(self.ema)} average" if self.ema is not None else "")
 
 

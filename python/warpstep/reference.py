@@ -1,12 +1,12 @@
-"""The rule in plain PyTorch: what the tests compare the kernels with, and the last fallback.
+"""A step in plain PyTorch: what the tests compare the kernels with, and the last fallback.
 
-It takes any device, layout and dtype that torch's own operations take. The formula is the one of
-kernels/rule.h, with the same variable names; only its fused multiply-adds are two operations here.
+It takes any device, layout and dtype that torch's own operations take. The formulas are those of
+kernels/tail.h and kernels/rules/, with the same variable names; only their fused multiply-adds are
+two operations here.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
+from warpstep.rules import Rule
 from warpstep.shards import own_part
 from warpstep.state import is_plain
 from warpstep.tail import Tail
@@ -25,34 +26,23 @@ from warpstep.tail import Tail
 Number = float | Tensor
 
 
-@dataclass(frozen=True)
-class Constants:
-    """What the rule needs of the hyper-parameters and the step counter (kernels/rule.h)."""
-
-    decay: Number
-    step_size: Number
-    eps_hat: Number
-    root_scale: Number
-    weight1: Number
-    weight2: Number
-    beta2: Number
-
-
 def constants_of(
     group: dict[str, Any],
-    step: Tensor,
+    rule: Rule,
+    step: Tensor | None,
     device: torch.device,
     compute: torch.dtype,
     on_host: bool = True,
-) -> Constants:
-    """From float64, for step number ``step``: tensors that no host reads, or numbers.
+) -> tuple[Any, Number]:
+    """The rule's constants and what decays, for step number ``step``: worked out in float64.
 
-    Tensors with ``capturable``, without ``on_host``, and where a hyper-parameter has no value to be
-    read (on the meta device, or fake).
+    They are tensors that no host reads with ``capturable``, without ``on_host``, and where a
+    hyper-parameter has no value to be read (on the meta device, or fake); else numbers.
     """
-    given = (step, group["lr"], *group["betas"])
-    stays = bool(group["capturable"]) or not on_host
-    stays = stays or not all(is_plain(own_part(g)) for g in given if isinstance(g, Tensor))
+    given = [number.of(group) for number in rule.numbers]
+    tensors = [g for g in (step, *given) if isinstance(g, Tensor)]
+    stays = bool(group.get("capturable")) or not on_host
+    stays = stays or not all(is_plain(own_part(tensor)) for tensor in tensors)
 
     # Tensors also for numbers: Python's raise where IEEE's become infinite or NaN.
     def value(hyper: Any) -> Tensor:
@@ -60,28 +50,14 @@ def constants_of(
             return hyper.to(device, torch.float64, non_blocking=True).squeeze()
         return torch.scalar_tensor(float(hyper), dtype=torch.float64, device="cpu")
 
-    t, lr = value(step), value(group["lr"])
-    beta1, beta2 = (value(beta) for beta in group["betas"])
-    eps = float(group["eps"])
-    if compute == torch.float32:
-        eps = ctypes.c_float(eps).value  # as torch adds it
-    weight_decay = float(group["weight_decay"])
-    multiple = lr / group["base_lr"] if decay_form(group) == "independent" else lr
-    bias_correction1 = 1 - beta1**t
-    bias_correction2_sqrt = (1 - beta2**t).sqrt()
-    eps_hat = eps * bias_correction2_sqrt
-    scales_root = (eps_hat.abs() < torch.finfo(compute).tiny) & (eps != 0)
-    scale = 2.0**48
-    constants = (
-        multiple * weight_decay,
-        lr / bias_correction1 * torch.where(scales_root, scale, bias_correction2_sqrt),
-        torch.where(scales_root, eps * scale, eps_hat),
-        torch.where(scales_root, scale / bias_correction2_sqrt, 1),
-        1 - beta1,
-        1 - beta2,
-        beta2,
-    )
-    return Constants(*(c if stays else c.item() for c in constants))
+    numbers = tuple(value(hyper) for hyper in given)
+    t = value(2.0 if step is None else step)  # as kUncounted in kernels/tail.h has it
+    constants = rule.constants(numbers, t, compute)
+    lr, weight_decay = numbers[:2]
+    decay = (lr / group["base_lr"] if decay_form(group) == "independent" else lr) * weight_decay
+    if stays:
+        return constants, decay
+    return type(constants)(*(c.item() for c in constants)), decay.item()
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -100,7 +76,7 @@ class Computed:
 
     param: Tensor
     stores: list[tuple[Tensor, Tensor | None]]  # a tensor, and its new value; None for zeros
-    sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/tables.h
+    sums: Tensor | None = None  # float64[4]: Tail::statistics of kernels/layout.h
 
 
 @torch.no_grad()
@@ -109,21 +85,21 @@ def computed(
     grad: Tensor,
     state: dict[str, Tensor],
     group: dict[str, Any],
+    rule: Rule,
     tail: Tail | None = None,
     taken: bool | Tensor = True,
     on_host: bool = True,
 ) -> Computed:
-    """One step of AdamW, or of Adam with coupled decay, on one parameter: what to store, and where.
+    """One step of one parameter: what to store, and where.
 
-    ``state`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, under amsgrad, ``max_exp_avg_sq``,
-    and ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``,
-    or without ``on_host``, no value is read on the host, nor is that of a tensor that has none (on
-    the meta device, or fake). ::
+    ``state`` holds the rule's moments, ``step`` where steps are counted, and ``ema`` where there is
+    an average; ``group`` torch's hyper-parameters. With ``capturable``, or without ``on_host``, no
+    value is read on the host, nor is that of a tensor that has none (on the meta device, or fake).
+    ::
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
-        m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
-        u <- step_size * m / (sqrt(v) + eps_hat)
-        p <- p - (decay * d + u)           with decay and d by the form of decay (kernels/rule.h)
+        u <- the rule's update
+        p <- p - (decay * d + u)        with decay and d by the form of decay (kernels/rules/decay.h)
         ema <- ema + (1 - ema_decay) * (p - ema)
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is
@@ -131,40 +107,29 @@ def computed(
     is not ``taken`` there are at most the sums and the zeroed or unscaled gradient; if ``taken`` is
     a tensor, what is stored is chosen by it.
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
-    (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237);
-    cautious decay: Chen et al. (https://arxiv.org/abs/2510.12402).
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithms 1 and 2
+    (https://arxiv.org/abs/1711.05101); cautious decay: Chen et al.
+    (https://arxiv.org/abs/2510.12402).
     """
     tail = tail or Tail()
 
-    new_step = state["step"] + 1
+    new_step = state["step"] + 1 if rule.counts_steps(group) else None
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
-    c = constants_of(group, new_step, param.device, compute, on_host)
-    streams = (param, grad, state["exp_avg"], state["exp_avg_sq"])
-    p, g, m, v = (real_view(t.detach()).to(compute) for t in streams)
-    raw = g
-    g = unscaled(g, tail)
+    c, decay = constants_of(group, rule, new_step, param.device, compute, on_host)
+    p, raw = (real_view(t.detach()).to(compute) for t in (param, grad))
+    new = {key: real_view(state[key].detach()).to(compute) for key in rule.moments_of(group)}
+    g = unscaled(raw, tail)
     if group["maximize"]:
         g = -g
     form, weight_decay = decay_form(group), float(group["weight_decay"])
     if weight_decay != 0 and form == "coupled":
         g = g + weight_decay * p
-
-    weight1 = c.weight1.to(compute) if isinstance(c.weight1, Tensor) else c.weight1
-    m = torch.lerp(m, g, weight1)
-    v = torch.where(v.isfinite(), v - c.weight2 * v, c.beta2 * v) + c.weight2 * g * g
-    new = {"exp_avg": m, "exp_avg_sq": v}
-    peak = v
-    if group["amsgrad"]:
-        peak = torch.maximum(real_view(state["max_exp_avg_sq"]).to(compute), v)
-        new["max_exp_avg_sq"] = peak
-
-    update = c.step_size * (m / (peak.sqrt() * c.root_scale + c.eps_hat))
+    update = rule.update(c, g, new)
     if weight_decay != 0 and form != "coupled":
         d = p.sign() if form == "l1" else _finite_or_zero(p)
         if form == "cautious":
             d = d.masked_fill(p.sign() * update.sign() < 0, 0)
-        update = c.decay * d + update
+        update = decay * d + update
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         if isinstance(taken, Tensor):
@@ -173,7 +138,7 @@ def computed(
 
     # What is stored of it, rounded: the average and the statistics see that.
     after = chosen((p - update).to(real_dtype(param.dtype)), real_view(param.detach()))
-    if group.get("ema_decay") is not None:
+    if group.get("ema_decay") is not None and new_step is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
         weight = (1 - kept).to(average.device, compute)
@@ -182,8 +147,9 @@ def computed(
     stores: list[tuple[Tensor, Tensor | None]] = []
     if taken is not False:
         stores = [(state[key], chosen(new[key], real_view(state[key]))) for key in new]
-        step_after = chosen(new_step, state["step"])
-        stores = [(state["step"], step_after), (param, after), *stores]
+        stores = [(param, after), *stores]
+        if new_step is not None:
+            stores = [(state["step"], chosen(new_step, state["step"])), *stores]
     if tail.zero_grads:
         stores.append((grad, None))
     elif tail.unscales:

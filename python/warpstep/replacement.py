@@ -12,7 +12,8 @@ from torch import Tensor
 from warpstep.adam import Adam
 from warpstep.adamw import AdamW
 from warpstep.hypers import check_group
-from warpstep.state import MOMENTS, describe, missing_keys, parameter_name
+from warpstep.rules import ADAMW
+from warpstep.state import describe, missing_keys, parameter_name
 
 _CLASSES: dict[type, type[Adam]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
 
@@ -102,7 +103,7 @@ def _check(optimizer: torch.optim.Adam) -> None:
                 "Set it to True for AdamW's decay, False for Adam's."
             )
         try:
-            check_group(group, f" (in parameter group {g})")
+            check_group(group, ADAMW, f" (in parameter group {g})")
         except ValueError as error:
             raise TypeError(f"replace() cannot take over: {error}") from error
         for i, param in enumerate(group["params"]):
@@ -116,11 +117,11 @@ def _check(optimizer: torch.optim.Adam) -> None:
             state = optimizer.state.get(param)
             if not state:
                 continue
-            if missing := missing_keys(state, bool(group.get("amsgrad"))):
+            if missing := missing_keys(state, ADAMW, group):
                 raise TypeError(
                     f"{name} has a state without {missing}: torch cannot step it either"
                 )
-            for key in MOMENTS:
+            for key in ADAMW.moments:
                 _check_moment(name, key, param, state.get(key))
             step: Any = state["step"]
             if not isinstance(step, (int, float)) and not (

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, modes
-from warpstep.lists import Options, stepper
+from warpstep.lists import Options, adam_lists, stepper
 
 NAME = "_fused_adam"
 KNOWN = [
@@ -55,11 +55,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
             cuda = device.type == "cuda" and not backends.unavailable_reason("cuda", device)
             taken = Options(
                 options["lr"],
-                beta1,
-                beta2,
-                options["weight_decay"],
-                options["eps"],
-                options["amsgrad"],
+                (options["weight_decay"], beta1, beta2, options["eps"]),
                 options["maximize"],
                 not options["decoupled_weight_decay"],
                 grad_scale,
@@ -67,8 +63,13 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
                 advance_steps=True,
                 unscale_grads=True,
             )
-            reason = step(
+            lists = adam_lists(
                 (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
+                options["amsgrad"],
+            )
+            reason = step(
+                lists.rule.name,
+                lists.tensors,
                 taken,
                 cuda=cuda,
                 dispatched=False,

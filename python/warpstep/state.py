@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import dtype_name, ema_dtype, ema_dtypes, moment_dtype, real_dtype
+from warpstep.recipes import dtype_name, ema_dtype, ema_dtypes, moment_dtype
+from warpstep.rules import Rule
 from warpstep.shards import holds_values, layout_of, own_part
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def describe(tensor: Tensor) -> str:
@@ -84,12 +83,15 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def is_walkable(param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor) -> bool:
+def is_walkable(
+    param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor | None
+) -> bool:
     """Whether kernels can walk a parameter's tensors side by side, or this process's shards.
 
     A gradient may have other strides: it is copied.
     """
-    if not all(is_plain(own_part(t)) for t in (param, grad, *moments)) or not is_plain(step):
+    parts = [own_part(t) for t in (param, grad, *moments)] + ([] if step is None else [step])
+    if not all(is_plain(part) for part in parts):
         return False
     layout, own = layout_of(param), own_part(param)
     if not holds_values(layout) or any(layout_of(t) != layout for t in (grad, *moments)):
@@ -115,8 +117,8 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
-            f"Adam does not support sparse gradients, please consider SparseAdam instead: {name} "
-            f"has a gradient of layout {grad.layout}"
+            f"sparse gradients are not supported (for Adam, torch.optim.SparseAdam does): {name} has "
+            f"a gradient of layout {grad.layout}"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
@@ -156,51 +158,47 @@ def check_device_for_fused(name: str, param: Tensor) -> None:
         )
 
 
-def missing_keys(state: dict[str, Any], amsgrad: bool) -> list[str]:
+def missing_keys(state: dict[str, Any], rule: Rule, group: dict[str, Any]) -> list[str]:
     """What a parameter that was stepped has in its state, and this one lacks."""
-    keys = ("step", *(MOMENTS if amsgrad else MOMENTS[:2]))
-    return [key for key in keys if state.get(key) is None]
+    if not rule.is_whole:
+        return []
+    return [key for key in ("step", *rule.moments_of(group)) if state.get(key) is None]
 
 
 def completed(
     name: str,
     param: Tensor,
     state: dict[str, Any],
+    rule: Rule,
+    group: dict[str, Any],
     *,
-    amsgrad: bool,
     state_dtype: torch.dtype | None,
     step_device: torch.device,
-    ema: bool = False,
     wanted_ema_dtype: torch.dtype | None = None,
 ) -> dict[str, Any] | None:
     """The tensors that ``state`` lacks or has in another form than a step needs; None if none.
 
-    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. With ``ema`` there
-    is an average of the parameter, which begins as the parameter; one of a dtype that no kernel
-    takes is converted. Raises RuntimeError where a tensor of the state does not fit ``param``, or
-    where a state that was begun has lost one.
+    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. In a group with an
+    ``ema_decay`` there is an average of the parameter, which begins as the parameter; one of a
+    dtype that no kernel takes is converted. Raises RuntimeError where a tensor of the state does
+    not fit ``param``, or where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
-    missing = missing_keys(state, amsgrad)
-    if missing and any(state.get(key) is not None for key in ("step", *MOMENTS)):
+    missing = missing_keys(state, rule, group)
+    if missing and any(state.get(key) is not None for key in ("step", *rule.moments)):
         raise RuntimeError(
             f"{name}: its state has {', '.join(map(repr, state))} and no "
             f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
             "parameter's whole state to begin it anew."
         )
-    step = state.get("step")
-    if step is None:
-        new["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-    elif isinstance(step, (int, float)):
-        new["step"] = torch.tensor(float(step), dtype=torch.float32, device=step_device)
-    elif not isinstance(step, Tensor) or step.numel() != 1 or is_freed(step):
-        found = describe(step) if isinstance(step, Tensor) else repr(step)
-        raise RuntimeError(f"{name}: its state 'step' is {found}, expected one number")
-    elif step.dtype != torch.float32 or step.device != step_device:
-        new["step"] = step.to(step_device, torch.float32)
+    if rule.counts_steps(group):
+        begun = any(state.get(key) is not None for key in rule.moments)  # and did not count
+        step = _completed_step(name, state.get("step"), step_device, 1.0 if begun else 0.0)
+        if step is not None:
+            new["step"] = step
 
-    keys = MOMENTS if amsgrad else MOMENTS[:2]
-    for key in (*keys, "ema") if ema else keys:
+    ema = group.get("ema_decay") is not None
+    for key in (*rule.moments_of(group), *(("ema",) if ema else ())):
         moment = state.get(key)
         if moment is None and key == "ema":
             with torch.no_grad():
@@ -241,7 +239,17 @@ def completed(
     return new or None
 
 
-def moments_dtype(state: dict[str, Any], amsgrad: bool) -> torch.dtype | None:
-    """The real dtype that all moments of a complete state share; None if they differ."""
-    dtypes = {real_dtype(state[key].dtype) for key in (MOMENTS if amsgrad else MOMENTS[:2])}
-    return dtypes.pop() if len(dtypes) == 1 else None
+def _completed_step(
+    name: str, step: Any, device: torch.device, beginning: float
+) -> Tensor | None:
+    """A step counter on ``device`` in place of ``step``; None where that is one."""
+    if step is None:
+        return torch.full((), beginning, dtype=torch.float32, device=device)
+    if isinstance(step, (int, float)):
+        return torch.tensor(float(step), dtype=torch.float32, device=device)
+    if not isinstance(step, Tensor) or step.numel() != 1 or is_freed(step):
+        found = describe(step) if isinstance(step, Tensor) else repr(step)
+        raise RuntimeError(f"{name}: its state 'step' is {found}, expected one number")
+    if step.dtype != torch.float32 or step.device != device:
+        return step.to(device, torch.float32)
+    return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpstep import batching, functional
-from warpstep.lists import Options
+from warpstep.lists import Options, adam_lists
 
 OPERATORS = ("adamw_", "adam_")
 KEYS = ("CPU", "CUDA", "XPU")
@@ -53,20 +53,16 @@ def _implementation(coupled: bool) -> Callable[..., None]:
     ) -> None:
         options = Options(
             lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
+            numbers=(weight_decay, beta1, beta2, eps),
             maximize=maximize,
+            coupled=coupled,
             grad_scale=grad_scale,
             found_inf=found_inf,
             advance_steps=advance_steps,
             unscale_grads=unscale_grads,
-            coupled=coupled,
         )
-        streams = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps]
-        functional.run(streams, options, dispatched=True)
+        tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        functional.run(adam_lists(tensors, amsgrad), options, dispatched=True)
 
     return step_
 

@@ -17,11 +17,15 @@ from warpstep.entries import Entry, WithGrad, with_grads
 from warpstep.hypers import decay_form
 from warpstep.plan import Plan
 from warpstep.python_plan import PythonPlan
+from warpstep.rules import ADAMW, Rule
 from warpstep.shards import holds_values, layout_of, own_part, summed
-from warpstep.state import MOMENTS
 from warpstep.tail import Tail
 
-OPERATORS = {"decoupled": functional.adamw_, "coupled": functional.adam_}  # by form of decay
+# By rule and form of decay.
+OPERATORS = {
+    (ADAMW, "decoupled"): functional.adamw_,
+    (ADAMW, "coupled"): functional.adam_,
+}
 
 Tensors = dict[str, Tensor]  # one parameter's: param, grad and its state
 
@@ -33,7 +37,7 @@ class WatchedPlan(Plan):
     """
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> PythonPlan:
-        return PythonPlan(optimizer, [])  # for this step only: there is nothing to compare with
+        return PythonPlan(optimizer, self.options.rule, [])  # for this step only: there is nothing to compare with
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)
@@ -61,7 +65,9 @@ class WatchedPlan(Plan):
         sharded: list[Tensor] = []
         for entry, param, grad in mentions:
             group, layout = optimizer.param_groups[entry.group], layout_of(param)
-            tensors = _tensors_of(param, grad, optimizer.state[param])
+            rule, state = self.options.rule, optimizer.state[param]
+            kept = {key: state[key] for key in ("step", *rule.moments, "ema") if key in state}
+            tensors = {"param": param, "grad": grad, **kept}
             by_parts = holds_values(layout) and all(
                 layout_of(tensor) == layout for key, tensor in tensors.items() if key != "step"
             )
@@ -69,15 +75,15 @@ class WatchedPlan(Plan):
                 tensors = {key: own_part(tensor) for key, tensor in tensors.items()}
                 if layout is not None:
                     sharded.append(param)
-            if by_parts and _is_for_operator(self.options.backend, group, tensors, tail):
+            if by_parts and self._is_for_operator(group, tensors, tail):
                 calls[entry.group, param.device].append(tensors)
                 continue
-            one = _computed(tensors, group, tail, on_host=not by_parts)
+            one = _computed(tensors, group, rule, tail, on_host=not by_parts)
             computed.append(one)
             if one.sums is not None:
                 sums[entry] = summed(one.sums, layout) if by_parts else one.sums
         for (index, device), of_call in calls.items():
-            _call_operator(of_call, optimizer.param_groups[index], tail, device)
+            _call_operator(of_call, optimizer.param_groups[index], self.options.rule, tail, device)
         with torch.no_grad():
             for one in computed:
                 for tensor, value in one.stores:
@@ -86,30 +92,28 @@ class WatchedPlan(Plan):
         increment_version(sharded)  # of which only the shards were written to
         return sums
 
+    def _is_for_operator(self, group: dict[str, Any], tensors: Tensors, tail: Tail) -> bool:
+        """Whether warpstep's operators can express one parameter's step, and are to take it."""
+        return not (
+            backends.choose(self.options.backend, tensors["param"].device) == "reference"
+            or tail.clip_coef is not None
+            or tail.statistics
+            or group.get("ema_decay") is not None
+            or (self.options.rule, decay_form(group)) not in OPERATORS
+            or any(isinstance(beta, Tensor) for beta in group["betas"])
+            or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors.values())
+        )
+
     def __str__(self) -> str:
         return f"operators, for a mode or a transform: {len(self.python_only)} tensors"
 
 
-def _tensors_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> Tensors:
-    kept = {key: state[key] for key in ("step", *MOMENTS, "ema") if key in state}
-    return {"param": param, "grad": grad, **kept}
-
-
-def _is_for_operator(backend: str, group: dict[str, Any], tensors: Tensors, tail: Tail) -> bool:
-    """Whether warpstep's operators can express one parameter's step, and are to take it."""
-    return not (
-        backends.choose(backend, tensors["param"].device) == "reference"
-        or tail.clip_coef is not None
-        or tail.statistics
-        or group.get("ema_decay") is not None
-        or decay_form(group) not in OPERATORS
-        or any(isinstance(beta, Tensor) for beta in group["betas"])
-        or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors.values())
-    )
-
-
 def _call_operator(
-    tensors: list[Tensors], group: dict[str, Any], tail: Tail, device: torch.device
+    tensors: list[Tensors],
+    group: dict[str, Any],
+    rule: Rule,
+    tail: Tail,
+    device: torch.device,
 ) -> None:
     """One call for tensors of one group on one device."""
 
@@ -120,7 +124,7 @@ def _call_operator(
     beta1, beta2 = group["betas"]
     grad_scale, found_inf, _ = tail.on(device)
     with torch.no_grad():
-        OPERATORS[decay_form(group)](
+        OPERATORS[rule, decay_form(group)](
             stream("param"),
             stream("grad"),
             stream("exp_avg"),
@@ -140,7 +144,7 @@ def _call_operator(
 
 
 def _computed(
-    tensors: Tensors, group: dict[str, Any], tail: Tail, on_host: bool
+    tensors: Tensors, group: dict[str, Any], rule: Rule, tail: Tail, on_host: bool
 ) -> reference.Computed:
     """One parameter's step by the reference; whether it is taken is not read on the host."""
     taken: bool | Tensor = True
@@ -149,5 +153,5 @@ def _computed(
         taken = bool(taken) if on_host else taken
     state = {key: tensor for key, tensor in tensors.items() if key not in ("param", "grad")}
     return reference.computed(
-        tensors["param"], tensors["grad"], state, group, tail, taken, on_host=on_host
+        tensors["param"], tensors["grad"], state, group, rule, tail, taken, on_host=on_host
     )

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "adamw_cuda.h"
+#include "cuda/launch.h"
 
 namespace warpstep {
 namespace {
@@ -21,10 +21,10 @@ constexpr std::uint32_t kChunk = kCudaChunkLeast;
 struct Tensor {
   explicit Tensor(std::int64_t numel, std::uint32_t offset = 0)
       : param(offset + numel, 1), grad(param), exp_avg(param), exp_avg_sq(param), ema(param) {
-    row.param = param.data() + offset;
-    row.exp_avg = exp_avg.data() + offset;
-    row.exp_avg_sq = exp_avg_sq.data() + offset;
-    row.ema = ema.data() + offset;
+    row.operands[kParam] = param.data() + offset;
+    row.operands[kMoment] = exp_avg.data() + offset;
+    row.operands[kMoment + 1] = exp_avg_sq.data() + offset;
+    row.operands[kEma] = ema.data() + offset;
     row.numel = numel;
     row.chunks = count_chunks(numel, 0, kChunk);
     grad_address = grad.data() + offset;
@@ -51,26 +51,25 @@ int run() {
   }
   EXPECT(rows[0].chunks == 1 && rows[1].chunks == 3);
   Hyper hyper{};
-  hyper.lr.value = 1e-3;
-  hyper.beta1.value = 0.9;
-  hyper.beta2.value = 0.999;
-  hyper.eps = 1e-8;
+  const double numbers[kNumbers] = {1e-3, 0, 0.9, 0.999, 1e-8};
+  for (std::uint32_t i = 0; i < kNumbers; ++i) hyper.numbers[i].value = numbers[i];
   hyper.ema_decay = 0.9;
   hyper.decay = Decay::decoupled;
 
   const auto count = static_cast<std::uint32_t>(chunks.size());
   std::vector<std::uint32_t> arrivals(kTensors, 0);
   const CudaTables tables{rows.data(), chunks.data(), arrivals.data()};
-  constexpr RecipeKey kRecipe{Format::float32, Format::float32, Format::float32, false};
-  Launch launch{kRecipe, {}, rows.data(),   grads.data(), kTensors,
-                &hyper,  1,  chunks.data(), count,        kChunk};
+  RecipeKey recipe{RuleId::adamw, {}};
+  for (Operand operand : {kParam, kMoment, kGrad}) recipe.formats[operand] = Format::float32;
+  recipe.formats[kMoment + 1] = Format::float32;
+  Launch launch{recipe, {}, rows.data(),   grads.data(), kTensors,
+                &hyper, 1,  chunks.data(), count,        kChunk};
 
-  for (int step = 0; step < 2; ++step) EXPECT(adamw_cuda(launch, tables, 0, nullptr).error == 0);
+  for (int step = 0; step < 2; ++step) EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
   std::vector<double> statistics(kStatistics * count, 0);
   launch.tail.statistics = statistics.data();
-  launch.tail.ema = Format::float32;
-  launch.tail.has_ema = true;
-  EXPECT(adamw_cuda(launch, tables, 0, nullptr).error == 0);
+  launch.recipe.formats[kEma] = Format::float32;
+  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
   EXPECT(steps == std::vector<float>{3, 3, 3, 0});
   EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
   double squares = 0;
