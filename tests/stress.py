@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
+from support.environment import runnable_backends
 
 CHUNK = 16_384
 LR = 1e-3

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
+from support.environment import runnable_backends
 from test_functional import HYPERS, assert_same, clones, flat, streams
 from warpstep.functional import adamw_
 

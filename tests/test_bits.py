@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import INTERPRETED
+from support.environment import INTERPRETED
 from test_conformance import OPTIONS, RECIPES, make, optimizer_for, set_grad
 
 SIZES = (1, 5, 16, 100, 16384, 20011)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED
+from support.environment import EMULATED
 from test_functional import HYPERS, assert_same, clones, streams
 from warpstep import backends
 from warpstep.functional import adamw_

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import oracle
 import warpstep
-from environment import INTERPRETED
-from oracle import Options, Streams
+from support import oracle
+from support.environment import INTERPRETED
+from support.oracle import Options, Streams
 from warpstep.recipes import Recipe, real_dtype
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED
+from support.environment import EMULATED
 from test_functional import HYPERS, assert_same, clones, flat, streams
 from warpstep import modes, override, shortcut
 from warpstep.backends import BackendUnavailableError

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from oracle import Options
+from support.oracle import Options
 from test_bits import assert_same_bits
 from test_conformance import (
     F16,

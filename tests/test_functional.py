@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import oracle
 import warpstep
+from support import oracle
 from warpstep.functional import adam_, adamw_
 from warpstep.recipes import real_dtype
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
+from support.environment import runnable_backends
 from test_bits import assert_same_bits, bits
 
 pytestmark = pytest.mark.gpu

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import oracle
 import warpstep
-from oracle import ROUNDOFF, Options
+from support import oracle
+from support.oracle import ROUNDOFF, Options
 from test_conformance import (
     BF16,
     F16,

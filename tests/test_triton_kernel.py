@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import interpreter
+from support import interpreter
 
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel

@@ -12,7 +12,7 @@ import warpstep
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel
 
-from fake_gpu import FakeGpu, variant_of
+from support.fake_triton_gpu import FakeGpu, variant_of
 from test_triton_kernel import Hyper, Recipe
 
 pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")

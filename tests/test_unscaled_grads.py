@@ -9,9 +9,9 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-import oracle
 import warpstep
-from oracle import ROUNDOFF, Options
+from support import oracle
+from support.oracle import ROUNDOFF, Options
 from test_conformance import BF16, F32, F64, SIZES, optimizer_for, set_grad
 from test_tail import bits, exact_norm, give_gradients, model, recipes
 
