@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NATIVE = [p for p in (ROOT / "kernels").iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
 CSRC = list((ROOT / "csrc").iterdir())
+TESTS = list((ROOT / "tests").rglob("*.py"))
 PYTHON = [*(ROOT / "python").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
 
 
@@ -46,6 +47,13 @@ def test_files_say_what_they_are_for_and_stay_readable(path):
     assert re.match(r'(//|""").{20,}', lines[0]), lines[0]
     assert len(lines) <= 500
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.relative_to(ROOT / "tests").as_posix())
+def test_no_test_module_imports_another(path):
+    """What several need is in tests/support/. Programs that a test starts may import its own."""
+    found = set(re.findall(r"^\s*(?:from|import)\s.*?\b(test_\w+)", path.read_text(), re.MULTILINE))
+    assert found <= {path.stem}
 
 
 def imported_modules(path):

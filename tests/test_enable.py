@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 import warpstep
 from support.environment import EMULATED
-from test_functional import HYPERS, assert_same, clones, flat, streams
+from support.lists import HYPERS, assert_same_lists, clones, flat, streams
 from warpstep import modes, override, shortcut
 from warpstep.backends import BackendUnavailableError
 
@@ -111,7 +111,7 @@ def test_operators(name):
     function = warpstep.functional.adamw_ if "adamw" in name else warpstep.functional.adam_
     lr = float(hypers["lr"])
     function(*ours, **{**HYPERS, "lr": lr}, advance_steps=False)
-    assert_same(mine, ours)
+    assert_same_lists(mine, ours)
     for a, b in zip(flat(mine), flat(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
 
@@ -209,7 +209,7 @@ def test_layouts_go_to_torch(streams_with_gaps):
     reasons = passed_on(lambda: fused(mine))
     assert reasons == ["gaps in memory" if 0 in streams_with_gaps else "strides that differ"]
     fused(theirs)
-    assert_same(mine, theirs)
+    assert_same_lists(mine, theirs)
 
 
 def test_steps_of_another_kind_go_to_torch():
@@ -219,7 +219,7 @@ def test_steps_of_another_kind_go_to_torch():
     before = clones(lists)
     with pytest.raises(RuntimeError):
         passed_on(lambda: fused(lists))
-    assert_same(lists, before)
+    assert_same_lists(lists, before)
     assert warpstep.status().passed_on["a step that is not one float32 on the device"] >= 1
 
 
@@ -267,7 +267,7 @@ def test_operator_with_scale_and_inf(found_inf):
     assert counts()[0] == taken + 1
     for a, b in zip(flat(mine), flat(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
-    assert_same(mine, before, [5] if found_inf == 0 else range(6))
+    assert_same_lists(mine, before, [5] if found_inf == 0 else range(6))
 
 
 def test_grad_scaler():

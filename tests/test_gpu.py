@@ -5,8 +5,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support.bits import assert_same_bits, bits
 from support.environment import runnable_backends
-from test_bits import assert_same_bits, bits
 
 pytestmark = pytest.mark.gpu
 
