@@ -19,9 +19,9 @@ from support.modes import (
     assert_same_tensors,
     give_gradients,
     optimizer_of,
-    params_of,
     tensors_of,
 )
+from support.parameters import params_of
 from warpstep import modes
 
 FAKE_OPTIONS = {**ALL, "not fused": {"fused": False}}

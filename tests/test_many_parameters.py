@@ -9,7 +9,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from test_stale_plans import bound, params_of, random
+from support.parameters import params_of, random
+from support.tolerance import bound
 
 COUNT, SHAPE = 1100, (3, 2)
 LR = 0.01

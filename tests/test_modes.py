@@ -23,10 +23,9 @@ from support.modes import (
     assert_same_tensors,
     give_gradients,
     optimizer_of,
-    params_of,
-    random,
     tensors_of,
 )
+from support.parameters import params_of, random
 
 STEPS = 3
 

@@ -11,6 +11,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter
 
 import warpstep
+from support.parameters import params_of, random
+from support.tolerance import bound
 from training import LR, OPTIONS, launches, on_two_ranks
 
 STEPS = 4
@@ -23,16 +25,8 @@ LAYOUTS = 3  # among them, and a launch for each
 ROWS, COLUMNS, COPIED = 0, 1, 4
 
 
-def random(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def distributed(whole, placement):
     return distribute_tensor(whole, init_device_mesh("cpu", (2,)), [placement])
-
-
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
 
 
 def pair(**options):
@@ -53,10 +47,8 @@ def set_grads(ours, theirs, step):
 
 
 def assert_agree(ours, theirs, steps=STEPS):
-    """Within NOTE [tolerance] of test_torch_layouts.py."""
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-        bound = steps * 2**-23 * (2 * q.abs().max() + math.sqrt(steps) * LR * (10 + steps))
-        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=bound.item())
+        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=bound(steps, LR, q))
         assert ours.state[p]["step"] == theirs.state[q]["step"] == steps
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import Parameter
 
+from support.parameters import params_of
 from support.recipes import OPTIONS, make, optimizer_for, set_grad
 
 SIZES = (1, 5, 16, 100, 16384, 20011)
@@ -23,11 +24,15 @@ def raw_bits(tensor):
 
 def assert_same_bits(first, second):
     """Of two optimizers' parameters and states, in order; NaNs count as one value."""
-    params = [[p for g in o.param_groups for p in g["params"]] for o in (first, second)]
-    for p, q in zip(*params, strict=True):
+    for p, q in zip(params_of(first), params_of(second), strict=True):
         assert torch.equal(bits(p), bits(q))
         for key, value in first.state[p].items():
             assert torch.equal(bits(value), bits(second.state[q][key])), key
+
+
+def assert_same(a, b):
+    """Equal structure, bits, dtypes and devices. A NaN equals nothing."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def train(recipe, options, backend, device, steps=3, sizes=SIZES, groups_of=lambda ps: ps):

@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
+from support.parameters import params_of, random, set_grads
 
 SHAPES = [(3,), (4, 5), (0,), ()]
 LR = 1e-2
@@ -61,23 +62,14 @@ class Called(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def random(shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def optimizer_of(kind=warpstep.AdamW, dtype=torch.float32, shapes=SHAPES, **options):
-    params = [Parameter(random(shape, i, dtype)) for i, shape in enumerate(shapes)]
+    params = [Parameter(random(shape, i, dtype=dtype)) for i, shape in enumerate(shapes)]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 2 * LR}]
     return kind([group for group in groups if group["params"]], **{"lr": LR, **options})
 
 
 def give_gradients(optimizer, step):
-    for i, p in enumerate(params_of(optimizer)):
-        p.grad = random(p.shape, 100 * step + i, p.dtype)
+    set_grads(params_of(optimizer), step)
 
 
 def tensors_of(optimizer):
