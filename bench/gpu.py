@@ -217,28 +217,37 @@ PARTS = {
 
 
 def imports_of(source: str) -> Iterator[str]:
-    """The packages that a module needs to be imported at all."""
+    """What a module needs to be imported at all: full names, of modules and of what is in them."""
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Import):
-            yield from (name.name.split(".")[0] for name in statement.names)
+            yield from (name.name for name in statement.names)
         elif isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
-            yield statement.module.split(".")[0]
+            yield statement.module
+            yield from (f"{statement.module}.{name.name}" for name in statement.names)
 
 
 def is_installed(module: str) -> bool:
     """Whether Python would find it. The repository's own modules count."""
-    own = {path.stem for path in TESTS.rglob("*.py")} | {"bench", "warpstep"}
+    own = {path.stem for path in TESTS.rglob("*")} | {"bench", "warpstep"}
     return module in own or importlib.util.find_spec(module) is not None
+
+
+def lacking(path: Path) -> set[str]:
+    """The packages that a file of tests/ lacks here, or a file there that it imports."""
+    found = set()
+    for name in imports_of(path.read_text()):
+        own = TESTS / f"{name.replace('.', '/')}.py"
+        if own.exists():
+            found |= lacking(own)
+        elif not is_installed(name.split(".")[0]):
+            found.add(name.split(".")[0])
+    return found
 
 
 def uncollectable() -> dict[Path, list[str]]:
     """Test files that pytest could not import here -> the packages that they lack."""
-    found = {}
-    for path in TESTS.rglob("test_*.py"):
-        missing = {name for name in imports_of(path.read_text()) if not is_installed(name)}
-        if missing:
-            found[path] = sorted(missing)
-    return found
+    lacks = {path: sorted(lacking(path)) for path in TESTS.rglob("test_*.py")}
+    return {path: packages for path, packages in lacks.items() if packages}
 
 
 def what_is_missing(names: Sequence[str]) -> list[str]:

@@ -1,11 +1,13 @@
-"""Runs tests on the backends of this process (environment.py), and skips what needs a GPU."""
+"""Runs tests on the backends of this process (support/environment.py); skips what needs a GPU."""
 
 import zlib
 
 import pytest
 import torch
 
-from environment import HAS_GPU, runnable_backends
+pytest.register_assert_rewrite("support")  # its assertions show values, as those of tests do
+
+from support.environment import HAS_GPU, runnable_backends  # noqa: E402
 
 
 def pytest_generate_tests(metafunc):

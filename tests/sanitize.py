@@ -11,8 +11,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from test_bits import assert_same_bits, train, train_tail
-from test_conformance import OPTIONS, RECIPES
+from support.bits import assert_same_bits, train, train_tail
+from support.recipes import OPTIONS, RECIPES
 
 BOTH = (("cuda", "cuda"), ("cpu", "cpu"))
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
+from support.environment import runnable_backends
+from support.tolerance import bound
 
 CHUNK = 16_384
 LR = 1e-3
@@ -184,11 +185,10 @@ class Model:
         return found
 
     def tolerance(self, name: str, expected: Tensor) -> float:
-        """A few roundings a step: derived in test_torch_layouts.py, NOTE [tolerance]."""
-        ulp, size, steps = torch.finfo(torch.float32).eps, float(expected.abs().max()), self.taken
+        """A few roundings a step."""
         if name in ("param", "ema"):
-            return steps * ulp * (2 * size + steps**0.5 * 2 * LR * (10 + steps))
-        return steps * 10 * ulp * size
+            return bound(self.taken, 2 * LR, expected)
+        return self.taken * 10 * torch.finfo(torch.float32).eps * float(expected.abs().max())
 
 
 NORMS = ("grad_norm", "param_norm", "update_norm")

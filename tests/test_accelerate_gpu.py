@@ -5,8 +5,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
-from test_functional import HYPERS, assert_same, clones, flat, streams
+from support.environment import runnable_backends
+from support.lists import HYPERS, assert_same_lists, clones, flat, streams
 from warpstep.functional import adamw_
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +58,7 @@ def test_bits_of_the_cpu():
     on_gpu = [[t.cuda() for t in stream] for stream in on_cpu]
     adamw_(*on_cpu, **HYPERS, backend="cpu")
     adamw_(*on_gpu, **HYPERS, backend="cuda")
-    assert_same([[t.cpu() for t in stream] for stream in on_gpu], on_cpu)
+    assert_same_lists([[t.cpu() for t in stream] for stream in on_gpu], on_cpu)
 
 
 def test_capture():

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NATIVE = [p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
 CSRC = list((ROOT / "csrc").iterdir())
+TESTS = list((ROOT / "tests").rglob("*.py"))
 PYTHON = [*(ROOT / "python").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
 
 
@@ -46,6 +47,14 @@ def test_files_say_what_they_are_for_and_stay_readable(path):
     assert re.match(r'(//|""").{20,}', lines[0]), lines[0]
     assert len(lines) <= 500
     assert max(map(len, lines)) <= 100
+
+
+def test_no_test_module_imports_another():
+    """What several need is in tests/support/. A program that a test starts may import its own."""
+    for path in TESTS:
+        imports = r"^\s*(?:from|import)\s.*?\b(test_\w+)"
+        found = re.findall(imports, path.read_text(), re.MULTILINE)
+        assert set(found) <= {path.stem}, path.name
 
 
 def imported_modules(path):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED
+from support.environment import EMULATED
 from warpstep import backends
 
 REASONS = {

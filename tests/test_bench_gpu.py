@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import fake_cuda
+from support import fake_torch_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,12 +40,12 @@ class FakeCuda(Cuda):
     memory = CPU.memory
 
     def captured(self, step):
-        return super().captured(fake_cuda.launched(step))
+        return super().captured(fake_torch_cuda.launched(step))
 
 
 def on_fake_gpu(monkeypatch, case, *ids):
     """What measuring gives there. torch's fused optimizer is capturable on GPUs only."""
-    fake_cuda.install(monkeypatch)
+    fake_torch_cuda.install(monkeypatch)
     graph = replace(BY_ID[BASELINE_GRAPH], options=(("fused", True),))
     competitors = [graph if id == BASELINE_GRAPH else BY_ID[id] for id in ids]
     effort = measure.Effort(3, 3, 0)
@@ -98,7 +98,7 @@ def test_device_time_is_left_out_where_the_host_was_not_ahead(monkeypatch):
 
 
 def test_a_host_that_enqueues_for_longer_than_the_pause_was_not_ahead(monkeypatch):
-    fake_cuda.install(monkeypatch)
+    fake_torch_cuda.install(monkeypatch)
     assert math.isnan(Cuda().device_time(lambda: time.sleep(0.01), head_start_ns=5e6))
     assert Cuda().device_time(lambda: time.sleep(0.01), head_start_ns=5e12) > 9e6
 
@@ -123,7 +123,7 @@ def test_a_gpu_does_not_rest_and_a_cpu_does(monkeypatch):
 
 
 def test_a_copy_of_a_part_stands_for_all(monkeypatch):
-    fake_cuda.install(monkeypatch)
+    fake_torch_cuda.install(monkeypatch)
     case = Case("large", "large", equal(1, 1000))
     monkeypatch.setattr(copying, "MOST_COPY_BYTES", 4000)
     loop = copying.DeviceCopyLoop(case, FakeCuda())

@@ -9,45 +9,14 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import INTERPRETED
-from test_conformance import OPTIONS, RECIPES, make, optimizer_for, set_grad
-
-SIZES = (1, 5, 16, 100, 16384, 20011)
-INT_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
-
-def bits(tensor):
-    tensor = tensor.detach().cpu()
-    tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
-    return tensor.contiguous().view(INT_OF_SIZE[tensor.element_size()])
+from support.bits import assert_same_bits, bits, train, train_tail
+from support.cases import each_options, each_recipe
+from support.environment import INTERPRETED
+from support.recipes import OPTIONS, RECIPES, make
 
 
-def assert_same_bits(first, second):
-    """Of two optimizers' parameters and states, in order; NaNs count as one value."""
-    params = [[p for g in o.param_groups for p in g["params"]] for o in (first, second)]
-    for p, q in zip(*params, strict=True):
-        assert torch.equal(bits(p), bits(q))
-        for key, value in first.state[p].items():
-            assert torch.equal(bits(value), bits(second.state[q][key])), key
-
-
-def train(recipe, options, backend, device, steps=3, sizes=SIZES, groups_of=lambda ps: ps):
-    """An optimizer that has taken `steps` steps on data that depend on the arguments only."""
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(make(n, recipe[0], device, generator)) for n in sizes]
-    optimizer = optimizer_for(groups_of(params), options, recipe, backend)
-    for t in range(steps):
-        for param in params:
-            # Every magnitude, subnormal numbers and overflow included.
-            scale = 10.0 ** torch.randint(-30, 20, (param.numel(),), generator=generator)
-            grad = torch.randn(param.numel(), generator=generator) * (scale if t == 1 else 1)
-            set_grad(param, grad.to(device, recipe[1]))
-        optimizer.step()
-    return optimizer
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@each_options
+@each_recipe
 def test_every_backend_gives_the_cpus_bits(backend, device, recipe, options):
     """CUDA and Triton do. torch's operations fuse nothing, nor does the interpreter in float64."""
     mine = train(recipe, options, backend, device)
@@ -58,24 +27,7 @@ def test_every_backend_gives_the_cpus_bits(backend, device, recipe, options):
     assert_same_bits(mine, again)
 
 
-def train_tail(recipe, backend, device):
-    """Two steps with all that can go into the pass. The inf-norm has the same bits everywhere."""
-    generator = torch.Generator().manual_seed(0)
-    params = [Parameter(make(n, recipe[0], device, generator)) for n in (0, 3, 1000, 20_011)]
-    options = OPTIONS["cautious-decay"]
-    optimizer = optimizer_for(params, options, recipe, backend, ema_decay=0.7, stats=True)
-    for _ in range(2):
-        for param in params:
-            set_grad(param, make(param.shape, recipe[1], device, generator))
-        optimizer.clip_grad_norm_(1e9)  # whose sums have not
-        optimizer.clip_grad_norm_(0.5, float("inf"))
-        optimizer.step(zero_grads=True)
-        assert all(not param.grad.any() for param in params)
-        assert optimizer.statistics().nonfinite.sum() == 0
-    return optimizer
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@each_recipe
 def test_the_tail_gives_the_cpus_bits(backend, device, recipe):
     mine = train_tail(recipe, backend, device)
     unfused = backend == "reference" or (INTERPRETED and recipe[0] == torch.float64)
@@ -126,14 +78,16 @@ def test_a_tensor_in_two_pieces(backend, device, cut):
 
 
 _DIGEST = """
-import hashlib, torch, warpstep, test_bits
+import hashlib, warpstep
+from support.bits import bits, train
+from support.recipes import OPTIONS, RECIPES
 digest = hashlib.sha256()
-for recipe in test_bits.RECIPES.values():
-    for options in test_bits.OPTIONS.values():
-        o = test_bits.train(recipe, options, "cpu", "cpu")
+for recipe in RECIPES.values():
+    for options in OPTIONS.values():
+        o = train(recipe, options, "cpu", "cpu")
         for p in o.param_groups[0]["params"]:
             for t in (p, *o.state[p].values()):
-                digest.update(test_bits.bits(t).numpy().tobytes())
+                digest.update(bits(t).numpy().tobytes())
 print(warpstep.status().native["CPU code"], digest.hexdigest())
 """
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED
-from test_functional import HYPERS, assert_same, clones, streams
+from support.environment import EMULATED
+from support.lists import HYPERS, assert_same_lists, clones, streams
 from warpstep import backends
 from warpstep.functional import adamw_
 
@@ -97,7 +97,7 @@ def test_a_capture_of_lists_wants_their_tables_on_the_device(backend, device, ca
     before = clones(lists)
     with pytest.raises(RuntimeError, match="a graph capture before such a step was taken eagerly"):
         capture(lambda: adamw_(*lists, **HYPERS, backend=backend))
-    assert_same(lists, before)
+    assert_same_lists(lists, before)
     plain = clones(lists)
     adamw_(*lists, **HYPERS, backend=backend)
     replay = capture(lambda: adamw_(*lists, **HYPERS, backend=backend))

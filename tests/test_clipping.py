@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import warpstep
-from pairs import assert_near, give, pair
+from support.pairs import assert_near, give, pair
 
 
 def test_ten_clipped_steps_agree_with_torchs_pair(backend):

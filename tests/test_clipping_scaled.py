@@ -8,7 +8,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import warpstep
-from pairs import assert_near, give, pair
+from support.pairs import assert_near, give, pair
 
 
 @pytest.mark.parametrize("fused", [None, True])

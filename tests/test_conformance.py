@@ -11,113 +11,16 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import oracle
 import warpstep
-from environment import INTERPRETED
-from oracle import Options, Streams
-from warpstep.recipes import Recipe, real_dtype
+from support import oracle
+from support.cases import each_options, each_recipe
+from support.conformance import assert_step, streams_of, zeros_of
+from support.oracle import Options
+from support.recipes import F32, RECIPES, SIZES, make, optimizer_for, set_grad
+from warpstep.recipes import Recipe
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-RECIPES = {
-    "float64": (F64, F64, F64),
-    "float32": (F32, F32, F32),
-    "bfloat16": (BF16, BF16, BF16),
-    "float16": (F16, F16, F16),
-    "bfloat16-moments-float32": (BF16, BF16, F32),
-    "float16-moments-float32": (F16, F16, F32),
-    "bfloat16-grads-float32": (BF16, F32, BF16),
-    "bfloat16-grads-moments-float32": (BF16, F32, F32),
-    "float16-grads-float32": (F16, F32, F16),
-    "float16-grads-moments-float32": (F16, F32, F32),
-    "float32-moments-bfloat16": (F32, F32, BF16),
-}
-OPTIONS = {
-    "default": Options(),
-    "amsgrad": Options(amsgrad=True),
-    "maximize": Options(maximize=True),
-    "adam": Options(decoupled=False, weight_decay=0.1),
-    "adam-amsgrad-maximize": Options(
-        decoupled=False, weight_decay=0.1, amsgrad=True, maximize=True
-    ),
-    "no-decay": Options(weight_decay=0),
-    "no-momentum": Options(betas=(0.0, 0.0)),
-    "low-beta1": Options(betas=(0.3, 0.99)),
-    "low-beta2": Options(betas=(0.9, 0.4)),
-    "high-betas": Options(betas=(0.99, 0.99999), lr=1e-5),
-    "large-eps": Options(eps=1e-2, lr=0.1, weight_decay=0.3),
-    "independent-decay": Options(decay_form="independent", lr=2e-3, base_lr=0.1, weight_decay=0.1),
-    "l1-decay": Options(decay_form="l1", lr=0.1, weight_decay=0.1),
-    "cautious-decay": Options(decay_form="cautious", lr=0.1, weight_decay=0.3),
-}
-# Around the edges of vectors and, at the end, of the backends' chunks.
-SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 257, 1000, 1023)
-if INTERPRETED:  # at some 5 ms a tensor, in vectors of 16 elements
-    SIZES = (0, 1, 3, 15, 16, 17, 64, 257, 1023)
+# At the edges of the backends' chunks.
 LONG = (16383, 16384, 16385, 32768 + 5, 50001)
-
-
-def make(shape, dtype, device, generator, scale=1.0):
-    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
-
-
-def set_grad(param, grad):
-    if grad.dtype != param.dtype:
-        param.grad_dtype = grad.dtype
-    param.grad = grad
-
-
-def optimizer_for(groups, options, recipe, backend, **more):
-    kind = warpstep.AdamW if options.decoupled else warpstep.Adam
-    optimizer = kind(
-        groups,
-        lr=options.lr,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        amsgrad=options.amsgrad,
-        maximize=options.maximize,
-        state_dtype=None if recipe[2] == recipe[0] else recipe[2],
-        decay_form=options.decay_form,
-        backend=backend,
-        **more,
-    )
-    for group in optimizer.param_groups if options.base_lr else ():
-        group["base_lr"] = options.base_lr
-    return optimizer
-
-
-def streams_of(optimizer, param):
-    state = optimizer.state[param]
-    peak = oracle.wide(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None
-    m, v = oracle.wide(state["exp_avg"]), oracle.wide(state["exp_avg_sq"])
-    return Streams(oracle.wide(param), m, v, peak)
-
-
-def zeros_of(param, amsgrad):
-    zero = np.zeros_like(oracle.wide(param))
-    return Streams(oracle.wide(param), zero, zero, zero if amsgrad else None)
-
-
-def assert_step(optimizer, params, t, options_of, grads, before):
-    """Takes step t and holds every stream against the oracle."""
-    optimizer.step()
-    for index, param in enumerate(params):
-        options, grad = options_of(index), grads[index]
-        exact = oracle.step(before[index], oracle.wide(grad), t, options)
-        moment = real_dtype(optimizer.state[param]["exp_avg"].dtype)
-        bound = oracle.bounds(exact, options, real_dtype(param.dtype), moment)
-        after = streams_of(optimizer, param)
-        for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            if getattr(after, name) is None:
-                assert not options.amsgrad
-                continue
-            error = np.abs(getattr(after, name) - getattr(exact.after, name))
-            worst = np.argmax(error - getattr(bound, name)) if error.size else None
-            assert np.all(error <= getattr(bound, name)), (
-                f"{name} of tensor {index} ({tuple(param.shape)}) at step {t}, element {worst}: "
-                f"error {error.flat[worst]:.3g}, bound {getattr(bound, name).flat[worst]:.3g}"
-            )
-        assert optimizer.state[param]["step"].item() == t
 
 
 def assert_ran_on(optimizer, backend, recipe, amsgrad):
@@ -132,8 +35,8 @@ def assert_ran_on(optimizer, backend, recipe, amsgrad):
         assert not optimizer.plan.python_only
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@each_options
+@each_recipe
 def test_every_recipe_and_option_agrees_with_the_oracle(backend, device, recipe, options):
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(make(n, recipe[0], device, generator)) for n in SIZES]

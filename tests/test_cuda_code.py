@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from environment import EMULATED
+from support.environment import EMULATED
 from warpstep import backends
 
 ROOT = Path(__file__).resolve().parent.parent

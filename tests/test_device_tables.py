@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from test_functional import HYPERS, assert_same, clones, streams
+from support.lists import HYPERS, assert_same_lists, clones, streams
 from warpstep import lists as native_lists
 from warpstep.functional import adamw_
 
@@ -111,7 +111,7 @@ def test_addresses_that_never_come_twice(uploads, device):
     assert step(held[64], always=False) == "tensors that lie elsewhere at each step"
     before = clones(held[65])
     assert step(held[65], always=False) == "tensors that lie elsewhere at each step"
-    assert_same(held[65], before)
+    assert_same_lists(held[65], before)
     assert step(held[65], always=False) is None  # a second time
     assert step(held[65], always=False) is None
     assert step(held[64], always=False) is None  # something has come again: patient anew
@@ -130,4 +130,4 @@ def test_failed_upload_changes_nothing(uploads, device, monkeypatch):
     before = clones(lists)
     with pytest.raises(MemoryError, match="no room"):
         adamw_(*lists, **HYPERS, backend="cuda")
-    assert_same(lists, before)
+    assert_same_lists(lists, before)

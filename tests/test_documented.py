@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import warpstep
-from environment import EMULATED
+from support.environment import EMULATED
 from warpstep import adam, backends, functional, hypers, report, statistics
 
 CLASSES = [warpstep.AdamW, warpstep.Adam]

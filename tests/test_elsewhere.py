@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from environment import EMULATED, INTERPRETED
+from support.environment import EMULATED, INTERPRETED
 
 ROOT = Path(__file__).parent.parent
 SUITE = [

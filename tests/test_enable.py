@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED
-from test_functional import HYPERS, assert_same, clones, flat, streams
+from support.environment import EMULATED
+from support.lists import HYPERS, assert_same_lists, clones, flat, streams
+from support.parameters import new_params, set_grads, take_steps
 from warpstep import modes, override, shortcut
 from warpstep.backends import BackendUnavailableError
 
@@ -24,25 +24,6 @@ def left_disabled():
     yield
     warpstep.disable()
     assert not warpstep.status().enabled
-
-
-def model(dtype=torch.float32, sizes=SIZES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in sizes]
-
-
-def set_grads(params, seed, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        grad = torch.randn(param.shape, generator=generator)
-        param.grad = (scale * grad).to(param.dtype)
-
-
-def train(optimizer, params, steps=4):
-    for seed in range(steps):
-        set_grads(params, seed)
-        optimizer.step()
-    return params
 
 
 def state_of(optimizer):
@@ -62,12 +43,12 @@ def test_steps_as_torch(kind, options, dtype):
     options = {"weight_decay": 0.1, "fused": True, **options}
     if options.get("lr"):
         options["lr"] = torch.tensor(0.01)
-    theirs, mine = model(dtype), model(dtype)
+    theirs, mine = new_params(SIZES, dtype=dtype), new_params(SIZES, dtype=dtype)
     their_optimizer, my_optimizer = kind(theirs, **options), kind(mine, **options)
-    train(their_optimizer, theirs)
+    take_steps(their_optimizer, range(4))
     before = counts()
     with warpstep.enabled():
-        train(my_optimizer, mine)
+        take_steps(my_optimizer, range(4))
     after = counts()
     assert (after[0] - before[0], after[1]) == (4, before[1])
     near = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 0.02}[dtype]
@@ -83,14 +64,14 @@ def test_steps_as_torch(kind, options, dtype):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_bits_of_warpsteps_own(kind):
     """The bits are those of warpstep's optimizer, by the shortcut and by the operator."""
-    ours = model()
-    train(getattr(warpstep, kind.__name__)(ours, weight_decay=0.1), ours)
+    ours = new_params(SIZES)
+    take_steps(getattr(warpstep, kind.__name__)(ours, weight_decay=0.1), range(4))
     for patched in (True, False):
-        mine = model()
+        mine = new_params(SIZES)
         with warpstep.enabled():
             if not patched:
                 override._remove_shortcut()
-            train(kind(mine, weight_decay=0.1, fused=True), mine)
+            take_steps(kind(mine, weight_decay=0.1, fused=True), range(4))
         assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
 
 
@@ -111,38 +92,38 @@ def test_operators(name):
     function = warpstep.functional.adamw_ if "adamw" in name else warpstep.functional.adam_
     lr = float(hypers["lr"])
     function(*ours, **{**HYPERS, "lr": lr}, advance_steps=False)
-    assert_same(mine, ours)
+    assert_same_lists(mine, ours)
     for a, b in zip(flat(mine), flat(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
 
 
 def test_a_launch_a_step():
     """One launch for all tensors, whatever their number."""
-    params = model(sizes=[(2,)] * 500)
+    params = new_params([(2,)] * 500)
     optimizer = torch.optim.AdamW(params, fused=True)
     with warpstep.enabled():
         before = warpstep.status().launches["cpu"]
-        train(optimizer, params, steps=3)
+        take_steps(optimizer, range(3))
         assert warpstep.status().launches["cpu"] - before == 3
 
 
 def test_disable_restores_torchs_kernels():
     """Before, after and without: the same bits of torch; the same function in torch.optim."""
-    untouched, restored = model(), model()
+    untouched, restored = new_params(SIZES), new_params(SIZES)
     module = sys.modules["torch.optim.adam"]
     function = module._fused_adam
     kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
-    train(torch.optim.AdamW(untouched, fused=True), untouched)
+    take_steps(torch.optim.AdamW(untouched, fused=True), range(4))
     warpstep.enable()
     assert torch._C._dispatch_dump("aten::_fused_adamw_") != kernel
     assert module._fused_adam is not function
-    other = model()
-    train(torch.optim.AdamW(other, fused=True), other)
+    other = new_params(SIZES)
+    take_steps(torch.optim.AdamW(other, fused=True), range(4))
     warpstep.disable()
     assert torch._C._dispatch_dump("aten::_fused_adamw_") == kernel
     assert module._fused_adam is function
     taken = counts()
-    train(torch.optim.AdamW(restored, fused=True), restored)
+    take_steps(torch.optim.AdamW(restored, fused=True), range(4))
     assert counts() == taken
     assert all(torch.equal(a, b) for a, b in zip(restored, untouched, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(restored, other, strict=True))
@@ -209,7 +190,7 @@ def test_layouts_go_to_torch(streams_with_gaps):
     reasons = passed_on(lambda: fused(mine))
     assert reasons == ["gaps in memory" if 0 in streams_with_gaps else "strides that differ"]
     fused(theirs)
-    assert_same(mine, theirs)
+    assert_same_lists(mine, theirs)
 
 
 def test_steps_of_another_kind_go_to_torch():
@@ -219,7 +200,7 @@ def test_steps_of_another_kind_go_to_torch():
     before = clones(lists)
     with pytest.raises(RuntimeError):
         passed_on(lambda: fused(lists))
-    assert_same(lists, before)
+    assert_same_lists(lists, before)
     assert warpstep.status().passed_on["a step that is not one float32 on the device"] >= 1
 
 
@@ -237,9 +218,9 @@ def test_scale_and_inf(kind, found_inf):
     """Gradients are left unscaled as torch leaves them; an inf changes nothing."""
     results = []
     for on in (False, True):
-        params = model()
+        params = new_params(SIZES)
         optimizer = kind(params, fused=True)
-        train(optimizer, params, steps=1)
+        take_steps(optimizer, range(1))
         set_grads(params, 7, scale=16.0)
         optimizer.grad_scale = torch.tensor(16.0)
         optimizer.found_inf = torch.tensor(found_inf)
@@ -267,14 +248,14 @@ def test_operator_with_scale_and_inf(found_inf):
     assert counts()[0] == taken + 1
     for a, b in zip(flat(mine), flat(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
-    assert_same(mine, before, [5] if found_inf == 0 else range(6))
+    assert_same_lists(mine, before, [5] if found_inf == 0 else range(6))
 
 
 def test_grad_scaler():
     """torch.amp.GradScaler skips the step with the inf, and goes on."""
     results = []
     for on in (False, True):
-        params = model()
+        params = new_params(SIZES)
         optimizer = torch.optim.AdamW(params, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         scaler.scale(torch.zeros(()))
@@ -303,7 +284,7 @@ def test_modes_see_torchs_operators():
             seen.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
-    params = model()
+    params = new_params(SIZES)
     optimizer = torch.optim.AdamW(params, fused=True)
     set_grads(params, 0)
     with warpstep.enabled(), Watching():
@@ -313,8 +294,8 @@ def test_modes_see_torchs_operators():
 
 def test_compiled_step():
     """A compiled torch step runs while enabled, and is taken."""
-    mine, theirs = model(), model()
-    train(torch.optim.AdamW(theirs, fused=True), theirs, steps=2)
+    mine, theirs = new_params(SIZES), new_params(SIZES)
+    take_steps(torch.optim.AdamW(theirs, fused=True), range(2))
     optimizer = torch.optim.AdamW(mine, fused=True)
     step = torch.compile(optimizer.step, backend="aot_eager")
     taken = counts()[0]
@@ -329,13 +310,13 @@ def test_compiled_step():
 
 def test_tensor_betas():
     """Tensor betas are numbers by the time they reach the operator; all is taken all the same."""
-    mine, theirs = model(), model()
+    mine, theirs = new_params(SIZES), new_params(SIZES)
     betas = (torch.tensor(0.9), torch.tensor(0.99))
-    train(torch.optim.AdamW(theirs, betas=(0.9, 0.99), fused=True), theirs)
+    take_steps(torch.optim.AdamW(theirs, betas=(0.9, 0.99), fused=True), range(4))
     taken = counts()[0]
     with warpstep.enabled():
         optimizer = torch.optim.AdamW(mine, lr=torch.tensor(1e-3), betas=betas, fused=True)
-        train(optimizer, mine)
+        take_steps(optimizer, range(4))
     assert counts()[0] == taken + 4
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -347,11 +328,11 @@ def test_another_torch(monkeypatch):
     original = module._fused_adam
     monkeypatch.setattr(module, "_fused_adam", lambda *args, new=None, **kw: original(*args, **kw))
     theirs = module._fused_adam
-    params = model()
+    params = new_params(SIZES)
     taken = counts()[0]
     with warpstep.enabled():
         assert module._fused_adam is theirs
-        train(torch.optim.AdamW(params, fused=True), params)
+        take_steps(torch.optim.AdamW(params, fused=True), range(4))
     assert counts()[0] == taken + 4
 
 
@@ -366,11 +347,11 @@ def test_others_wrapping_is_kept(monkeypatch):
     warpstep.disable()
     assert module._fused_adam is theirs
     taken = counts()
-    mine, plain = model(), model()
-    train(torch.optim.AdamW(mine, fused=True), mine)
+    mine, plain = new_params(SIZES), new_params(SIZES)
+    take_steps(torch.optim.AdamW(mine, fused=True), range(4))
     assert counts() == taken
     monkeypatch.undo()
-    train(torch.optim.AdamW(plain, fused=True), plain)
+    take_steps(torch.optim.AdamW(plain, fused=True), range(4))
     assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
 
 
@@ -400,12 +381,9 @@ def test_over_anothers_override():
 
 def test_threads():
     """Steps in several threads while another one enables and disables."""
-    models = [model(seed=i) for i in range(3)]
+    models = [new_params(SIZES) for _ in range(3)]
     optimizers = [torch.optim.AdamW(m, fused=True) for m in models]
-    workers = [
-        threading.Thread(target=train, args=(o, m), kwargs={"steps": 30})
-        for o, m in zip(optimizers, models, strict=True)
-    ]
+    workers = [threading.Thread(target=take_steps, args=(o, range(30))) for o in optimizers]
     for worker in workers:
         worker.start()
     while any(w.is_alive() for w in workers):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from environment import EMULATED
+from support.environment import EMULATED
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED, INTERPRETED
+from support.environment import EMULATED, INTERPRETED
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -8,45 +8,16 @@ import pytest
 import torch
 
 import warpstep
+from support.cases import on_each_device
+from support.parameters import new_params, params_of, random, set_grads, take_steps
+from support.tolerance import bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LR = 0.01
 SHAPES = [(5, 3), (17,), (), (4, 4)]
 NAMES = ["embed", "norm.weight", "scale", "head"]
 BAD = 1  # the parameter that gets what is bad: neither the first nor the last
 
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 on_each_backend = pytest.mark.parametrize("how", ["auto", "reference"])
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item()
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu"):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def new_params(device="cpu"):
-    return [random(s, i, device).requires_grad_() for i, s in enumerate(SHAPES)]
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def set_grads(params, step):
-    for i, p in enumerate(params):
-        p.grad = random(p.shape, 1000 + 100 * step + i, p.device)
-
-
-def run(optimizer, steps):
-    for step in steps:
-        set_grads(params_of(optimizer), step)
-        optimizer.step()
 
 
 class Snapshot:
@@ -132,11 +103,11 @@ BAD_GRADIENTS = {
 @pytest.mark.parametrize("case", BAD_GRADIENTS)
 def test_bad_gradient(case, steps, named, how, device):
     change, error, message = BAD_GRADIENTS[case]
-    params = new_params(device)
+    params = new_params(SHAPES, device)
     optimizer = warpstep.AdamW(
         zip(NAMES, params, strict=True) if named else params, lr=LR, backend=how
     )
-    run(optimizer, range(steps))
+    take_steps(optimizer, range(steps))
     set_grads(params, steps)
     good = params[BAD].data
     change(params[BAD])
@@ -152,8 +123,8 @@ def test_bad_gradient(case, steps, named, how, device):
     params[BAD].grad = None
     params[BAD].data = good
     control = copy.deepcopy(optimizer)
-    run(optimizer, range(5, 7))
-    run(control, range(5, 7))
+    take_steps(optimizer, range(5, 7))
+    take_steps(control, range(5, 7))
     for p, q in zip(params, params_of(control), strict=True):
         assert torch.equal(p, q)
     assert optimizer.state[params[0]]["step"].item() == steps + 2
@@ -201,8 +172,8 @@ BAD_STATE = {
 @pytest.mark.parametrize("case", BAD_STATE)
 def test_state_that_does_not_fit(case, how):
     key, change = BAD_STATE[case]
-    optimizer = warpstep.AdamW(new_params(), lr=LR, backend=how)
-    run(optimizer, range(2))
+    optimizer = warpstep.AdamW(new_params(SHAPES), lr=LR, backend=how)
+    take_steps(optimizer, range(2))
     params = params_of(optimizer)
     good = optimizer.state[params[BAD]][key]
     before = Snapshot(optimizer)
@@ -241,17 +212,17 @@ BAD_HYPERS = {
 def test_bad_hyper_parameter_at_construction(case, cls):
     options, message = BAD_HYPERS[case]
     with pytest.raises(ValueError, match=message):
-        cls(new_params(), **options)
+        cls(new_params(SHAPES), **options)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, warpstep.AdamW])
 def test_betas_of_two_kinds(cls):
     with pytest.raises(ValueError, match="both floats or both Tensors"):
-        cls(new_params(), betas=(torch.tensor(0.9), 0.9))
+        cls(new_params(SHAPES), betas=(torch.tensor(0.9), 0.9))
 
 
 def two_groups(how, **options):
-    params = new_params()
+    params = new_params(SHAPES)
     groups = [{"params": params[:2]}, {"params": params[2:], **options}]
     return warpstep.AdamW(groups, lr=LR, backend=how)
 
@@ -283,7 +254,7 @@ def test_hyper_parameter_of_a_group_that_is_no_number(case, how):
     # torch does not look at a group's own options when it is made.
     options, message = NO_NUMBER[case]
     with pytest.raises(ValueError, match=message) as caught:
-        run(two_groups(how, **options), range(1))
+        take_steps(two_groups(how, **options), range(1))
     assert caught.match("group 1")
 
 
@@ -293,7 +264,7 @@ def test_hyper_parameter_of_a_group_that_is_no_number(case, how):
 def test_hyper_parameter_set_later_that_is_no_number(case, steps, how):
     options, message = NO_NUMBER[case]
     optimizer = two_groups(how)
-    run(optimizer, range(steps))
+    take_steps(optimizer, range(steps))
     good = dict(optimizer.param_groups[1])
     optimizer.param_groups[1].update(options)
     set_grads(params_of(optimizer), steps)
@@ -315,7 +286,7 @@ def test_hyper_parameter_set_later_that_is_no_number(case, steps, how):
 )
 def test_missing_option_is_an_error_and_changes_nothing(key, how):
     optimizer = two_groups(how)
-    run(optimizer, range(2))
+    take_steps(optimizer, range(2))
     before = Snapshot(optimizer)
     good = optimizer.param_groups[1].pop(key)
     missing = (ValueError, f"'{key}' is missing")
@@ -334,23 +305,23 @@ REFUSED = {
     "empty-list": (lambda cls: cls([]), ValueError, "empty parameter list"),
     "tensor": (lambda cls: cls(torch.zeros(1)), TypeError, "iterable"),
     "not-tensors": (lambda cls: cls([1.0]), TypeError, "can only optimize Tensors"),
-    "non-leaf": (lambda cls: cls([new_params()[0] * 2]), ValueError, "non-leaf"),
+    "non-leaf": (lambda cls: cls([new_params(SHAPES)[0] * 2]), ValueError, "non-leaf"),
     "fused-differentiable": (
-        lambda cls: cls(new_params(), fused=True, differentiable=True),
+        lambda cls: cls(new_params(SHAPES), fused=True, differentiable=True),
         RuntimeError,
         "differentiable",
     ),
     "fused-foreach": (
-        lambda cls: cls(new_params(), fused=True, foreach=True),
+        lambda cls: cls(new_params(SHAPES), fused=True, foreach=True),
         RuntimeError,
         "fused.*foreach",
     ),
     "foreach-tensor-lr": (
-        lambda cls: cls(new_params(), lr=torch.tensor(LR), foreach=True),
+        lambda cls: cls(new_params(SHAPES), lr=torch.tensor(LR), foreach=True),
         ValueError,
         "lr as a Tensor",
     ),
-    "unknown-option": (lambda cls: cls(new_params(), momentum=0.9), TypeError, "momentum"),
+    "unknown-option": (lambda cls: cls(new_params(SHAPES), momentum=0.9), TypeError, "momentum"),
 }
 
 
@@ -364,7 +335,7 @@ def test_what_torch_refuses(case, cls):
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, warpstep.AdamW])
 def test_parameter_in_two_groups(cls):
-    params = new_params()
+    params = new_params(SHAPES)
     with pytest.raises(ValueError, match="more than one parameter group"):
         cls([{"params": params[:2]}, {"params": params[1:]}])
 
@@ -374,7 +345,7 @@ def test_parameter_in_two_groups(cls):
 def test_parameter_listed_twice_is_stepped_twice(steps, how):
     # torch warns, and steps it once for each mention.
     def result(cls, **options):
-        params = new_params()
+        params = new_params(SHAPES)
         with pytest.warns(UserWarning, match="duplicate parameters"):
             optimizer = cls([params[0], params[1], params[0], params[2]], lr=LR, **options)
         for step in range(steps):
@@ -392,7 +363,7 @@ def test_parameter_listed_twice_is_stepped_twice(steps, how):
 def test_parameter_listed_twice_by_a_later_edit():
     # In two groups with their own options, and while a plan exists.
     def result(cls, **options):
-        params = new_params()
+        params = new_params(SHAPES)
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 2 * LR, "maximize": True}]
         optimizer = cls(groups, lr=LR, **options)
         for step in range(4):
@@ -415,9 +386,9 @@ def test_hook_that_raises(when):
     def stop(*_):
         raise KeyboardInterrupt
 
-    optimizer, control = (warpstep.AdamW(new_params(), lr=LR) for _ in range(2))
-    run(optimizer, range(2))
-    run(control, range(3 if when == "post" else 2))
+    optimizer, control = (warpstep.AdamW(new_params(SHAPES), lr=LR) for _ in range(2))
+    take_steps(optimizer, range(2))
+    take_steps(control, range(3 if when == "post" else 2))
     handle = getattr(optimizer, f"register_step_{when}_hook")(stop)
     set_grads(params_of(optimizer), 2)
     with pytest.raises(KeyboardInterrupt):
@@ -431,6 +402,6 @@ def test_hook_that_raises(when):
 def test_no_warning_in_ordinary_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = warpstep.AdamW(new_params(), lr=LR)
-        run(optimizer, range(2))
+        optimizer = warpstep.AdamW(new_params(SHAPES), lr=LR)
+        take_steps(optimizer, range(2))
         copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())

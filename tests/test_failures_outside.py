@@ -11,27 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
+from support.bits import assert_same
+from support.parameters import new_params, random, set_grads
 from warpstep import backends, reference
 
 LR = 0.01
 SHAPES = [(5, 3), (17,), ()]
-
-
-def random(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def new_params():
-    return [random(s, i).requires_grad_() for i, s in enumerate(SHAPES)]
-
-
-def set_grads(params, step=0):
-    for i, p in enumerate(params):
-        p.grad = random(p.shape, 1000 + 100 * step + i)
-
-
-def assert_same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def python(code, *arguments, **environment):
@@ -74,7 +59,7 @@ class FailingAllocator:
 @pytest.mark.parametrize("how", ["auto", "reference"])
 def test_allocation_that_fails_during_the_first_step(how, amsgrad):
     options = {"lr": LR, "backend": how, "amsgrad": amsgrad}
-    expected = new_params()
+    expected = new_params(SHAPES)
     set_grads(expected)
     with pytest.MonkeyPatch.context() as patch:
         optimizer = warpstep.AdamW(expected, **options)
@@ -84,7 +69,7 @@ def test_allocation_that_fails_during_the_first_step(how, amsgrad):
     assert counter.calls >= 3 * (4 if amsgrad else 3)
 
     for fail_at in range(counter.calls):
-        params = new_params()
+        params = new_params(SHAPES)
         start = [p.detach().clone() for p in params]
         set_grads(params)
         optimizer = warpstep.AdamW(params, **options)
@@ -101,7 +86,7 @@ def test_allocation_that_fails_during_the_first_step(how, amsgrad):
 
 
 def test_allocation_that_fails_when_a_parameter_joins():
-    params = new_params()
+    params = new_params(SHAPES)
     optimizer = warpstep.AdamW(params[:2], lr=LR)
     set_grads(params)
     optimizer.step()
@@ -240,19 +225,19 @@ def test_reference_that_runs_out_of_memory_beside_a_kernel(monkeypatch):
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "torch"])
 def test_unknown_backend(name, cls):
     with pytest.raises(ValueError, match=r"backend.*reference"):
-        cls(new_params(), backend=name)
+        cls(new_params(SHAPES), backend=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, "float32"], ids=str)
 def test_invalid_state_dtype(dtype):
     with pytest.raises((ValueError, TypeError), match="state_dtype"):
-        warpstep.AdamW(new_params(), state_dtype=dtype)
+        warpstep.AdamW(new_params(SHAPES), state_dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backend_that_cannot_run_here(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    params = new_params()
+    params = new_params(SHAPES)
     set_grads(params)
     start = [p.detach().clone() for p in params]
     optimizer = warpstep.AdamW(params, backend=name)
@@ -264,7 +249,7 @@ def test_backend_that_cannot_run_here(name, monkeypatch):
 
 
 def test_backend_from_the_environment(monkeypatch):
-    params = new_params()
+    params = new_params(SHAPES)
     set_grads(params)
     monkeypatch.setenv("WARPSTEP_BACKEND", "cudda")
     with pytest.raises(ValueError, match=r"WARPSTEP_BACKEND.*cudda"):

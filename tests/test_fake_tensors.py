@@ -10,18 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 
 import warpstep
-from test_modes import (
+from support.modes import (
     ALL,
     LR,
     SHAPES,
     Called,
     Dispatched,
-    assert_same,
+    assert_same_tensors,
     give_gradients,
     optimizer_of,
-    params_of,
     tensors_of,
 )
+from support.parameters import params_of
 from warpstep import modes
 
 FAKE_OPTIONS = {**ALL, "not fused": {"fused": False}}
@@ -193,5 +193,5 @@ def test_only_dtensors_are_sharded():
         for one in (optimizer, plain):
             give_gradients(one, step)
             one.step()
-    assert_same(optimizer, plain)
+    assert_same_tensors(optimizer, plain)
     assert str(optimizer.plan) == str(plain.plan)

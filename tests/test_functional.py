@@ -1,72 +1,20 @@
 """warpstep.functional: lists of tensors against the oracle and torch's kernel; every error."""
 
-import numpy as np
 import pytest
 import torch
 
-import oracle
 import warpstep
+from support.lists import (
+    HYPERS,
+    NAMES,
+    SHAPES,
+    assert_same_lists,
+    assert_within_bounds,
+    clones,
+    flat,
+    streams,
+)
 from warpstep.functional import adam_, adamw_
-from warpstep.recipes import real_dtype
-
-SHAPES = [(1,), (3, 5), (257,), (0,), (2, 3, 4), (40_001,), ()]
-HYPERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
-NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
-
-
-def streams(shapes=SHAPES, dtypes=(torch.float32,) * 3, device="cpu", step=4.0, seed=0):
-    """The six lists, in a state as after some steps."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(shape, dtype):
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-    param, grad, moment = dtypes
-    return [
-        [random(s, param) for s in shapes],
-        [random(s, grad) for s in shapes],
-        [random(s, moment) * 0.1 for s in shapes],
-        [random(s, moment).abs() * 0.01 for s in shapes],
-        [random(s, moment).abs() * 0.01 for s in shapes],
-        [torch.full((), step, device=device) for _ in shapes],
-    ]
-
-
-def clones(lists):
-    return [[tensor.clone() for tensor in stream] for stream in lists]
-
-
-def flat(lists):
-    return [tensor for stream in lists for tensor in stream]
-
-
-def assert_same(lists, others, streams=range(6)):
-    for s in streams:
-        for i, (a, b) in enumerate(zip(lists[s], others[s], strict=True)):
-            assert torch.equal(a, b), f"{NAMES[s]}[{i}]"
-
-
-def assert_within_bounds(after, before, step_, coupled=False, grad_scale=1.0, **options):
-    """Every stream of every tensor is as near to the oracle's as roundings allow."""
-    told = oracle.Options(
-        lr=options.get("lr", HYPERS["lr"]),
-        betas=(HYPERS["beta1"], HYPERS["beta2"]),
-        eps=HYPERS["eps"],
-        weight_decay=HYPERS["weight_decay"],
-        amsgrad=options.get("amsgrad", False),
-        maximize=options.get("maximize", False),
-        decoupled=not coupled,
-    )
-    for i in range(len(before[0])):
-        of = [oracle.wide(s[i]) for s in before[:5]]
-        start = oracle.Streams(of[0], of[2], of[3], of[4] if told.amsgrad else None)
-        exact = oracle.step(start, of[1] / grad_scale, step_, told)
-        allowed = oracle.bounds(exact, told, *(real_dtype(before[s][i].dtype) for s in (0, 2)))
-        pairs = {0: "param", 2: "exp_avg", 3: "exp_avg_sq"}
-        pairs |= {4: "max_exp_avg_sq"} if told.amsgrad else {}
-        for s, name in pairs.items():
-            error = np.abs(oracle.wide(after[s][i]) - getattr(exact.after, name))
-            assert (error <= getattr(allowed, name)).all(), f"{name} of tensor {i}"
 
 
 @pytest.fixture
@@ -86,7 +34,7 @@ def test_against_the_oracle(lists_backend, device, function, amsgrad, maximize):
     options = {"amsgrad": amsgrad, "maximize": maximize}
     function(*lists, **HYPERS, **options, backend=lists_backend)
     assert_within_bounds(lists, before, 5, coupled=function is adam_, **options)
-    assert_same(lists, before, [1] if amsgrad else [1, 4])
+    assert_same_lists(lists, before, [1] if amsgrad else [1, 4])
     assert {s.item() for s in lists[5]} == {5.0}
 
 
@@ -144,7 +92,7 @@ def test_advanced_steps(lists_backend, device):
     lists, advanced = streams(device=device), streams(device=device, step=5.0)
     adamw_(*lists, **HYPERS, backend=lists_backend)
     adamw_(*advanced, **HYPERS, advance_steps=False, backend=lists_backend)
-    assert_same(lists, advanced)
+    assert_same_lists(lists, advanced)
 
 
 def test_shared_counter(lists_backend, device):
@@ -154,10 +102,10 @@ def test_shared_counter(lists_backend, device):
     shared = [*lists[:5], lists[5][:1] * len(SHAPES)]
     adamw_(*shared, **HYPERS, advance_steps=False, backend=lists_backend)
     adamw_(*apart, **HYPERS, advance_steps=False, backend=lists_backend)
-    assert_same(shared, apart)
+    assert_same_lists(shared, apart)
     with pytest.raises(RuntimeError, match=r"state_steps\[1\].*its own"):
         adamw_(*shared, **HYPERS, backend=lists_backend)
-    assert_same(shared, apart)
+    assert_same_lists(shared, apart)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -180,7 +128,7 @@ def test_found_inf(lists_backend, device):
     before = clones(lists)
     tail = {name: torch.ones((), device=device) for name in ("grad_scale", "found_inf")}
     adamw_(*lists, **HYPERS, **tail, unscale_grads=True, backend=lists_backend)
-    assert_same(lists, before)
+    assert_same_lists(lists, before)
 
 
 def test_lr_tensor(lists_backend, device):
@@ -189,7 +137,7 @@ def test_lr_tensor(lists_backend, device):
     others = clones(lists)
     adamw_(*lists, **{**HYPERS, "lr": torch.tensor(0.5)}, backend=lists_backend)
     adamw_(*others, **{**HYPERS, "lr": 0.5}, backend=lists_backend)
-    assert_same(lists, others)
+    assert_same_lists(lists, others)
 
 
 def test_layouts(lists_backend, device):
@@ -301,7 +249,7 @@ def test_sequences_and_nothing(lists_backend, device):
     others = clones(lists)
     adamw_(*map(tuple, lists), **HYPERS, backend=lists_backend)
     adamw_(*others, **HYPERS, backend=lists_backend)
-    assert_same(lists, others)
+    assert_same_lists(lists, others)
     adamw_([], [], [], [], [], [], **HYPERS, backend=lists_backend)
 
 
@@ -457,7 +405,7 @@ def test_invalid_options(options, kind, message):
     before = clones(lists)
     with pytest.raises(kind, match=message):
         adamw_(*lists, **{**HYPERS, **options})
-    assert_same(lists, before)
+    assert_same_lists(lists, before)
 
 
 def test_unavailable_backend():

@@ -5,8 +5,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import runnable_backends
-from test_bits import assert_same_bits, bits
+from support.bits import assert_same_bits, bits
+from support.environment import runnable_backends
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def pair(sizes, **arguments):
     return [(warpstep.AdamW(params, **arguments), params) for params in lists]
 
 
-def set_grads(*lists, seed):
+def set_same_grads(*lists, seed):
     torch.manual_seed(seed)
     for params in zip(*lists, strict=True):
         grad = torch.randn_like(params[0])
@@ -63,7 +63,7 @@ def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, ta
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    set_grads(eager_params, graphed_params, seed=1)
+    set_same_grads(eager_params, graphed_params, seed=1)
     with torch.cuda.stream(side):
         for optimizer in (eager, graphed):
             step(optimizer)
@@ -77,7 +77,7 @@ def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, ta
         if scaled:
             for optimizer in (eager, graphed):
                 optimizer.found_inf.fill_(float(seed == 4))
-        set_grads(eager_params, graphed_params, seed=seed)
+        set_same_grads(eager_params, graphed_params, seed=seed)
         step(eager)
         graph.replay()
         if tail:
@@ -94,7 +94,7 @@ def test_a_callable_ema_decay_cannot_be_captured(gpu_backend):
     ((optimizer, params), _) = pair(
         (10,), capturable=True, backend=gpu_backend, ema_decay=lambda step: 0.9
     )
-    set_grads(params, seed=1)
+    set_same_grads(params, seed=1)
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="callable ema_decay"), torch.cuda.graph(graph):
@@ -103,7 +103,7 @@ def test_a_callable_ema_decay_cannot_be_captured(gpu_backend):
 
 def test_capture_without_a_plan_says_what_to_do(gpu_backend):
     ((optimizer, params), _) = pair((10,), capturable=True, backend=gpu_backend)
-    set_grads(params, seed=1)
+    set_same_grads(params, seed=1)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(graph):
         optimizer.step()
@@ -112,7 +112,7 @@ def test_capture_without_a_plan_says_what_to_do(gpu_backend):
 def test_the_step_runs_on_the_current_stream(gpu_backend):
     """On a side stream behind a long kernel: nothing may overtake it, nothing may wait for it."""
     ((optimizer, params), (plain, plain_params)) = pair((1 << 20,), backend=gpu_backend)
-    set_grads(params, plain_params, seed=1)
+    set_same_grads(params, plain_params, seed=1)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     # The first turn loads kernels and allocates, for which a host may wait; the second must not.
@@ -131,7 +131,7 @@ def test_the_step_runs_on_the_current_stream(gpu_backend):
 
 def test_a_step_does_not_synchronise(gpu_backend):
     ((optimizer, params), _) = pair((10, 1000), backend=gpu_backend, ema_decay=0.9, stats=True)
-    set_grads(params, seed=1)
+    set_same_grads(params, seed=1)
     optimizer.clip_grad_norm_(1.0)
     optimizer.step()
     scaler = torch.amp.GradScaler("cuda")
@@ -147,7 +147,7 @@ def test_a_step_does_not_synchronise(gpu_backend):
 
 def test_a_steady_step_allocates_nothing():
     ((optimizer, params), _) = pair((10, 1000), backend="cuda")
-    set_grads(params, seed=1)
+    set_same_grads(params, seed=1)
     optimizer.step()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     optimizer.step()

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import oracle
 import warpstep
-from environment import EMULATED
-from oracle import Options
+from support import oracle
+from support.environment import EMULATED
+from support.oracle import Options
 
 WINDOW = 1 << 26  # bytes
 SIZE = 2**31 + 2 * WINDOW // 2 - 5  # bfloat16 elements, not a multiple of anything

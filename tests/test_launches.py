@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import EMULATED, INTERPRETED
+from support.environment import EMULATED, INTERPRETED
 from warpstep import backends
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from test_stale_plans import bound, params_of, random
+from support.parameters import params_of, random
+from support.tolerance import bound
 
 COUNT, SHAPE = 1100, (3, 2)
 LR = 0.01
@@ -32,7 +33,7 @@ def optimizer_of(make, **options):
     )
 
 
-def set_grads(optimizer, step):
+def set_grads_of(optimizer, step):
     for i, param in enumerate(params_of(optimizer)):
         param.grad = random(SHAPE, 2000 * step + i)
 
@@ -99,7 +100,7 @@ def test_a_change_is_followed(change, place):
     ours, torchs = optimizer_of(warpstep.AdamW), optimizer_of(torch.optim.AdamW, foreach=True)
     for step in range(STEPS):
         for optimizer in (ours, torchs):
-            set_grads(optimizer, step)
+            set_grads_of(optimizer, step)
             if step == 2:
                 change(optimizer, params_of(optimizer)[place])
             optimizer.step()
@@ -113,7 +114,7 @@ def test_a_first_gradient_is_noticed(place):
     ours, torchs = optimizer_of(warpstep.AdamW), optimizer_of(torch.optim.AdamW, foreach=True)
     for step in range(STEPS):
         for optimizer in (ours, torchs):
-            set_grads(optimizer, step)
+            set_grads_of(optimizer, step)
             if step < 2:
                 params_of(optimizer)[place].grad = None
             optimizer.step()
@@ -125,7 +126,7 @@ def test_a_first_gradient_is_noticed(place):
 @pytest.mark.parametrize("place", PLACES)
 def test_an_error_names_the_parameter(place):
     optimizer = optimizer_of(warpstep.AdamW)
-    set_grads(optimizer, 0)
+    set_grads_of(optimizer, 0)
     optimizer.step()
     before = [p.detach().clone() for p in params_of(optimizer)]
     params_of(optimizer)[place].grad = torch.ones(SHAPE).to_sparse()
@@ -140,7 +141,7 @@ def test_an_error_names_the_parameter(place):
 def test_a_gradient_written_to_after_clipping(place):
     optimizer = optimizer_of(warpstep.AdamW)
     for step in range(2):
-        set_grads(optimizer, step)
+        set_grads_of(optimizer, step)
         norm = optimizer.clip_grad_norm_(1.0)
         exact = torch.stack([p.grad.double().square().sum() for p in params_of(optimizer)]).sum()
         assert norm.item() == pytest.approx(exact.sqrt().item(), rel=torch.finfo(torch.float32).eps)
@@ -158,7 +159,7 @@ def test_the_same_bits_whatever_the_threads(threads):
         torch.set_num_threads(count)
         optimizer = optimizer_of(warpstep.AdamW)
         for step in range(STEPS):
-            set_grads(optimizer, step)
+            set_grads_of(optimizer, step)
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in params_of(optimizer)]))
     assert torch.equal(*results)
@@ -170,7 +171,7 @@ ANSWERS_IN_PYTHON = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch, warpstep
-from test_many_parameters import optimizer_of, params_of, set_grads
+from test_many_parameters import optimizer_of, params_of, set_grads_of
 
 ANSWERS = {{"device": torch.device("cpu"), "layout": torch.strided, "size": (3, 2),
             "stride": (2, 1), "dim": 2, "numel": 6}}
@@ -189,7 +190,7 @@ KINDS = [{{"dispatch_device": True}}, {{"dispatch_layout": True}}, *POLICIES]
 ours, twin = optimizer_of(warpstep.AdamW), optimizer_of(warpstep.AdamW)
 for step, kind in enumerate([{{}}, {{}}, *KINDS]):
     for optimizer in (ours, twin):
-        set_grads(optimizer, step)
+        set_grads_of(optimizer, step)
     for place in (5, 1000) if kind else ():
         param = params_of(ours)[place]
         param.grad = torch.Tensor._make_subclass(Answering, param.grad, False, **kind)

@@ -9,102 +9,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
+from support.modes import (
+    ALL,
+    BY_OPERATOR,
+    BY_REFERENCE,
+    LR,
+    SHAPES,
+    Called,
+    Dispatched,
+    assert_same_tensors,
+    give_gradients,
+    optimizer_of,
+    tensors_of,
+)
+from support.parameters import params_of, random
 
-SHAPES = [(3,), (4, 5), (0,), ()]
 STEPS = 3
-LR = 1e-2
-
-
-class Dispatched(TorchDispatchMode):
-    """Remembers the operators that are dispatched."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-class Called(TorchFunctionMode):
-    """Remembers the functions of torch that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-def random(shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def optimizer_of(kind=warpstep.AdamW, dtype=torch.float32, shapes=SHAPES, **options):
-    params = [Parameter(random(shape, i, dtype)) for i, shape in enumerate(shapes)]
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 2 * LR}]
-    return kind([group for group in groups if group["params"]], **{"lr": LR, **options})
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def give_gradients(optimizer, step):
-    for i, p in enumerate(params_of(optimizer)):
-        p.grad = random(p.shape, 100 * step + i, p.dtype)
-
-
-def tensors_of(optimizer):
-    """Parameters and state, by name."""
-    named = {}
-    for i, p in enumerate(params_of(optimizer)):
-        named[f"param {i}"] = p.detach()
-        named.update({f"{key} {i}": t for key, t in optimizer.state[p].items()})
-    return named
-
-
-def assert_same(a, b):
-    ours, theirs = tensors_of(a), tensors_of(b)
-    assert list(ours) == list(theirs)
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-# What the operators express: the same kernels, the same bits.
-BY_OPERATOR = {
-    "adamw": {},
-    "adam": {"kind": warpstep.Adam, "weight_decay": 0.1},
-    "amsgrad": {"amsgrad": True},
-    "maximize": {"maximize": True, "weight_decay": 0.1},
-    "fused": {"fused": True},
-    "capturable": {"capturable": True},
-    "lr a tensor": {"lr": torch.tensor(LR)},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "moments of float32": {"dtype": torch.bfloat16, "state_dtype": torch.float32},
-    "complex": {"dtype": torch.complex64},
-    "coupled": {"decay_form": "coupled", "weight_decay": 0.1},
-}
-# What they do not: the reference's operations, seen one by one.
-BY_REFERENCE = {
-    "reference": {"backend": "reference"},
-    "independent": {"decay_form": "independent", "weight_decay": 0.1},
-    "l1": {"decay_form": "l1", "weight_decay": 0.1},
-    "cautious": {"decay_form": "cautious", "weight_decay": 0.1},
-    "ema": {"ema_decay": 0.5},
-    "ema of float32": {"ema_decay": 0.5, "dtype": torch.bfloat16},
-    "stats": {"stats": True},
-    "betas that are tensors": {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
-}
-ALL = {**BY_OPERATOR, **BY_REFERENCE}
 
 
 @pytest.mark.parametrize("mode", [Dispatched, Called])
@@ -124,7 +47,7 @@ def test_operators_give_the_bits_of_a_launch(options, mode):
         assert [call.split(".")[1] for call in calls] == [name] * 2  # one a group
         assert [p._version for p in params_of(watched)] == [v + 1 for v in versions]
         assert str(watched.plan).startswith("operators")
-    assert_same(watched, launched)
+    assert_same_tensors(watched, launched)
     give_gradients(watched, STEPS)
     watched.step()  # with nobody looking: a launch, and it goes on
     assert watched.plan.lasts
@@ -374,7 +297,7 @@ def test_swapped_in_without_a_mode():
         with stateless.swap_in_optimizer_params_and_state(optimizer, params, other.state_dict()):
             optimizer.step()
         expected.step()
-    assert_same(other, expected)
+    assert_same_tensors(other, expected)
     for name, tensor in tensors_of(optimizer).items():
         assert torch.equal(tensor, before[name]), name
     optimizer.step()

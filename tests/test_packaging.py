@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import warpstep
-from compilers import quick_compiler
+from support.compilers import quick_compiler
 from warpstep import backends
 
 pytest.importorskip("setuptools", minversion="77")

@@ -10,14 +10,10 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support.parameters import new_params, take_steps
 
 SIZES = [(3,), (4, 5), (), (600,)]
 CLASSES = [torch.optim.AdamW, torch.optim.Adam]
-
-
-def model(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SIZES]
 
 
 def groups_of(params):
@@ -29,20 +25,12 @@ def groups_of(params):
     ]
 
 
-def train(optimizer, params, steps=3, seed=0):
-    for i in range(steps):
-        generator = torch.Generator().manual_seed(seed + i)
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        optimizer.step()
-
-
 def pair(kind, **options):
     """torch's optimizer after some steps, its parameters; and those of an equal one."""
-    lists = [model(), model()]
+    lists = [new_params(SIZES), new_params(SIZES)]
     optimizers = [kind(groups_of(params), **options) for params in lists]
-    for optimizer, params in zip(optimizers, lists, strict=True):
-        train(optimizer, params)
+    for optimizer in optimizers:
+        take_steps(optimizer, range(3))
     return optimizers, lists
 
 
@@ -57,8 +45,8 @@ def test_goes_on(kind, options):
     (old, kept), (mine, theirs) = pair(kind, **options)
     new = warpstep.replace(old)
     assert type(new) is getattr(warpstep, kind.__name__)
-    train(new, mine, seed=10)
-    train(kept, theirs, seed=10)
+    take_steps(new, range(10, 13))
+    take_steps(kept, range(10, 13))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(mine, theirs, strict=True):
@@ -87,20 +75,20 @@ def test_the_same_object_with_all_that_it_holds(kind):
     assert [g["mine"] for g in new.param_groups] == ["kept", None]
     after = new.state_dict()
     assert before["param_groups"] == after["param_groups"]
-    train(new, params, steps=1)
+    take_steps(new, range(1))
     assert all(new.state[p] is state[p][0] for p in params)
 
 
 def test_moments_keep_their_dtypes():
     """float32 moments of bfloat16 parameters, as a framework may have put them there."""
-    params = model(torch.bfloat16)
+    params = new_params(SIZES, dtype=torch.bfloat16)
     old = torch.optim.AdamW(params)
-    train(old, params, steps=1)
+    take_steps(old, range(1))
     for state in old.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = state[key].float()
     new = warpstep.replace(old)
-    train(new, params)
+    take_steps(new, range(3))
     for param in params:
         assert new.state[param]["exp_avg"].dtype == torch.float32
 
@@ -111,26 +99,26 @@ def test_steps_of_other_forms():
     old.state[params[0]]["step"] = 3
     old.state[params[1]]["step"] = torch.tensor(3.0, dtype=torch.float64)
     new = warpstep.replace(old)
-    train(new, params, steps=1)
+    take_steps(new, range(1))
     assert {s["step"].item() for s in new.state.values()} == {4.0}
     assert {s["step"].dtype for s in new.state.values()} == {torch.float32}
 
 
 def test_before_the_first_step():
     """An optimizer without state is taken over as well, tensor hyper-parameters and all."""
-    mine, theirs = model(), model()
+    mine, theirs = new_params(SIZES), new_params(SIZES)
     lr = torch.tensor(0.02)
     new = warpstep.replace(torch.optim.AdamW(mine, lr=lr))
     assert new.param_groups[0]["lr"] is lr
-    train(new, mine)
-    train(torch.optim.AdamW(theirs, lr=0.02), theirs)
+    take_steps(new, range(3))
+    take_steps(torch.optim.AdamW(theirs, lr=0.02), range(3))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_hooks():
     """All hooks stay, are given the optimizer, and go when their handles say so."""
-    (old, _), (params, _) = pair(torch.optim.AdamW)
+    (old, _), _ = pair(torch.optim.AdamW)
     called = []
     handles = [
         old.register_step_pre_hook(lambda o, *_: called.append(("pre", o))),
@@ -139,29 +127,29 @@ def test_hooks():
         old.register_load_state_dict_post_hook(lambda o: called.append(("loaded", o))),
     ]
     new = warpstep.replace(old)
-    train(new, params, steps=1)
+    take_steps(new, range(1))
     new.load_state_dict(new.state_dict())
     assert [name for name, _ in called] == ["pre", "post", "saved", "loaded"]
     assert all(optimizer is new for _, optimizer in called)
     for handle in handles:
         handle.remove()
-    train(new, params, steps=1)
+    take_steps(new, range(1))
     assert len(called) == 4
 
 
 def test_differentiable():
     """differentiable=True is carried over, to torch's own step."""
-    params = model()
+    params = new_params(SIZES)
     old = torch.optim.AdamW(params, differentiable=True)
     assert warpstep.replace(old).param_groups[0]["differentiable"] is True
 
 
 def test_checkpoint_goes_back():
     """The new one's checkpoint loads into torch's class."""
-    (old, _), (params, _) = pair(torch.optim.AdamW)
+    (old, _), _ = pair(torch.optim.AdamW)
     new = warpstep.replace(old)
-    train(new, params, steps=1)
-    fresh = torch.optim.AdamW(groups_of(model()))
+    take_steps(new, range(1))
+    fresh = torch.optim.AdamW(groups_of(new_params(SIZES)))
     fresh.load_state_dict(copy.deepcopy(new.state_dict()))
     assert {s["step"].item() for s in fresh.state.values()} == {4.0}
 
@@ -172,15 +160,15 @@ class Derived(torch.optim.AdamW):
 
 
 def with_step_replaced():
-    optimizer = torch.optim.AdamW(model())
+    optimizer = torch.optim.AdamW(new_params(SIZES))
     optimizer.step = lambda: None
     return optimizer
 
 
 def with_state(**state):
-    params = model()
+    params = new_params(SIZES)
     optimizer = torch.optim.AdamW(params)
-    train(optimizer, params, steps=1)
+    take_steps(optimizer, range(1))
     optimizer.state[params[1]].update(state)
     return optimizer
 
@@ -192,16 +180,16 @@ def without(key):
 
 
 def with_group(**values):
-    optimizer = torch.optim.AdamW(model())
+    optimizer = torch.optim.AdamW(new_params(SIZES))
     optimizer.param_groups[0].update(values)
     return optimizer
 
 
 CANNOT = {
-    "SGD": (lambda: torch.optim.SGD(model()), "torch.optim.sgd.SGD"),
-    "NAdam": (lambda: torch.optim.NAdam(model()), "NAdam"),
-    "derived": (lambda: Derived(model()), "Derived"),
-    "ours": (lambda: warpstep.AdamW(model()), "warpstep's already"),
+    "SGD": (lambda: torch.optim.SGD(new_params(SIZES)), "torch.optim.sgd.SGD"),
+    "NAdam": (lambda: torch.optim.NAdam(new_params(SIZES)), "NAdam"),
+    "derived": (lambda: Derived(new_params(SIZES)), "Derived"),
+    "ours": (lambda: warpstep.AdamW(new_params(SIZES)), "warpstep's already"),
     "no optimizer": (lambda: 3, "builtins.int"),
     "step replaced": (with_step_replaced, "step was replaced"),
     "sparse": (

@@ -67,14 +67,14 @@ def new(kind):
     return kind(groups, lr=LR, betas=BETAS)
 
 
-def set_grads(optimizer):
+def set_equal_grads(optimizer):
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.full_like(param, 0.5)
 
 
 def step_all(optimizer, scheduler):
-    set_grads(optimizer)
+    set_equal_grads(optimizer)
     optimizer.step()
     scheduler.step(*((1.0,) if isinstance(scheduler, lrs.ReduceLROnPlateau) else ()))
 
@@ -185,7 +185,7 @@ def test_which_of_the_two_is_stepped_first_is_still_noticed(first):
     optimizer = new(torch.optim.AdamW)
     scheduler = lrs.ExponentialLR(optimizer, 0.9)
     warpstep.replace(optimizer)
-    set_grads(optimizer)
+    set_equal_grads(optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if first == "optimizer":
@@ -200,7 +200,7 @@ def test_a_wrapped_step_has_warpsteps_arguments_and_keeps_nothing_alive():
     optimizer = new(torch.optim.AdamW)
     scheduler = lrs.ExponentialLR(optimizer, 0.9)
     warpstep.replace(optimizer)
-    set_grads(optimizer)
+    set_equal_grads(optimizer)
     optimizer.step(zero_grads=True)
     assert optimizer.plan.buckets
     for group in optimizer.param_groups:

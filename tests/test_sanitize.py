@@ -3,7 +3,7 @@
 import pytest
 
 import sanitize
-from environment import runnable_backends
+from support.environment import runnable_backends
 
 COMPARED = [pair for pair in runnable_backends().items() if pair[0] in ("cpu", "cuda")]
 

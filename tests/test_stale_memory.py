@@ -8,42 +8,14 @@ import pytest
 import torch
 
 import warpstep
+from support.cases import on_each_device
+from support.parameters import new_params, params_of, random, take_steps
+from support.tolerance import bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 
-def bound(steps, lr, param, dtype=None):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item() if param.numel() else 0
-    ulp = torch.finfo(dtype or param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def new_params(device="cpu", shapes=SHAPES):
-    return [random(s, i, device).requires_grad_() for i, s in enumerate(shapes)]
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def run(optimizer, steps):
-    for step in steps:
-        for i, p in enumerate(params_of(optimizer)):
-            p.grad = random(p.shape, 1000 + 100 * step + i, p.device, p.dtype)
-        optimizer.step()
-
-
-def bits(optimizer):
+def copies_of(optimizer):
     """Copies of parameters and state, of what has memory."""
     tensors = list(params_of(optimizer))
     tensors += [t for p in params_of(optimizer) for t in optimizer.state.get(p, {}).values()]
@@ -73,15 +45,15 @@ FREED = {
 def test_freed_storage_is_an_error_and_nothing_changes(what, steps, requested, device):
     if steps == 0 and what not in ("parameter", "gradient"):
         pytest.skip("there is no state yet")
-    optimizer = warpstep.AdamW(new_params(device), lr=LR, backend=requested)
-    run(optimizer, range(steps))
+    optimizer = warpstep.AdamW(new_params(device=device), lr=LR, backend=requested)
+    take_steps(optimizer, range(steps))
     params = params_of(optimizer)
     for p in params:
         p.grad = torch.ones_like(p)
     tensor = FREED[what](params[2], optimizer.state.get(params[2]))
     values, size = tensor.detach().clone(), tensor.untyped_storage().nbytes()
     tensor.untyped_storage().resize_(0)
-    before = bits(optimizer)
+    before = copies_of(optimizer)
     published = {id(p): list(optimizer.state.get(p, {})) for p in params}
     for _ in range(2):  # again and again, not only when noticed first
         with pytest.raises(RuntimeError, match=r"parameter 2 of group 0"):
@@ -94,8 +66,8 @@ def test_freed_storage_is_an_error_and_nothing_changes(what, steps, requested, d
     tensor.untyped_storage().resize_(size)
     tensor.data.copy_(values)
     control = copy.deepcopy(optimizer)
-    run(optimizer, range(5, 7))
-    run(control, range(5, 7))
+    take_steps(optimizer, range(5, 7))
+    take_steps(control, range(5, 7))
     for p, q in zip(params, params_of(control), strict=True):
         assert torch.equal(p, q)
     assert torch.all(keep == 3)
@@ -104,10 +76,10 @@ def test_freed_storage_is_an_error_and_nothing_changes(what, steps, requested, d
 @on_each_device
 def test_freed_parameters_without_gradient_are_left_alone(device):
     # As sharded modules are, between steps.
-    optimizer = warpstep.AdamW(new_params(device), lr=LR)
-    run(optimizer, range(2))
-    twin = torch.optim.AdamW(new_params(device), lr=LR)
-    run(twin, range(2))
+    optimizer = warpstep.AdamW(new_params(device=device), lr=LR)
+    take_steps(optimizer, range(2))
+    twin = torch.optim.AdamW(new_params(device=device), lr=LR)
+    take_steps(twin, range(2))
     for opt in (optimizer, twin):
         for i, p in enumerate(params_of(opt)):
             p.grad = None if i == 2 else torch.ones_like(p)
@@ -124,8 +96,8 @@ def test_freed_parameters_without_gradient_are_left_alone(device):
 def test_another_shape_without_gradient_does_not_disturb_the_others(shape, device):
     # torch looks at no parameter that has no gradient.
     def result(cls):
-        optimizer = cls(new_params(device), lr=LR)
-        run(optimizer, range(2))
+        optimizer = cls(new_params(device=device), lr=LR)
+        take_steps(optimizer, range(2))
         params = params_of(optimizer)
         for p in params:
             p.grad = torch.ones_like(p)
@@ -146,15 +118,15 @@ def test_another_shape_without_gradient_does_not_disturb_the_others(shape, devic
 @pytest.mark.parametrize("at_address", ["same", "another"])
 @pytest.mark.parametrize("shape", [(3, 5), (15,), (5,), (1, 15)], ids=str)
 def test_another_shape_needs_another_state(shape, at_address, device):
-    optimizer = warpstep.AdamW(new_params(device), lr=LR)
-    run(optimizer, range(2))
+    optimizer = warpstep.AdamW(new_params(device=device), lr=LR)
+    take_steps(optimizer, range(2))
     p = params_of(optimizer)[0]
     old = p.data
     new = old.flatten()[: math.prod(shape)].view(shape)
     p.data = new if at_address == "same" else new.clone()
     for q in params_of(optimizer):
         q.grad = torch.ones_like(q)
-    before = bits(optimizer)
+    before = copies_of(optimizer)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*exp_avg"):
         optimizer.step()
     assert_unchanged(before)
@@ -171,7 +143,7 @@ def test_module_to_dtype_keeps_the_moments(dtype, state_dtype, device):
     # Moments stay as they are (torch's step fails there): a recipe of mixed dtypes.
     module = torch.nn.Linear(6, 4).to(device)
     optimizer = warpstep.AdamW(module.parameters(), lr=LR, state_dtype=state_dtype)
-    run(optimizer, range(2))
+    take_steps(optimizer, range(2))
     moments = [optimizer.state[p]["exp_avg"] for p in module.parameters()]
     module.to(dtype)
 
@@ -217,10 +189,10 @@ def test_moment_of_another_order_at_the_same_address(key, device):
     def result(cls, **options):
         p = random((4, 4), 0, device).requires_grad_()
         optimizer = cls([p], lr=LR, **options)
-        run(optimizer, range(2))
+        take_steps(optimizer, range(2))
         moment = optimizer.state[p][key]
         moment.data = moment.data.t()
-        run(optimizer, range(2, 4))
+        take_steps(optimizer, range(2, 4))
         return p
 
     q = result(torch.optim.AdamW, foreach=False)
@@ -232,12 +204,12 @@ def test_moment_of_another_shape_at_the_same_address(device):
     # Fewer elements than the plan bound: what lies behind them belongs to somebody else.
     p = random((4, 4), 0, device).requires_grad_()
     optimizer = warpstep.AdamW([p], lr=LR)
-    run(optimizer, range(2))
+    take_steps(optimizer, range(2))
     moment = optimizer.state[p]["exp_avg"]
     whole = moment.data
     moment.data = whole[:2]
     p.grad = torch.ones_like(p)
-    before = [(whole, whole.clone()), *bits(optimizer)]
+    before = [(whole, whole.clone()), *copies_of(optimizer)]
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*exp_avg"):
         optimizer.step()
     assert_unchanged(before)
@@ -246,15 +218,15 @@ def test_moment_of_another_shape_at_the_same_address(device):
 @pytest.mark.parametrize("shapes", [[(0, 3)], [(0,), (2, 0)]], ids=str)
 def test_state_of_empty_parameters_that_moves_is_followed(shapes):
     # They have no elements, but each has a step counter in memory.
-    optimizer = warpstep.AdamW(new_params(shapes=shapes), lr=LR)
-    run(optimizer, range(2))
+    optimizer = warpstep.AdamW(new_params(shapes), lr=LR)
+    take_steps(optimizer, range(2))
     old = []
     for p in params_of(optimizer):
         for tensor in optimizer.state[p].values():
             old.append(tensor.data)
             tensor.data = tensor.data.clone()
     before = [t.clone() for t in old]
-    run(optimizer, range(2, 4))
+    take_steps(optimizer, range(2, 4))
     assert [optimizer.state[p]["step"].item() for p in params_of(optimizer)] == [4] * len(shapes)
     assert all(torch.equal(a, b) for a, b in zip(old, before, strict=True))
 
@@ -263,11 +235,11 @@ def test_state_of_empty_parameters_that_moves_is_followed(shapes):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 def test_step_counter_of_another_dtype(dtype, device):
     def result(cls, dtype):
-        optimizer = cls(new_params(device), lr=LR)
-        run(optimizer, range(2))
+        optimizer = cls(new_params(device=device), lr=LR)
+        take_steps(optimizer, range(2))
         for state in optimizer.state.values():
             state["step"] = state["step"].to(dtype)
-        run(optimizer, range(2, 4))
+        take_steps(optimizer, range(2, 4))
         return optimizer
 
     ours, theirs = result(warpstep.AdamW, dtype), result(torch.optim.AdamW, torch.float32)
@@ -282,7 +254,7 @@ def test_step_counter_of_another_dtype(dtype, device):
 @on_each_device
 def test_gradients_appearing_and_disappearing_each_step(device):
     def result(cls):
-        optimizer = cls(new_params(device, [(7,)] * 6), lr=LR)
+        optimizer = cls(new_params([(7,)] * 6, device), lr=LR)
         params = params_of(optimizer)
         for step in range(24):
             for i, p in enumerate(params):
@@ -314,27 +286,27 @@ def test_the_plan_stays_in_steady_state(case):
     assert warpstep.AdamW(new_params()).plan is None
     optimizer = warpstep.AdamW(new_params(), lr=LR)
     twin = torch.optim.AdamW(new_params(), lr=LR)
-    run(optimizer, range(1))
-    run(twin, range(1))
+    take_steps(optimizer, range(1))
+    take_steps(twin, range(1))
     plan = optimizer.plan
     assert plan is not None
     for step in range(1, 5):
         for opt in (optimizer, twin):
             STEADY[case](opt, step)
-            run(opt, [step])
+            take_steps(opt, [step])
         assert optimizer.plan is plan
     for p, q in zip(params_of(optimizer), params_of(twin), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=bound(5, LR, q))
 
 
 def test_each_step_is_one_launch():
-    groups = [{"params": [p]} for p in new_params(shapes=[(3,)] * 40)]
+    groups = [{"params": [p]} for p in new_params([(3,)] * 40)]
     optimizer = warpstep.AdamW(groups, lr=LR)
-    run(optimizer, range(1))
+    take_steps(optimizer, range(1))
     key = "cpu"
     if not (counts := warpstep.status().launches)[key]:
         pytest.skip("no native module")
-    run(optimizer, range(1, 6))
+    take_steps(optimizer, range(1, 6))
     assert warpstep.status().launches[key] == counts[key] + 5
 
 

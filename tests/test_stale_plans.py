@@ -2,49 +2,23 @@
 
 Each case changes something in a warpstep optimizer and in a torch.optim one, before the first step
 and between later ones, and both step on; results must agree within the tolerance that is derived in
-test_torch_layouts.py.
+support/tolerance.py.
 """
 
 import copy
 import gc
-import math
 
 import pytest
 import torch
 
 import warpstep
+from support.cases import on_each_device
+from support.parameters import new_params, params_of, random, set_grads
+from support.tolerance import bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LR = 0.01
 SHAPES = [(5, 3), (), (17,), (4, 4), (0, 2)]
 STEPS = 4
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item() if param.numel() else 0
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def new_params(device="cpu", shapes=SHAPES):
-    return [random(s, i, device).requires_grad_() for i, s in enumerate(shapes)]
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def set_grads(params, step):
-    for i, p in enumerate(params):
-        p.grad = random(p.shape, 1000 + 100 * step + i, p.device, p.dtype)
 
 
 def tensors_of_state(optimizer):
@@ -357,7 +331,7 @@ def test_change_is_followed(change, when, device):
         pytest.skip("a change with a story of its own")
 
     def run(cls, **options):
-        optimizer = cls(new_params(device), lr=LR, **options)
+        optimizer = cls(new_params(SHAPES, device), lr=LR, **options)
         for step in range(STEPS):
             if step in WHEN[when]:
                 change(optimizer, step)
@@ -381,7 +355,7 @@ def test_change_is_followed(change, when, device):
 @pytest.mark.parametrize("change", [replace_gradients], ids=lambda f: f.__name__)
 def test_gradients_with_other_memory(change, device):
     def run(cls):
-        optimizer = cls(new_params(device), lr=LR)
+        optimizer = cls(new_params(SHAPES, device), lr=LR)
         set_grads(params_of(optimizer), 0)
         for step in range(STEPS):
             optimizer.step()

@@ -1,51 +1,22 @@
 """Checkpoints that are old, strange, hooked or do not fit."""
 
 import copy
-import math
 
 import pytest
 import torch
 
 import warpstep
+from support.bits import assert_same
+from support.parameters import SHAPES, new_params, params_of, take_steps
+from support.tolerance import bound
 
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item()
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def new_params():
-    return [random(s, i).requires_grad_() for i, s in enumerate(SHAPES)]
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def run(optimizer, steps):
-    for step in steps:
-        for i, p in enumerate(params_of(optimizer)):
-            p.grad = random(p.shape, 1000 + 100 * step + i)
-        optimizer.step()
 
 
 def stepped(cls=warpstep.AdamW, steps=2, **options):
     optimizer = cls(new_params(), lr=LR, **options)
-    run(optimizer, range(steps))
+    take_steps(optimizer, range(steps))
     return optimizer
-
-
-def assert_same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # ---- hooks
@@ -119,7 +90,7 @@ def test_post_hook_may_change_the_state_before_the_next_step():
     for optimizer in (ours, theirs):
         optimizer.register_load_state_dict_post_hook(post)
         optimizer.load_state_dict(copy.deepcopy(source.state_dict()))
-        run(optimizer, range(2, 5))
+        take_steps(optimizer, range(2, 5))
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=bound(5, LR, q))
 
@@ -140,7 +111,7 @@ def test_extra_state_passes_through():
     state_dict["param_groups"][0]["note"] = "kept"
     optimizer = warpstep.AdamW(new_params(), lr=LR)
     optimizer.load_state_dict(state_dict)
-    run(optimizer, range(2, 4))
+    take_steps(optimizer, range(2, 4))
     state = optimizer.state[params_of(optimizer)[0]]
     assert_same(state["ema"], torch.arange(15.0).reshape(5, 3))
     assert (state["count"], state["label"]) == (7, "x")
@@ -162,7 +133,7 @@ def test_old_checkpoint_with_another_kind_of_step(step):
                 state["step"] = copy.deepcopy(step)
         optimizer = cls(params_of(source), lr=LR)
         optimizer.load_state_dict(state_dict)
-        run(optimizer, range(2, 5))
+        take_steps(optimizer, range(2, 5))
         return optimizer
 
     ours, theirs = resumed(warpstep.AdamW), resumed(torch.optim.AdamW)
@@ -184,7 +155,7 @@ def test_old_checkpoint_without_newer_options(cls):
         key: {"foreach": None, "fused": None}.get(key, False) for key in older
     }
     assert group["decoupled_weight_decay"] == (cls is warpstep.AdamW)
-    run(optimizer, range(2, 3))
+    take_steps(optimizer, range(2, 3))
 
 
 def test_checkpoint_of_part_of_the_parameters():
@@ -194,7 +165,7 @@ def test_checkpoint_of_part_of_the_parameters():
         state_dict = copy.deepcopy(optimizer.state_dict())
         del state_dict["state"][1]
         optimizer.load_state_dict(state_dict)
-        run(optimizer, range(2, 5))
+        take_steps(optimizer, range(2, 5))
         return optimizer
 
     ours, theirs = resumed(warpstep.AdamW), resumed(torch.optim.AdamW)
@@ -207,7 +178,7 @@ def test_param_names():
     names = ["a", "b", "c"]
     named = warpstep.AdamW(zip(names, new_params(), strict=True), lr=LR)
     unnamed = warpstep.AdamW(new_params(), lr=LR)
-    run(named, range(1))
+    take_steps(named, range(1))
     assert named.state_dict()["param_groups"][0]["param_names"] == names
     saved = copy.deepcopy(named.state_dict())
 
@@ -218,7 +189,7 @@ def test_param_names():
     saved["param_groups"][0]["param_names"] = ["x", "y", "z"]
     named.load_state_dict(saved)
     assert named.param_groups[0]["param_names"] == ["x", "y", "z"]
-    run(named, range(1, 2))
+    take_steps(named, range(1, 2))
 
 
 # ---- what does not fit
@@ -279,8 +250,8 @@ def test_checkpoint_that_does_not_fit(case, before):
     assert_same(optimizer.state_dict(), bits)
     now = [id(t) for p in params_of(optimizer) for t in optimizer.state.get(p, {}).values()]
     assert now == tensors
-    run(optimizer, range(5, 7))
-    run(control, range(5, 7))
+    take_steps(optimizer, range(5, 7))
+    take_steps(control, range(5, 7))
     for p, q in zip(params_of(optimizer), params_of(control), strict=True):
         assert torch.equal(p, q)
 
@@ -299,7 +270,7 @@ def test_the_given_dict_is_never_changed():
     bits = copy.deepcopy(given)
     optimizer = warpstep.AdamW(new_params(), lr=LR, state_dtype=torch.float64)
     optimizer.load_state_dict(given)
-    run(optimizer, range(2, 4))
+    take_steps(optimizer, range(2, 4))
     optimizer.param_groups[0]["lr"] = 9.0
     assert_same(given, bits)
     assert all(isinstance(i, int) for i in given["param_groups"][0]["params"])

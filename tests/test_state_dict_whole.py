@@ -7,31 +7,16 @@ import pytest
 import torch
 
 import warpstep
+from support.parameters import SHAPES, params_of, random, take_steps
 
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
 CLASSES = [warpstep.AdamW, warpstep.Adam]
-
-
-def random(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def run(optimizer, steps):
-    for step in steps:
-        for i, p in enumerate(params_of(optimizer)):
-            p.grad = random(p.shape, 1000 + 100 * step + i)
-        optimizer.step()
 
 
 def stepped(cls, steps=2, **options):
     params = [(f"p{i}", random(s, i).requires_grad_()) for i, s in enumerate(SHAPES)]
     optimizer = cls(params, lr=LR, **options)
-    run(optimizer, range(steps))
+    take_steps(optimizer, range(steps))
     return optimizer
 
 
@@ -111,8 +96,8 @@ def assert_whole(optimizer, state_dict, message):
     assert optimizer.param_groups is groups
     assert optimizer.plan is plan
     assert identities == {p: {k: id(t) for k, t in s.items()} for p, s in optimizer.state.items()}
-    run(optimizer, range(5, 7))
-    run(control, range(5, 7))
+    take_steps(optimizer, range(5, 7))
+    take_steps(control, range(5, 7))
     for p, q in zip(params_of(optimizer), params_of(control), strict=True):
         assert torch.equal(p, q)
 
@@ -176,8 +161,8 @@ def test_a_derived_class_that_cannot_take_the_state_leaves_it():
         optimizer.load_state_dict(stepped(warpstep.AdamW, 4).state_dict())
     assert optimizer.state is state
     assert optimizer.param_groups is groups
-    run(optimizer, range(2, 4))
-    run(control, range(2, 4))
+    take_steps(optimizer, range(2, 4))
+    take_steps(control, range(2, 4))
     for p, q in zip(params_of(optimizer), params_of(control), strict=True):
         assert torch.equal(p, q)
 
@@ -194,7 +179,7 @@ def test_steps_that_torch_takes(step, fused):
             state["step"] = copy.deepcopy(step)
         optimizer = stepped(cls, fused=fused)
         optimizer.load_state_dict(state_dict)
-        run(optimizer, range(2, 3))
+        take_steps(optimizer, range(2, 3))
         return [float(optimizer.state[p]["step"]) for p in params_of(optimizer)]
 
     expected = [1 + float(step)] * len(SHAPES)
@@ -208,7 +193,7 @@ def test_states_that_are_empty_or_absent(cls):
     del state_dict["state"][1]
     optimizer = stepped(cls)
     optimizer.load_state_dict(state_dict)
-    run(optimizer, range(2, 3))
+    take_steps(optimizer, range(2, 3))
     assert [optimizer.state[p]["step"].item() for p in params_of(optimizer)] == [1, 1, 3]
 
 
@@ -260,6 +245,6 @@ def test_what_others_keep_in_the_state_is_no_state_yet():
     optimizer = stepped(warpstep.AdamW, 0)
     param = params_of(optimizer)[0]
     optimizer.state[param]["note"] = "a wrapper's"
-    run(optimizer, range(2))
+    take_steps(optimizer, range(2))
     assert optimizer.state[param]["step"].item() == 2
     assert optimizer.state[param]["note"] == "a wrapper's"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import fake_cuda
 import stress
 from stress import Model, Size
+from support import fake_torch_cuda
 
 SMALL = Size(chunks=2, short=12)
 
@@ -24,8 +24,8 @@ def test_a_small_one(backend, device, scenario):
 @pytest.mark.parametrize("way", ["side stream", "graph"])
 def test_streams_and_graphs_take_each_step_once(monkeypatch, way):
     """In the place of a GPU: what is captured does not run, and runs at each replay."""
-    fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(Model, "clip_and_step", fake_cuda.launched(Model.clip_and_step))
+    fake_torch_cuda.install(monkeypatch)
+    monkeypatch.setattr(Model, "clip_and_step", fake_torch_cuda.launched(Model.clip_and_step))
     for scenario in stress.SCENARIOS:
         expected = Model(SMALL, scenario, "cpu", "cpu", "eager")
         model = Model(SMALL, scenario, "cpu", "cpu", way)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import warpstep
+from support.parameters import take_steps
 
 
 def stepped(backend):
@@ -15,15 +16,8 @@ def stepped(backend):
     shapes = [("first", (6, 5)), ("victim", (4, 3)), ("last", (7,))]
     named = [(n, nn.Parameter(torch.randn(s, generator=generator))) for n, s in shapes]
     optimizer = warpstep.AdamW(named, lr=0.1, ema_decay=0.9, backend=backend)
-    run(optimizer, range(3))
+    take_steps(optimizer, range(3))
     return optimizer, optimizer.param_groups[0]["params"]
-
-
-def run(optimizer, steps):
-    for step in steps:
-        for i, p in enumerate(optimizer.param_groups[0]["params"]):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
-        optimizer.step()
 
 
 def free(p):
@@ -93,8 +87,8 @@ def test_every_parameter_is_restored(backend, change, raises):
         assert torch.equal(p, own)
         assert (p.stride(), p.dtype, p.device) == (own.stride(), own.dtype, own.device)
         assert p.data_ptr() == kept.data_ptr()  # what shared its memory does so again
-    run(optimizer, range(3, 5))
-    run(control, range(3, 5))
+    take_steps(optimizer, range(3, 5))
+    take_steps(control, range(3, 5))
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
 
@@ -118,7 +112,7 @@ def stubborn(monkeypatch):
     middle = torch.ones(5).as_subclass(Stubborn).requires_grad_()
     named = [("first", first), ("middle", middle), ("last", last)]
     optimizer = warpstep.AdamW(named, lr=0.1, ema_decay=0.9)
-    run(optimizer, range(3))
+    take_steps(optimizer, range(3))
     return optimizer, [first, middle, last]
 
 
@@ -132,7 +126,7 @@ def test_one_that_cannot_be_restored_is_named_after_the_others(stubborn):
     assert torch.equal(params[0], before[0])
     assert torch.equal(params[2], before[2])
     Stubborn.frozen = False
-    run(optimizer, range(3, 4))
+    take_steps(optimizer, range(3, 4))
     assert optimizer.state[params[1]]["step"].item() == 4
 
 
@@ -154,7 +148,7 @@ def test_what_was_raised_inside_comes_first(stubborn):
     if hasattr(caught.value, "add_note"):  # Python 3.11; a warning before
         assert "'middle'" in caught.value.__notes__[0]
     Stubborn.frozen = False
-    run(optimizer, range(3, 4))
+    take_steps(optimizer, range(3, 4))
 
 
 def test_a_signal_waits_until_all_are_restored(monkeypatch):
@@ -174,7 +168,7 @@ def test_a_signal_waits_until_all_are_restored(monkeypatch):
         pass
     assert not interrupts
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    run(optimizer, range(3, 4))
+    take_steps(optimizer, range(3, 4))
 
 
 def test_groups_that_change_inside():
@@ -186,4 +180,4 @@ def test_groups_that_change_inside():
         params[1].data = torch.ones(2)
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     optimizer.param_groups[:] = groups
-    run(optimizer, range(3, 4))
+    take_steps(optimizer, range(3, 4))

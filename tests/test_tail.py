@@ -8,47 +8,26 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import oracle
 import warpstep
-from oracle import ROUNDOFF, Options
-from test_conformance import (
+from support import oracle
+from support.bits import raw_bits
+from support.cases import each_recipe
+from support.conformance import assert_step, streams_of, zeros_of
+from support.oracle import ROUNDOFF, Options
+from support.recipes import (
     BF16,
     F16,
     F32,
     F64,
-    RECIPES,
     SIZES,
-    assert_step,
-    make,
+    give_gradients,
+    model,
     optimizer_for,
     set_grad,
-    streams_of,
-    zeros_of,
 )
 from warpstep.recipes import real_dtype
 
-# The edges of vectors, of the CPU's tiles and of chunks.
-EDGES = (0, 1, 7, 64, 1023, 1024, 1025, 2049, 16_384, 40_001)
-recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 U = ROUNDOFF[F32]
-
-
-def model(recipe, device, sizes=EDGES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    params = [Parameter(make(n, recipe[0], device, generator)) for n in sizes]
-    give_gradients(params, recipe, generator)
-    return params, generator
-
-
-def give_gradients(params, recipe, generator, scale=1.0):
-    for param in params:
-        grad = make(param.shape, recipe[1], param.device, generator) * scale
-        set_grad(param, grad.to(recipe[1]))
-
-
-def exact_norm(params, kind=2.0):
-    flat = np.concatenate([oracle.wide(p.grad).ravel() for p in params])
-    return np.sqrt(np.sum(flat * flat)) if kind == 2.0 else np.abs(flat).max()
 
 
 def assert_relative(found, exact, roundings):
@@ -57,11 +36,7 @@ def assert_relative(found, exact, roundings):
     assert np.all(error <= roundings * U * np.abs(exact)), (found, exact)
 
 
-def bits(tensor):
-    return tensor.detach().clone().view(torch.uint8).cpu()
-
-
-@recipes
+@each_recipe
 def test_the_norm_is_exact_and_reads_only(backend, device, recipe):
     params, _ = model(recipe, device)
     params[3].grad = None
@@ -73,11 +48,12 @@ def test_the_norm_is_exact_and_reads_only(backend, device, recipe):
         assert norm.dtype == F32
         assert norm.shape == ()
         assert norm.device == params[0].device
-        assert_relative(norm, exact_norm(with_grad, kind), 1.001)  # of float32, sums in float64
+        # Of float32, sums in float64.
+        assert_relative(norm, oracle.exact_norm(with_grad, kind), 1.001)
         assert torch.equal(norm, optimizer.clip_grad_norm_(math.inf, kind))
     for param, grad in zip(params, kept, strict=True):
         assert (param.grad is None) == (grad is None)
-        assert grad is None or torch.equal(bits(param.grad), bits(grad))
+        assert grad is None or torch.equal(raw_bits(param.grad), raw_bits(grad))
 
 
 @pytest.mark.parametrize("kind", [1.0, 3.0, 0.5])
@@ -88,7 +64,7 @@ def test_other_norms_agree_with_torch(backend, device, kind):
     torch.testing.assert_close(optimizer.clip_grad_norm_(1.0, kind), expected, rtol=0, atol=0)
 
 
-@recipes
+@each_recipe
 @pytest.mark.parametrize("max_norm", [0.0, 0.37, 1e9])
 def test_clipped_steps_agree_with_the_oracle(backend, device, recipe, max_norm):
     params, generator = model(recipe, device, sizes=SIZES)
@@ -97,13 +73,13 @@ def test_clipped_steps_agree_with_the_oracle(backend, device, recipe, max_norm):
     for t in (1, 2, 3):
         optimizer.clip_grad_norm_(max_norm)
         coef = float(optimizer._clipping.coef)
-        exact = min(1.0, max_norm / (exact_norm(params) + 1e-6))
+        exact = min(1.0, max_norm / (oracle.exact_norm(params) + 1e-6))
         assert abs(coef - exact) <= sum(p.numel() for p in params) * 2**-53 * exact
         clipped = Options(grad_factor=coef)
-        kept = [bits(p.grad) for p in params]
+        kept = [raw_bits(p.grad) for p in params]
         grads = [p.grad for p in params]
         assert_step(optimizer, params, t, lambda _, o=clipped: o, grads, before)
-        assert all(torch.equal(bits(p.grad), b) for p, b in zip(params, kept, strict=True))
+        assert all(torch.equal(raw_bits(p.grad), b) for p, b in zip(params, kept, strict=True))
         before = [streams_of(optimizer, p) for p in params]
         give_gradients(params, recipe, generator)
 
@@ -119,9 +95,9 @@ def test_scaled_and_clipped_steps_agree_with_the_oracle(backend, device, found):
     optimizer._clipping.grad_scale = torch.tensor(48.0, device=device)
     optimizer.found_inf = None if found is None else torch.tensor(found, device=device)
     if found:
-        kept = [bits(p) for p in params]
+        kept = [raw_bits(p) for p in params]
         optimizer.step()
-        assert all(torch.equal(bits(p), b) for p, b in zip(params, kept, strict=True))
+        assert all(torch.equal(raw_bits(p), b) for p, b in zip(params, kept, strict=True))
         return
     options = Options(grad_factor=5.0 / (17.0 + 1e-6) / 48.0)
     before = [zeros_of(p, False) for p in params]
@@ -180,7 +156,7 @@ def test_averages_agree_with_the_oracle(backend, device, dtype, asked, kept, dec
         assert real_dtype(optimizer.plan.buckets[0].recipe.ema) == kept
 
 
-@recipes
+@each_recipe
 def test_statistics_agree_with_the_oracle(backend, device, recipe):
     params, generator = model(recipe, device)
     optimizer = optimizer_for(params, Options(lr=0.1), recipe, backend, stats=True)
@@ -224,9 +200,9 @@ def test_statistics_of_a_skipped_step(backend, device):
     params[4].grad[10:20] = float("nan")
     optimizer.grad_scale = torch.tensor(2.0, device=device)
     optimizer.found_inf = torch.tensor(1.0, device=device)
-    kept = [bits(p) for p in params]
+    kept = [raw_bits(p) for p in params]
     optimizer.step()
-    assert all(torch.equal(bits(p), b) for p, b in zip(params, kept, strict=True))
+    assert all(torch.equal(raw_bits(p), b) for p, b in zip(params, kept, strict=True))
     assert all(s["step"] == 0 for s in optimizer.state.values())
     found = optimizer.statistics()
     assert found.nonfinite.sum() == 10
@@ -235,7 +211,7 @@ def test_statistics_of_a_skipped_step(backend, device):
     torch.testing.assert_close(found.param_norm, norms, rtol=1e-5, atol=0)
 
 
-@recipes
+@each_recipe
 def test_gradients_are_left_zero(backend, device, recipe):
     """The same step, bit for bit; and memory beside the gradients is not touched."""
     params, _ = model(recipe, device, sizes=(5, 64, 2049))
@@ -252,7 +228,7 @@ def test_gradients_are_left_zero(backend, device, recipe):
     zeroing.step(zero_grads=True)
     keeping.step()
     for param, other, base in zip(params, plain, bases, strict=True):
-        assert torch.equal(bits(param), bits(other))
+        assert torch.equal(raw_bits(param), raw_bits(other))
         assert param.grad.eq(0).all()
         assert base[:3].eq(7).all()
         assert base[3 + param.numel() :].eq(7).all()
@@ -267,12 +243,12 @@ def test_gradients_are_left_zero(backend, device, recipe):
 def test_gradients_of_other_strides_and_of_skipped_steps_are_left_zero(backend, device, taken):
     param = Parameter(torch.randn(6, 10, device=device))
     param.grad = torch.randn(10, 6, device=device).t()
-    kept = bits(param)
+    kept = raw_bits(param)
     optimizer = warpstep.AdamW([param], backend=backend)
     optimizer.found_inf = torch.tensor(float(not taken), device=device)
     optimizer.step(zero_grads=True)
     assert param.grad.eq(0).all()
-    assert torch.equal(bits(param), kept) != taken
+    assert torch.equal(raw_bits(param), kept) != taken
 
 
 def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
@@ -291,10 +267,10 @@ def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
         factor = 3.0 / (float(total) + 1e-6) / 64
         clipped = dataclasses.replace(options, grad_factor=factor)
         grads = [p.grad for p in params]
-        kept = [bits(g) for g in grads]
+        kept = [raw_bits(g) for g in grads]
         old = [optimizer.state[p]["ema"].clone() if t > 1 else None for p in params]
         assert_step(optimizer, params, t, lambda _, o=clipped: o, grads, before)
-        assert all(torch.equal(bits(g), k) for g, k in zip(grads, kept, strict=True))
+        assert all(torch.equal(raw_bits(g), k) for g, k in zip(grads, kept, strict=True))
         for param, average in zip(params, old, strict=True):
             expected = param.detach() if average is None else average.lerp(param.detach(), 0.5)
             bound = 4 * U * float(param.detach().abs().max())

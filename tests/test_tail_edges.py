@@ -10,8 +10,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import warpstep
-from test_averages import model, train
-from test_clipping import assert_near, give, pair
+from support.networks import model, train
+from support.pairs import assert_near, give, pair
 
 
 def ones(*sizes):

@@ -1,12 +1,11 @@
 """warpstep.AdamW and Adam are torch's classes: signature, groups, hooks, copies, autograd, compile.
 
 Numerics over layouts and dtypes are in test_torch_layouts.py; where numbers are compared here, the
-tolerance is the one derived there.
+tolerance is the one derived in support/tolerance.py.
 """
 
 import copy
 import inspect
-import math
 
 import pytest
 import torch
@@ -16,12 +15,10 @@ from torch.optim.optimizer import (
 )
 
 import warpstep
+from support.cases import PAIRS, on_each_device
+from support.parameters import SHAPES, new_params, set_grads
+from support.tolerance import assert_same_params, bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-PAIRS = {
-    "AdamW": (warpstep.AdamW, torch.optim.AdamW),
-    "Adam": (warpstep.Adam, torch.optim.Adam),
-}
 OURS_ONLY = {
     "backend": "auto",
     "state_dtype": None,
@@ -32,37 +29,8 @@ OURS_ONLY = {
     "unscale_grads": False,
 }
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
 
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 on_both = pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PAIRS)
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item() if param.numel() else 0
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
-
-
-def new_params(device="cpu", shapes=SHAPES):
-    return [random(s, i, device).requires_grad_() for i, s in enumerate(shapes)]
-
-
-def set_grads(params, step, skip=()):
-    for i, p in enumerate(params):
-        p.grad = None if i in skip else random(p.shape, 1000 + 100 * step + i, p.device)
-
-
-def assert_same_params(ours, theirs, steps, lr=LR):
-    for p, q in zip(ours, theirs, strict=True):
-        atol = bound(steps, lr, q)
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=atol, equal_nan=True)
 
 
 def snapshot(optimizer):
@@ -115,7 +83,7 @@ def test_adam_is_not_adamw():
 @on_each_device
 @on_both
 def test_groups_with_their_own_options_and_added_ones(ours, theirs, device):
-    p, q = new_params(device, SHAPES * 2), new_params(device, SHAPES * 2)
+    p, q = new_params(SHAPES * 2, device), new_params(SHAPES * 2, device)
     optimizers = []
     for cls, params in ((ours, p), (theirs, q)):
         groups = [
@@ -148,7 +116,7 @@ def test_named_parameters():
     set_grads(list(twin.parameters()), 0)
     a.step()
     b.step()
-    assert_same_params(module.parameters(), twin.parameters(), 1)
+    assert_same_params(module.parameters(), twin.parameters(), 1, LR)
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]
     with pytest.raises(ValueError, match="names"):
         a.add_param_group({"params": [("x", torch.zeros(1)), torch.zeros(1)]})
@@ -228,7 +196,7 @@ def test_closure(enabled):
         assert mine.item() == pytest.approx(other.item(), rel=1e-5)
     assert calls == [True] * 6
     # Gradients depend on the parameters: errors of one step enter the next gradient, 2 p.
-    assert_same_params(p, q, 9)
+    assert_same_params(p, q, 9, LR)
 
 
 def test_closure_that_raises_changes_nothing():
@@ -314,7 +282,7 @@ def test_subclass_with_its_own_step():
         assert a.step(lambda: 5) == 5
         b.step()
     assert a.steps == 2
-    assert_same_params(p, q, 2)
+    assert_same_params(p, q, 2, LR)
 
 
 PRESENCE = {
@@ -330,16 +298,16 @@ PRESENCE = {
 @pytest.mark.parametrize("requested", ["auto", "reference"])
 @pytest.mark.parametrize("case", PRESENCE)
 def test_gradients_that_are_none(case, requested, device):
-    p, q = new_params(device), new_params(device)
+    p, q = new_params(device=device), new_params(device=device)
     a = warpstep.AdamW(p, lr=LR, backend=requested)
     b = torch.optim.AdamW(q, lr=LR)
     for step, skip in enumerate(PRESENCE[case]):
-        set_grads(p, step, skip)
-        set_grads(q, step, skip)
+        set_grads(p, step, skip=skip)
+        set_grads(q, step, skip=skip)
         a.step()
         b.step()
         assert [x in a.state for x in p] == [x in b.state for x in q]
-    assert_same_params(p, q, len(PRESENCE[case]))
+    assert_same_params(p, q, len(PRESENCE[case]), LR)
     for x, y in zip(p, q, strict=True):
         if y in b.state:
             assert a.state[x]["step"].item() == b.state[y]["step"].item()

@@ -2,54 +2,17 @@
 
 import copy
 import io
-import math
 import pickle
 
 import pytest
 import torch
 
 import warpstep
+from support.cases import PAIRS, on_each_device
+from support.parameters import new_params, params_of, random, set_grads, take_steps
+from support.tolerance import bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-PAIRS = {
-    "AdamW": (warpstep.AdamW, torch.optim.AdamW),
-    "Adam": (warpstep.Adam, torch.optim.Adam),
-}
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item()
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
-
-
-def new_params(device="cpu", dtype=torch.float32):
-    return [random(s, i, device, dtype).requires_grad_() for i, s in enumerate(SHAPES)]
-
-
-def set_grads(params, step):
-    for i, p in enumerate(params):
-        p.grad = random(p.shape, 1000 + 100 * step + i, p.device, p.dtype)
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def run(optimizer, steps):
-    for step in steps:
-        set_grads(params_of(optimizer), step)
-        optimizer.step()
 
 
 def by_pickle(optimizer):
@@ -72,8 +35,8 @@ COPIES = {"pickle": by_pickle, "torch.save": by_torch_save, "deepcopy": copy.dee
 def test_copies_step_independently(how, before, device):
     options = {"lr": LR, "backend": "reference" if device == "cpu" else "auto"}
     options["state_dtype"] = torch.float64
-    original = warpstep.AdamW(new_params(device), **options)
-    run(original, range(before))
+    original = warpstep.AdamW(new_params(device=device), **options)
+    take_steps(original, range(before))
     copied = COPIES[how](original)
     assert type(copied) is warpstep.AdamW
     assert (copied.backend, copied.state_dtype) == (options["backend"], torch.float64)
@@ -83,9 +46,9 @@ def test_copies_step_independently(how, before, device):
 
     # The copy goes another way; the original does not notice, and then goes that way too.
     at_copy = [p.detach().clone() for p in mine]
-    run(copied, range(10, 13))
+    take_steps(copied, range(10, 13))
     assert all(torch.equal(p, then) for p, then in zip(mine, at_copy, strict=True))
-    run(original, range(10, 13))
+    take_steps(original, range(10, 13))
     for p, q in zip(mine, its, strict=True):
         assert torch.equal(p, q)
         assert not set(map(id, original.state[p].values())) & set(map(id, copied.state[q].values()))
@@ -95,11 +58,11 @@ def test_copies_step_independently(how, before, device):
 def test_copy_of_model_and_optimizer_together(how):
     model = torch.nn.Linear(3, 2)
     optimizer = warpstep.AdamW(model.parameters(), lr=LR)
-    run(optimizer, range(1))
+    take_steps(optimizer, range(1))
     twin_model, twin = COPIES[how]((model, optimizer))
     assert params_of(twin)[0] is twin_model.weight
-    run(twin, range(1, 3))
-    run(optimizer, range(1, 3))
+    take_steps(twin, range(1, 3))
+    take_steps(optimizer, range(1, 3))
     assert torch.equal(model.weight, twin_model.weight)
     assert twin_model.weight.data_ptr() != model.weight.data_ptr()
 

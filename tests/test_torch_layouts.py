@@ -1,16 +1,4 @@
-"""Every layout, dtype and option that torch's optimizers take: the same numbers as torch's.
-
-NOTE [tolerance]
-The two implementations run the same formula and differ in roundings only. Let ulp be the spacing
-of the format that values are stored in, relative to 1. In one step, torch rounds p three times (the
-decay factor, the decay, the update) and warpstep once: together 2 ulp of |p|. The update is at most
-lr * R with R = |mhat| / sqrt(vhat) <= sqrt(t) (Cauchy-Schwarz, for weights of v that are nearly
-equal, as for t << 1 / (1 - beta2)); some ten roundings make it (three of m and three of v, square
-root, eps, division, product) in each of the two, so 10 ulp, and as m and v carry the errors of
-earlier steps, t ulp more. Over n steps:
-
-    |difference| <= n * ulp * (2 |p| + sqrt(n) * lr * (10 + n))
-"""
+"""Every layout, dtype and option that torch's optimizers take: the same numbers as torch's."""
 
 import math
 
@@ -18,23 +6,11 @@ import pytest
 import torch
 
 import warpstep
+from support.cases import PAIRS, on_each_device
+from support.tolerance import bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-OPTIMIZERS = {
-    "AdamW": (warpstep.AdamW, torch.optim.AdamW),
-    "Adam": (warpstep.Adam, torch.optim.Adam),
-}
 LR = 0.01
 STEPS = 4
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def bound(steps, lr, param, dtype=None):
-    """See NOTE [tolerance]."""
-    ulp = torch.finfo(dtype or param.dtype).eps
-    size = param.detach().abs().max().item() if param.numel() else 0
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
 
 
 def assert_close(ours, theirs, atol):
@@ -49,7 +25,7 @@ def memory(tensor):
     return flat.clone()
 
 
-def random(shape, seed, dtype=torch.float32, device="cpu"):
+def away_from_zero(shape, seed, dtype=torch.float32, device="cpu"):
     """Random numbers of magnitude 0.5 and more: their squares are normal numbers in float16."""
     generator = torch.Generator().manual_seed(seed)
     wide = dtype if dtype.is_complex else torch.float64
@@ -77,7 +53,7 @@ LAYOUTS = {
 
 
 def leaf(layout, device, dtype=torch.float32, seed=0):
-    view = LAYOUTS[layout](lambda *shape: random(shape, seed, dtype, device))
+    view = LAYOUTS[layout](lambda *shape: away_from_zero(shape, seed, dtype, device))
     return view.detach().requires_grad_()
 
 
@@ -92,7 +68,7 @@ def test_layout_of_parameter(layout, dtype, amsgrad, device):
     b = torch.optim.AdamW([theirs], lr=LR, amsgrad=amsgrad, foreach=False)
     for step in range(STEPS):
         for p in (ours, theirs):
-            p.grad = random(p.shape, 10 + step, dtype, device)
+            p.grad = away_from_zero(p.shape, 10 + step, dtype, device)
         a.step()
         b.step()
     assert ours.stride() == theirs.stride()
@@ -140,7 +116,7 @@ GRADIENTS = {
 def test_layout_of_gradient(kind, layout, device):
     def new():
         if layout == "contiguous":
-            return random((6, 7), 0, device=device).requires_grad_()
+            return away_from_zero((6, 7), 0, device=device).requires_grad_()
         return leaf(layout, device)
 
     ours, theirs = new(), new()
@@ -149,7 +125,7 @@ def test_layout_of_gradient(kind, layout, device):
     for step in range(STEPS):
         # Ordinary gradients and this kind by turns: neither may be taken for the other.
         make = GRADIENTS[kind] if step % 2 == 0 else GRADIENTS["contiguous"]
-        grad = make(random(ours.shape, 10 + step, device=device))
+        grad = make(away_from_zero(ours.shape, 10 + step, device=device))
         expected = grad.detach().clone()
         for p in (ours, theirs):
             p.grad = grad
@@ -170,7 +146,7 @@ def test_lazily_conjugated_gradient(layout, device):
     a = warpstep.AdamW([ours], lr=LR)
     b = torch.optim.AdamW([theirs], lr=LR, foreach=False)
     for step in range(STEPS):
-        grad = random(ours.shape, 10 + step, dtype, device)
+        grad = away_from_zero(ours.shape, 10 + step, dtype, device)
         ours.grad = grad.conj() if step % 2 == 0 else grad
         theirs.grad = grad.conj().resolve_conj() if step % 2 == 0 else grad
         assert ours.grad.is_conj() == (step % 2 == 0)
@@ -183,11 +159,11 @@ def test_lazily_conjugated_gradient(layout, device):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_lazily_negated_gradient_of_one_element(shape, device):
     # Strides of one element say nothing: only the negative bit tells it from an ordinary gradient.
-    ours, theirs = (random(shape, 0, device=device).requires_grad_() for _ in range(2))
+    ours, theirs = (away_from_zero(shape, 0, device=device).requires_grad_() for _ in range(2))
     a = warpstep.AdamW([ours], lr=LR)
     b = torch.optim.AdamW([theirs], lr=LR, foreach=False)
     for step in range(STEPS):
-        ours.grad = with_negative_bit(random(shape, 10 + step, device=device))
+        ours.grad = with_negative_bit(away_from_zero(shape, 10 + step, device=device))
         theirs.grad = ours.grad.resolve_neg()
         assert ours.grad.is_neg()
         a.step()
@@ -196,9 +172,9 @@ def test_lazily_negated_gradient_of_one_element(shape, device):
 
 
 LAZY_PARAMETERS = {
-    "negated": lambda: with_negative_bit(random((5,), 0)),
-    "negated-1-element": lambda: with_negative_bit(random((1,), 0)),
-    "conjugated": lambda: random((5,), 0, torch.complex64).conj(),
+    "negated": lambda: with_negative_bit(away_from_zero((5,), 0)),
+    "negated-1-element": lambda: with_negative_bit(away_from_zero((1,), 0)),
+    "conjugated": lambda: away_from_zero((5,), 0, torch.complex64).conj(),
 }
 
 
@@ -214,7 +190,7 @@ def test_lazily_negated_or_conjugated_parameter(case, requested):
     a, b = warpstep.AdamW([ours], lr=LR, backend=requested), torch.optim.AdamW([theirs], lr=LR)
     try:
         for step in range(STEPS):
-            ours.grad = random(ours.shape, 10 + step, ours.dtype)
+            ours.grad = away_from_zero(ours.shape, 10 + step, ours.dtype)
             theirs.grad = ours.grad.clone()
             a.step()
             b.step()
@@ -248,19 +224,19 @@ OPTIONS = {
 
 
 @on_each_device
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, name, device):
     options = {"lr": LR, **OPTIONS[option]}
     shapes = [(33,), (4, 5), (), (0,)]
-    ours = [random(s, i, device=device).requires_grad_() for i, s in enumerate(shapes)]
+    ours = [away_from_zero(s, i, device=device).requires_grad_() for i, s in enumerate(shapes)]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     first = [p.detach().clone() for p in ours]
-    our_class, their_class = OPTIMIZERS[name]
+    our_class, their_class = PAIRS[name]
     a, b = our_class(ours, **options), their_class(theirs, **options)
     for step in range(STEPS):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            p.grad = random(p.shape, 100 * step + i, device=device)
+            p.grad = away_from_zero(p.shape, 100 * step + i, device=device)
             q.grad = p.grad.clone()
         a.step()
         b.step()
@@ -288,19 +264,19 @@ DTYPES = {
 
 @on_each_device
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("dtype_name", DTYPES)
 def test_dtypes(dtype_name, name, maximize, device):
     dtype = DTYPES[dtype_name]
     options = {"lr": LR, "weight_decay": 0.1, "maximize": maximize}
-    ours = random((7, 9), 0, dtype, device).requires_grad_()
+    ours = away_from_zero((7, 9), 0, dtype, device).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
-    our_class, their_class = OPTIMIZERS[name]
+    our_class, their_class = PAIRS[name]
     # torch's fused kernel, like ours, rounds half-precision values once; it takes no complex ones.
     a = our_class([ours], **options)
     b = their_class([theirs], fused=None if dtype.is_complex else True, **options)
     for step in range(STEPS):
-        ours.grad = random(ours.shape, 10 + step, dtype, device)
+        ours.grad = away_from_zero(ours.shape, 10 + step, dtype, device)
         theirs.grad = ours.grad.clone()
         a.step()
         b.step()
@@ -342,7 +318,7 @@ MIXED = {
 @pytest.mark.parametrize("case", MIXED)
 def test_mixed_dtypes(case, amsgrad, device):
     dtype, grad_dtype, state_dtype = MIXED[case]
-    param = random((5, 13), 0, dtype, device).requires_grad_()
+    param = away_from_zero((5, 13), 0, dtype, device).requires_grad_()
     if grad_dtype is not None:
         if not hasattr(param, "grad_dtype"):
             pytest.skip("this torch has no Tensor.grad_dtype")
@@ -350,7 +326,7 @@ def test_mixed_dtypes(case, amsgrad, device):
     oracle = RoundedAdamW(param, state_dtype or dtype, lr=LR, amsgrad=amsgrad)
     optimizer = warpstep.AdamW([param], lr=LR, amsgrad=amsgrad, state_dtype=state_dtype)
     for step in range(STEPS):
-        param.grad = random(param.shape, 10 + step, grad_dtype or dtype, device)
+        param.grad = away_from_zero(param.shape, 10 + step, grad_dtype or dtype, device)
         optimizer.step()
         oracle.step(param.grad)
     coarsest = max(dtype, state_dtype or dtype, key=lambda d: torch.finfo(d).eps)
@@ -371,7 +347,7 @@ def test_several_dtypes_and_layouts_in_one_group(device):
     b = torch.optim.AdamW(theirs, lr=LR, foreach=False)
     for step in range(STEPS):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            p.grad = random(p.shape, 100 * step + i, p.dtype, device)
+            p.grad = away_from_zero(p.shape, 100 * step + i, p.dtype, device)
             q.grad = p.grad.clone()
         a.step()
         b.step()
@@ -385,7 +361,7 @@ def test_several_dtypes_and_layouts_in_one_group(device):
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_zero_gradients(eps, device):
     # 0 / (sqrt(0) + eps): NaN for eps = 0, as in torch, and no update otherwise.
-    ours = random((9,), 0, device=device).requires_grad_()
+    ours = away_from_zero((9,), 0, device=device).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     a = warpstep.AdamW([ours], lr=LR, eps=eps)
     b = torch.optim.AdamW([theirs], lr=LR, eps=eps)
@@ -402,8 +378,8 @@ def test_zero_gradients(eps, device):
 @pytest.mark.parametrize("where", ["param", "grad"])
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 def test_nonfinite_values_spread_as_in_torch(where, bad, amsgrad, device):
-    ours = random((9,), 0, device=device)
-    grads = [random((9,), 10 + i, device=device) for i in range(3)]
+    ours = away_from_zero((9,), 0, device=device)
+    grads = [away_from_zero((9,), 10 + i, device=device) for i in range(3)]
     (ours if where == "param" else grads[1])[4] = bad
     ours.requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -425,12 +401,12 @@ def test_nonfinite_values_spread_as_in_torch(where, bad, amsgrad, device):
 def test_one_large_tensor_among_small_ones(device):
     # More elements than one chunk, and a tail that is no multiple of a vector.
     shapes = [(3,), (70_001,), (1,), (257, 131)]
-    ours = [random(s, i, device=device).requires_grad_() for i, s in enumerate(shapes)]
+    ours = [away_from_zero(s, i, device=device).requires_grad_() for i, s in enumerate(shapes)]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     a, b = warpstep.AdamW(ours, lr=LR), torch.optim.AdamW(theirs, lr=LR)
     for step in range(STEPS):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            p.grad = q.grad = random(p.shape, 100 * step + i, device=device)
+            p.grad = q.grad = away_from_zero(p.shape, 100 * step + i, device=device)
         a.step()
         b.step()
     for p, q in zip(ours, theirs, strict=True):
@@ -438,7 +414,7 @@ def test_one_large_tensor_among_small_ones(device):
 
 
 def hundred_groups(cls):
-    params = [random((i % 7 + 1,), i).requires_grad_() for i in range(100)]
+    params = [away_from_zero((i % 7 + 1,), i).requires_grad_() for i in range(100)]
     groups = [
         {"params": [p], "lr": LR * (i + 1) / 100, "weight_decay": i / 100, "betas": (i / 150, 0.99)}
         for i, p in enumerate(params)
@@ -446,7 +422,7 @@ def hundred_groups(cls):
     optimizer = cls(groups)
     for step in range(STEPS):
         for i, p in enumerate(params):
-            p.grad = random(p.shape, 1000 * step + i)
+            p.grad = away_from_zero(p.shape, 1000 * step + i)
         optimizer.step()
     return params
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import warpstep
-from test_functional import HYPERS, assert_same, assert_within_bounds, clones, streams
+from support.lists import HYPERS, assert_same_lists, assert_within_bounds, clones, streams
 from warpstep.functional import adam_, adamw_
 from warpstep.lists import Options
 
@@ -54,7 +54,7 @@ def test_is_the_functional(name, function, options):
     lists, others = streams(), streams()
     operator(name)(*lists, **HYPERS, **options)
     function(*others, **HYPERS, **options)
-    assert_same(lists, others)
+    assert_same_lists(lists, others)
 
 
 def test_every_written_list_is_declared():
@@ -117,7 +117,7 @@ def test_compiled(call, tensor_lr):
     for _ in range(2):
         results = [f(*ls[:4], ls[5], lr) for f, ls in ((compiled, lists), (step, others))]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert_same(lists, others)
+    assert_same_lists(lists, others)
 
 
 def test_modes_see_the_operator():

@@ -11,38 +11,11 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 import warpstep
+from support.cases import on_each_device
+from support.parameters import new_params, random, set_grads
+from support.tolerance import assert_same_params, bound
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LR = 0.01
-SHAPES = [(5, 3), (), (17,)]
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def bound(steps, lr, param):
-    """Derived in test_torch_layouts.py, NOTE [tolerance]."""
-    size = param.detach().abs().max().item()
-    ulp = torch.finfo(param.dtype).eps
-    return steps * ulp * (2 * size + math.sqrt(steps) * lr * (10 + steps))
-
-
-def random(shape, seed, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device)
-
-
-def new_params(device="cpu"):
-    return [random(s, i, device).requires_grad_() for i, s in enumerate(SHAPES)]
-
-
-def set_grads(params, step, scale=1.0):
-    for i, p in enumerate(params):
-        p.grad = random(p.shape, 1000 + 100 * step + i, p.device) * scale
-
-
-def assert_same_params(ours, theirs, atol_steps, lr=LR):
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=bound(atol_steps, lr, q))
 
 
 # ---- LR schedulers
@@ -131,7 +104,7 @@ def test_scheduler(name, tensor_lr):
     ours, seen = run_scheduled(warpstep.AdamW, name, tensor_lr)
     assert seen == expected
     assert len({lr for step in seen for lr, *_ in step}) > 1
-    assert_same_params(ours, theirs, 20)
+    assert_same_params(ours, theirs, 20, LR)
 
 
 def test_the_table_of_schedulers_is_of_this_torch():
@@ -150,7 +123,7 @@ SCALE = 1024.0  # a power of two: scaling and unscaling are exact
 
 def scaled_run(cls, grads_of_step, unscale, device="cpu", steps=6, **options):
     """Steps under a GradScaler. Returns parameters, optimizer, scaler and the step counts."""
-    params = new_params(device)
+    params = new_params(device=device)
     optimizer = cls(params, lr=LR, **options)
     scaler = torch.amp.GradScaler(device, init_scale=SCALE, growth_interval=1000)
     scaler.scale(torch.ones((), device=device))  # makes the scale, as scaling a loss does
@@ -166,12 +139,12 @@ def scaled_run(cls, grads_of_step, unscale, device="cpu", steps=6, **options):
 
 
 def finite(params, step, scale):
-    set_grads(params, step, scale)
+    set_grads(params, step, scale=scale)
 
 
 def with_inf_at(bad_steps, value=math.inf):
     def grads_of_step(params, step, scale):
-        set_grads(params, step, scale)
+        set_grads(params, step, scale=scale)
         if step in bad_steps:
             params[2].grad[5] = value
 
@@ -206,7 +179,7 @@ def test_grad_scaler(case, implementation, unscale, device):
     )
     assert taken == expected
     assert scaler.get_scale() == their_scaler.get_scale()
-    assert_same_params(ours, theirs, 6)
+    assert_same_params(ours, theirs, 6, LR)
     for name in ("grad_scale", "found_inf"):  # nothing of the scaler stays behind
         assert getattr(optimizer, name, None) is None
 
@@ -243,7 +216,7 @@ def test_gradients_are_only_read(implementation):
     params, optimizer, scaler, _ = scaled_run(
         warpstep.AdamW, finite, False, steps=1, **IMPLEMENTATIONS[implementation]
     )
-    set_grads(params, 1, SCALE)
+    set_grads(params, 1, scale=SCALE)
     grads = [p.grad for p in params]
     expected = left_by_scaler(params, implementation)
     scaler.step(optimizer)
@@ -304,8 +277,8 @@ def test_grad_scaler_with_a_view_with_gaps_and_a_float64_parameter():
 def test_copied_optimizer_steps_under_a_scaler():
     _, optimizer, scaler, _ = scaled_run(warpstep.AdamW, finite, False, steps=1)
     copied = copy.deepcopy(optimizer)
-    set_grads(copied.param_groups[0]["params"], 1, SCALE)
-    set_grads(optimizer.param_groups[0]["params"], 1, SCALE)
+    set_grads(copied.param_groups[0]["params"], 1, scale=SCALE)
+    set_grads(optimizer.param_groups[0]["params"], 1, scale=SCALE)
     scaler.step(copied)
     scaler.step(optimizer)
     for group, twin in zip(optimizer.param_groups, copied.param_groups, strict=True):

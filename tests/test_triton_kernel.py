@@ -8,17 +8,17 @@ import ctypes
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import interpreter
+from support import interpreter
+from support.triton_arguments import Hyper, Recipe, bf16, f16, f32, f64
 
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel
@@ -31,40 +31,10 @@ runs = pytest.mark.skipif(DEVICE is None, reason="Triton compiles in this proces
 compiles = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
 
 
-class Recipe(NamedTuple):
-    param: torch.dtype
-    grad: torch.dtype
-    moment: torch.dtype
-    amsgrad: bool = False
-    ema: torch.dtype | None = None
-
-    def __str__(self) -> str:
-        return "-".join(str(x).removeprefix("torch.") for x in self[: 4 if self.amsgrad else 3])
-
-
-f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 AMSGRAD, MIXED = Recipe(f32, f32, f32, True), Recipe(bf16, bf16, f32)
 RECIPES = [Recipe(x, x, x) for x in (f64, f32, bf16, f16)]
 RECIPES += [AMSGRAD, MIXED, Recipe(bf16, bf16, bf16, True)]
 RECIPES += [Recipe(bf16, f32, f32), Recipe(f32, f32, bf16)]
-
-
-class Hyper(NamedTuple):
-    lr: float | Tensor = 1e-3
-    beta1: float | Tensor = 0.9
-    beta2: float | Tensor = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    maximize: bool = False
-    decoupled: bool = True
-
-    def pack(self) -> bytes:
-        """The C struct `Hyper`: tensors go by address."""
-        kinds = [{f32: 1, f64: 2}[x.dtype] if isinstance(x, Tensor) else 0 for x in self[:3]]
-        words = [x.data_ptr() if isinstance(x, Tensor) else x for x in self[:5]]
-        types = "".join("Q" if kind else "d" for kind in kinds)
-        flags = (*kinds, self.decoupled, self.maximize)
-        return struct.pack(f"<{types}ddd5B3x", *words, 0.0, *flags)
 
 
 # Among them: weights on both sides of lerp's middle, no decay, coupled decay, maximize, addresses.

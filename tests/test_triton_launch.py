@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import warpstep
+from support.triton_arguments import Hyper, Recipe
 
 pytest.importorskip("triton")
 from warpstep.kernels import launch_triton as kernel
 
-from fake_gpu import FakeGpu, variant_of
-from test_triton_kernel import Hyper, Recipe
+from support.fake_triton_gpu import FakeGpu, variant_of
 
 pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
 

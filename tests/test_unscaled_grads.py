@@ -9,11 +9,12 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-import oracle
 import warpstep
-from oracle import ROUNDOFF, Options
-from test_conformance import BF16, F32, F64, SIZES, optimizer_for, set_grad
-from test_tail import bits, exact_norm, give_gradients, model, recipes
+from support import oracle
+from support.bits import raw_bits
+from support.cases import each_recipe
+from support.oracle import ROUNDOFF, Options
+from support.recipes import BF16, F32, F64, SIZES, give_gradients, model, optimizer_for, set_grad
 
 SCALE = 48.0  # no power of two: its reciprocal is rounded
 
@@ -39,7 +40,7 @@ def assert_left(grads, before, factor):
         assert np.all(np.abs(oracle.wide(grad) - exact) <= bound)
 
 
-@recipes
+@each_recipe
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 0.37])
 def test_left_unscaled_and_clipped(backend, device, recipe, max_norm, maximize):
@@ -55,7 +56,7 @@ def test_left_unscaled_and_clipped(backend, device, recipe, max_norm, maximize):
         before = [oracle.wide(p.grad) for p in params]
         factor = oracle.WIDE(1) / SCALE
         if max_norm is not None:
-            factor *= min(1, max_norm / (exact_norm(params) / SCALE + 1e-6))
+            factor *= min(1, max_norm / (oracle.exact_norm(params) / SCALE + 1e-6))
         for optimizer in (mine, plain):
             scaler = scaler_on(device)
             if max_norm is not None:
@@ -63,7 +64,7 @@ def test_left_unscaled_and_clipped(backend, device, recipe, max_norm, maximize):
             scaler.step(optimizer)
         assert_left([p.grad for p in params], before, factor)
         for param, twin, old in zip(params, twins, before, strict=True):
-            assert torch.equal(bits(param), bits(twin))
+            assert torch.equal(raw_bits(param), raw_bits(twin))
             assert np.array_equal(oracle.wide(twin.grad), old)
 
 
@@ -80,7 +81,7 @@ def test_left_as_torchs_sequence_leaves_them(backend, device, fused, is_inf, max
     if is_inf:
         params[0].grad[2] = float("inf")
     give_same(params, theirs)
-    kept = [bits(p) for p in params]
+    kept = [raw_bits(p) for p in params]
     optimizer = warpstep.AdamW(params, backend=backend, unscale_grads=True, fused=fused)
     torchs, scalers = torch.optim.AdamW(theirs), [scaler_on(device) for _ in range(2)]
     scalers[1].unscale_(torchs)
@@ -93,16 +94,16 @@ def test_left_as_torchs_sequence_leaves_them(backend, device, fused, is_inf, max
         # torch rounds to the format after each factor.
         rtol = 3 * torch.finfo(dtype).eps
         torch.testing.assert_close(param.grad, their.grad, rtol=rtol, atol=0, equal_nan=True)
-        assert torch.equal(bits(param), old) == is_inf
+        assert torch.equal(raw_bits(param), old) == is_inf
 
 
 def test_left_alone_where_there_is_nothing_to_undo(backend, device):
     params, _ = model((F32, F32, F32), device, sizes=(5, 2049))
-    kept = [(bits(p.grad), p.grad._version) for p in params]
+    kept = [(raw_bits(p.grad), p.grad._version) for p in params]
     optimizer = warpstep.AdamW(params, backend=backend, unscale_grads=True)
     for _ in range(2):
         optimizer.step()
-    assert all(torch.equal(bits(p.grad), k) for p, (k, _) in zip(params, kept, strict=True))
+    assert all(torch.equal(raw_bits(p.grad), k) for p, (k, _) in zip(params, kept, strict=True))
     assert [p.grad._version for p in params] == [version for _, version in kept]
     optimizer.clip_grad_norm_(0.1)
     optimizer.step()

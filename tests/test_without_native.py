@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from environment import INTERPRETED
+from support.environment import INTERPRETED
 from warpstep import backends
 
 pytestmark = pytest.mark.skipif(

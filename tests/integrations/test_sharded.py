@@ -11,6 +11,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter
 
 import warpstep
+from support.parameters import params_of, random
+from support.tolerance import bound
 from training import LR, OPTIONS, launches, on_two_ranks
 
 STEPS = 4
@@ -23,16 +25,8 @@ LAYOUTS = 3  # among them, and a launch for each
 ROWS, COLUMNS, COPIED = 0, 1, 4
 
 
-def random(shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def distributed(whole, placement):
     return distribute_tensor(whole, init_device_mesh("cpu", (2,)), [placement])
-
-
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
 
 
 def pair(**options):
@@ -46,17 +40,15 @@ def pair(**options):
     )
 
 
-def set_grads(ours, theirs, step):
+def set_grads_of_both(ours, theirs, step):
     for i, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
         q.grad = random(q.shape, 100 * step + i)
         p.grad = distributed(q.grad.clone(), PLACED[i][1])  # a replica may be what it is made of
 
 
 def assert_agree(ours, theirs, steps=STEPS):
-    """Within NOTE [tolerance] of test_torch_layouts.py."""
     for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-        bound = steps * 2**-23 * (2 * q.abs().max() + math.sqrt(steps) * LR * (10 + steps))
-        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=bound.item())
+        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=bound(steps, LR, q))
         assert ours.state[p]["step"] == theirs.state[q]["step"] == steps
 
 
@@ -99,7 +91,7 @@ def counter_moved(optimizer):
 def change_worker(change, rank):
     ours, theirs = pair()
     for step in range(STEPS):
-        set_grads(ours, theirs, step)
+        set_grads_of_both(ours, theirs, step)
         if step == 2:
             assert sum(len(bucket.entries) for bucket in ours.plan.buckets) == len(PLACED)
             change(ours)
@@ -126,7 +118,7 @@ def test_a_change_is_followed(change, tmp_path):
 def clip_worker(norm_type, rank):
     ours, theirs = pair(stats=True)
     for step in range(STEPS):
-        set_grads(ours, theirs, step)
+        set_grads_of_both(ours, theirs, step)
         expected = torch.nn.utils.clip_grad_norm_(params_of(theirs), 0.1, norm_type)
         found = ours.clip_grad_norm_(0.1, norm_type)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
@@ -152,7 +144,7 @@ def test_clipping_and_statistics(norm_type, tmp_path):
 
 def nan_worker(norm_type, rank):
     ours, theirs = pair()
-    set_grads(ours, theirs, 0)
+    set_grads_of_both(ours, theirs, 0)
     if rank == 1:
         params_of(ours)[ROWS].grad.to_local()[0, 0] = math.nan
     with pytest.raises(RuntimeError, match="is non-finite"):
@@ -167,10 +159,10 @@ def test_nan_in_one_shard_is_everyones(norm_type, tmp_path):
 
 def freed_worker(rank):
     ours, theirs = pair()
-    set_grads(ours, theirs, 0)
+    set_grads_of_both(ours, theirs, 0)
     ours.step()
     before = [p.full_tensor().detach().clone() for p in params_of(ours)]
-    set_grads(ours, theirs, 1)
+    set_grads_of_both(ours, theirs, 1)
     storage = params_of(ours)[ROWS].grad._local_tensor.untyped_storage()
     storage.resize_(0)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0's gradient.*no memory"):
@@ -187,7 +179,7 @@ def watched_worker(change, options, rank):
     """Under a mode that counts communication, which a step of shards needs none of."""
     ours, theirs = pair(**options)
     for step in range(STEPS):
-        set_grads(ours, theirs, step)
+        set_grads_of_both(ours, theirs, step)
         if step == 2:
             change(ours)
         versions = [p._version for p in params_of(ours)]

@@ -3,13 +3,11 @@
 NOTE [same gradients]
 The model's loss is linear in its weights, so its gradients depend on the data alone. Two runs on
 the same data meet the same gradients bit for bit, whatever their optimizers did, and their weights
-differ by the optimizers' roundings only. NOTE [tolerance] in test_torch_layouts.py bounds those: n
-steps differ by at most n * ulp * (2 |p| + sqrt(n) * lr * (10 + n)), ulp being float32's 2^-23.
+differ by the optimizers' roundings only. NOTE [tolerance] in support/tolerance.py bounds those.
 """
 
 import contextlib
 import faulthandler
-import math
 import time
 
 import torch
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import warpstep
+from support.tolerance import bound
 
 LR = 0.01
 OPTIONS = {"lr": LR, "weight_decay": 0.1, "betas": (0.9, 0.99)}
@@ -72,8 +71,8 @@ def assert_agree(ours, theirs, steps, lr=LR):
     assert ours.keys() == theirs.keys()
     for name, p in theirs.items():
         assert not torch.equal(p, start[name]), f"{name} was not trained"
-        bound = steps * 2**-23 * (2 * p.abs().max() + math.sqrt(steps) * lr * (10 + steps))
-        torch.testing.assert_close(ours[name], p, rtol=0, atol=bound.item(), msg=name)
+        atol = bound(steps, lr, p)
+        torch.testing.assert_close(ours[name], p, rtol=0, atol=atol, msg=name)
 
 
 def assert_same_bits(one, other):

@@ -5,6 +5,7 @@ and shares nothing with the package. numpy's longdouble has a 64-bit significand
 other machines: at least 2,000 times finer than float64.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,12 @@ def wide(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's values in extended precision, complex ones as pairs."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.detach().cpu().double().numpy().astype(WIDE)
+
+
+def exact_norm(params: Iterable[torch.Tensor], kind: float = 2.0) -> np.floating:
+    """The norm of all gradients: Euclidean, or the largest magnitude."""
+    flat = np.concatenate([wide(p.grad).ravel() for p in params])
+    return np.sqrt(np.sum(flat * flat)) if kind == 2.0 else np.abs(flat).max()
 
 
 def step(before: Streams, grad: np.ndarray, t: int, options: Options) -> Step:

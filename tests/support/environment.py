@@ -17,7 +17,7 @@ if path := os.environ.get("WARPSTEP_TEST_NATIVE"):
     spec.loader.exec_module(module)
     sys.modules["warpstep._native"] = module
 
-import interpreter
+from support import interpreter
 from warpstep import backends
 
 EMULATED = bool(os.environ.get("WARPSTEP_TEST_NATIVE"))

@@ -25,7 +25,7 @@ def give(ours, theirs, seed, scale=1.0):
 
 
 def assert_near(ours, theirs, steps):
-    """Within 12 roundings a step of the update and the weight, as test_torch_layouts derives."""
+    """Within 12 roundings a step of the update and the weight, as tolerance.py derives."""
     for mine, their in zip(ours, theirs, strict=True):
         bound = steps * 12 * 2**-24 * (their.detach().abs() + 1e-3)
         assert ((mine - their).detach().abs() <= bound).all()

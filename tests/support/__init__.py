@@ -1,0 +1,1 @@
+"""What tests share, a module a subject. Test modules import from here, never from each other."""
