@@ -70,7 +70,9 @@ def imported_modules(path):
 def test_imports_have_no_circles():
     """A file can be read with only what stands below it: there is an order of all modules."""
     package = ROOT / "python" / "warpstep"
-    modules = {p: ".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py")}
+    modules = {
+        p: ".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py")
+    }
     names = {p: name.removesuffix(".__init__") for p, name in modules.items() if name != "__init__"}
     imports = {name: imported_modules(p) for p, name in names.items() if name[0] != "_"}
     assert imports["optimizer"] >= {"plan", "checkpoint"}  # they are found

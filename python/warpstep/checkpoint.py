@@ -120,8 +120,8 @@ def _loaded_state(
     if missing:
         raise ValueError(
             f"{misfit}: its state has {', '.join(map(repr, saved))} and no "
-            f"{' and no '.join(map(repr, missing))}. {_another(rule)}, or remove this parameter's state "
-            "to begin it anew."
+            f"{' and no '.join(map(repr, missing))}. {_another(rule)}, or remove this parameter's "
+            "state to begin it anew."
         )
     state = dict(saved)
     for key, value in saved.items():

@@ -56,11 +56,11 @@ def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> s
 
 
 def _group(rule: Rule, moments: int, options: Options) -> dict[str, Any]:
-    """The options as a parameter group of an optimizer has them, of tensors with so many moments."""
+    """The options as a group of an optimizer has them whose tensors have so many moments."""
     group: dict[str, Any] = dict.fromkeys(rule.flags, False)
     for number, value in zip(rule.numbers, (options.lr, *options.numbers), strict=True):
         before = group.get(number.key, ())
-        group[number.key] = value if number.index is None else (*before, value)
+        group[number.key] = value if number.which is None else (*before, value)
     for key in rule.moments[:moments]:
         if key in rule.optional:
             group[rule.optional[key]] = group[rule.optional[key]] or True

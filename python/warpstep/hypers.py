@@ -79,7 +79,7 @@ def check_group(group: dict[str, Any], rule: Rule, where: str) -> None:
             raise ValueError(f"{key!r} is missing{where}: a step needs it; torch's groups have it")
 
     for number in rule.numbers:
-        if number.index is not None:
+        if number.which is not None:
             _check_pair(number.key, group[number.key], where)
         value = number.of(group)
         if isinstance(value, Tensor):
@@ -90,9 +90,7 @@ def check_group(group: dict[str, Any], rule: Rule, where: str) -> None:
         try:
             math.fabs(value)  # as the native module reads it: a string is no number
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ValueError(
-                f"Invalid {number.label}: {value!r} is not a number{where}"
-            ) from error
+            raise ValueError(f"Invalid {number.label}: {value!r} is not a number{where}") from error
     for key in rule.flags:
         try:
             bool(group[key])

@@ -124,7 +124,7 @@ class Plan:
         if module is None:
             return PythonPlan(optimizer, rule, [bucket.entries for bucket in self.buckets])
         keys = module.GroupKeys(
-            numbers=[(n.key, -1 if n.index is None else n.index) for n in rule.numbers],
+            numbers=[(n.key, -1 if n.which is None else n.which) for n in rule.numbers],
             switches=rule.switches(),
             flags=[key for key in rule.flags if key in _PLANNED_FOR],
             decoupled=_DECOUPLED if _DECOUPLED in rule.flags else None,

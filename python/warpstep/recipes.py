@@ -1,4 +1,4 @@
-"""Recipes: a rule and the dtypes of a parameter's operands, which decide the kernel that runs it."""
+"""Recipes: a rule and the dtypes of a parameter's operands, which decide the kernel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
         return tuple(None if dtype is None else dtype_name(dtype) for dtype in dtypes)
 
     def keys(self) -> tuple[str | None, ...]:
-        """What a parameter's state calls each operand, in that order; None for what is not there."""
+        """What a state calls each operand, in that order; None for what is not in it."""
         none = (None,) * (MOMENTS - len(self.moments))
         ema = None if self.ema is None else "ema"
         return (None, *RULES[self.rule].moments[: len(self.moments)], *none, ema, None)

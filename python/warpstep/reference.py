@@ -99,7 +99,7 @@ def computed(
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
         u <- the rule's update
-        p <- p - (decay * d + u)        with decay and d by the form of decay (kernels/rules/decay.h)
+        p <- p - (decay * d + u)        decay and d by the form of decay (kernels/rules/decay.h)
         ema <- ema + (1 - ema_decay) * (p - ema)
 
     Arithmetic is in float32 (float64 for float64 parameters). Nothing is changed: the result is

@@ -83,9 +83,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def is_walkable(
-    param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor | None
-) -> bool:
+def is_walkable(param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor | None) -> bool:
     """Whether kernels can walk a parameter's tensors side by side, or this process's shards.
 
     A gradient may have other strides: it is copied.
@@ -117,8 +115,8 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
-            f"sparse gradients are not supported (for Adam, torch.optim.SparseAdam does): {name} has "
-            f"a gradient of layout {grad.layout}"
+            f"sparse gradients are not supported (torch.optim.SparseAdam takes them): {name} has a "
+            f"gradient of layout {grad.layout}"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
@@ -239,9 +237,7 @@ def completed(
     return new or None
 
 
-def _completed_step(
-    name: str, step: Any, device: torch.device, beginning: float
-) -> Tensor | None:
+def _completed_step(name: str, step: Any, device: torch.device, beginning: float) -> Tensor | None:
     """A step counter on ``device`` in place of ``step``; None where that is one."""
     if step is None:
         return torch.full((), beginning, dtype=torch.float32, device=device)

@@ -37,7 +37,9 @@ class WatchedPlan(Plan):
     """
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> PythonPlan:
-        return PythonPlan(optimizer, self.options.rule, [])  # for this step only: there is nothing to compare with
+        return PythonPlan(
+            optimizer, self.options.rule, []
+        )  # for this step only: there is nothing to compare with
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)

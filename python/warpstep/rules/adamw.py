@@ -62,10 +62,11 @@ class AdamWRule(Rule):
         moments["exp_avg_sq"] = peak = v
         if "max_exp_avg_sq" in moments:
             peak = moments["max_exp_avg_sq"] = torch.maximum(moments["max_exp_avg_sq"], v)
-        return c.step_size * (m / (peak.sqrt() * c.root_scale + c.eps_hat))
+        update: Tensor = c.step_size * (m / (peak.sqrt() * c.root_scale + c.eps_hat))
+        return update
 
 
-ADAMW = AdamWRule(
+ADAMW: Rule = AdamWRule(
     name="adamw",
     title="AdamW's or Adam's",
     numbers=(
@@ -75,7 +76,14 @@ ADAMW = AdamWRule(
         Number("betas", "beta parameter at index 1", 1),
         Number("eps", "epsilon value"),
     ),
-    flags=("amsgrad", "maximize", "decoupled_weight_decay", "capturable", "differentiable", "fused"),
+    flags=(
+        "amsgrad",
+        "maximize",
+        "decoupled_weight_decay",
+        "capturable",
+        "differentiable",
+        "fused",
+    ),
     moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     optional={"max_exp_avg_sq": "amsgrad"},
 )

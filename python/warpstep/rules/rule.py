@@ -18,16 +18,16 @@ class Number(NamedTuple):
 
     key: str
     label: str  # in messages
-    index: int | None = None  # which of the pair
+    which: int | None = None  # of the pair, 0 or 1
 
     @property
     def name(self) -> str:
         """``betas[0]``, for messages."""
-        return self.key if self.index is None else f"{self.key}[{self.index}]"
+        return self.key if self.which is None else f"{self.key}[{self.which}]"
 
     def of(self, group: dict[str, Any]) -> Any:
         """The number that a group has."""
-        return group[self.key] if self.index is None else group[self.key][self.index]
+        return group[self.key] if self.which is None else group[self.key][self.which]
 
 
 LR, WEIGHT_DECAY = Number("lr", "learning rate"), Number("weight_decay", "weight_decay value")
@@ -62,9 +62,7 @@ class Rule:
     def moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The moments of a group's parameters."""
         return tuple(
-            key
-            for key in self.moments
-            if key not in self.optional or group.get(self.optional[key])
+            key for key in self.moments if key not in self.optional or group.get(self.optional[key])
         )
 
     def counts_steps(self, group: dict[str, Any]) -> bool:

@@ -54,10 +54,11 @@ class SgdRule(Rule):
                 grad = torch.where(c.nesterov != 0, ahead, buffer)
             else:
                 grad = ahead if c.nesterov else buffer
-        return c.lr * grad
+        update: Tensor = c.lr * grad
+        return update
 
 
-SGD = SgdRule(
+SGD: Rule = SgdRule(
     name="sgd",
     title="SGD's",
     numbers=(
