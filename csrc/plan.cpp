@@ -39,7 +39,8 @@ Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
       bound.param = param.ptr();
       bound.assignment = assignments.at(next++);
       if (bound.assignment >= 0) {
-        bind_param(state[param], buckets.at(bound.assignment), bound, g);
+        bind_param(state.contains(param) ? py::object(state[param]) : py::dict(),
+                   buckets.at(bound.assignment), bound, g);
       }
       params_.push_back(bound);
     }

@@ -1,4 +1,4 @@
-"""warpstep: AdamW in one pass, in place of ``torch.optim.AdamW``."""
+"""warpstep: AdamW, Adam and SGD in one pass, in place of ``torch.optim``'s."""
 
 from warpstep import functional, torch_ops
 from warpstep.adam import Adam
@@ -7,9 +7,11 @@ from warpstep.backends import BackendUnavailableError, native
 from warpstep.override import disable, enable, enable_if_asked, enabled
 from warpstep.replacement import replace
 from warpstep.report import status
+from warpstep.sgd import SGD
 from warpstep.version import __version__
 
 __all__ = [
+    "SGD",
     "Adam",
     "AdamW",
     "BackendUnavailableError",

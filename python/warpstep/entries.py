@@ -52,4 +52,4 @@ def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
             for key, value in entry.new_state.items():
                 if entry.state.get(key) is state.get(key):  # not published for its first mention
                     state[key] = value
-        entry.state = optimizer.state[entry.param]
+        entry.state = optimizer.state.get(entry.param) or {}

@@ -228,8 +228,9 @@ class Optimizer(Averaging, ClipsGradNorm):
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""
         if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
             return False
-        check = getattr(self, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
-        (check or self._cuda_graph_capture_health_check)()
+        if "capturable" in self.rule.flags:
+            check = getattr(self, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
+            (check or self._cuda_graph_capture_health_check)()
         return True
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grads: bool = False) -> Any:

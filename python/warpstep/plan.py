@@ -84,7 +84,7 @@ class Plan:
         for g, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 state = optimizer.state.get(param)
-                if param.grad is None and not state:
+                if param.grad is None and not state and options.rule.has_state(group):
                     assignments.append(NO_STATE)
                     continue
                 name = parameter_name(groups, g, i)

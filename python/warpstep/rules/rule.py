@@ -71,6 +71,10 @@ class Rule:
             return True
         return any(group.get(key) for key in self.counted_for)
 
+    def has_state(self, group: dict[str, Any]) -> bool:
+        """Whether a group's parameters have any."""
+        return bool(self.moments_of(group)) or self.counts_steps(group)
+
     def switches(self) -> list[str]:
         """The keys of a group whose truth decides what its parameters have in their state."""
         return sorted({*self.optional.values(), *(self.counted_for or ())})
