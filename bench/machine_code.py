@@ -80,11 +80,12 @@ class Instruction:
 
 
 class Path(NamedTuple):
-    """What a way through a loop does: 16-byte loads and stores, float64 operations."""
+    """What a way through a loop does: 16-byte loads and stores, float64 operations, any root."""
 
     loads: int
     stores: int
     float64: int
+    roots: bool
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Loop:
         for i in range(len(self.code) - 1, -1, -1):
             code = self.code[i]
             to = None if code.target is None else index.get(code.target)
-            after = {Path(0, 0, 0): 0} if to == 0 else {}
+            after = {Path(0, 0, 0, False): 0} if to == 0 else {}
             following = [i + 1] if code.goes_on and i + 1 < len(ways) else []
             following += [to] if to is not None and to > i else []
             for j in following:
@@ -118,19 +119,20 @@ class Loop:
                         path.loads + (done and load),
                         path.stores + (done and store),
                         path.float64 + wide,
+                        path.roots or code.kind == "MUFU",
                     )
                     ways[i][here] = min(count + 1, ways[i].get(here, count + 1))
         return ways[0]
 
     def shortest(self, loads: int, stores: int, float64: bool) -> int:
         """Instructions of the shortest way with so many 16-byte accesses, and all of the loop's
-        float64 operations or the fewest.
+        float64 operations or the fewest; where the rule has roots, of one that takes the step.
         """
-        found = {
-            path.float64: count
-            for path, count in self.paths.items()
-            if (path.loads, path.stores) == (loads, stores)
-        }
+        takes_roots = any(path.roots for path in self.paths)
+        found: dict[int, int] = {}
+        for path, count in self.paths.items():
+            if (path.loads, path.stores, path.roots) == (loads, stores, takes_roots):
+                found[path.float64] = min(count, found.get(path.float64, count))
         return found[max(found) if float64 else min(found)]
 
 

@@ -90,11 +90,11 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("touch_streams", [](const std::vector<std::array<py::object, 4>>& tensors, int threads) {
     std::vector<TouchedArrays> arrays;
-    for (const auto& [param, grad, exp_avg, exp_avg_sq] : tensors) {
+    for (const auto& [a, read_only, b, c] : tensors) {
       TensorView view{};
-      const std::int64_t count = tensor_reader().read(param.ptr(), view) ? view.numel() : -1;
-      arrays.push_back({float_array(param, count), float_array(grad, count),
-                        float_array(exp_avg, count), float_array(exp_avg_sq, count), count});
+      const std::int64_t count = tensor_reader().read(a.ptr(), view) ? view.numel() : -1;
+      arrays.push_back({float_array(a, count), float_array(read_only, count),
+                        float_array(b, count), float_array(c, count), count});
     }
     py::gil_scoped_release release;
     touch_cpu(arrays, threads);

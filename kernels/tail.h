@@ -49,13 +49,14 @@ WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, cons
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<Rule, T> c;
-  c.rule = Rule::template constants_of<T>(hyper, t);
   c.decay = decay_of<T>(hyper);
   c.tail.grad_left = static_cast<T>(clip_coef * unscale);
   c.tail.grad_factor = hyper.maximize ? -c.tail.grad_left : c.tail.grad_left;
   c.tail.unscale = static_cast<T>(unscale);
   c.tail.ema_weight = static_cast<T>(1 - ema_decay);
   c.tail.ema_kept = static_cast<T>(ema_decay);
+  // Last: its powers need the most registers, and what else is read of the group is done with then.
+  c.rule = Rule::template constants_of<T>(hyper, t);
   return c;
 }
 

@@ -30,6 +30,21 @@ __device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* 
   return step;
 }
 
+// The addresses of one tensor's operands, null where there is none.
+struct Operands {
+  void* at[kOperands];
+
+  __device__ __forceinline__ Operands(const TensorRow& row, void* grad) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kStable; ++k) at[k] = in_global_memory<void>(row.operands[k]);
+    at[kGrad] = in_global_memory<void>(grad);
+  }
+  template <class F>
+  __device__ __forceinline__ F* of(std::uint32_t operand) const {
+    return static_cast<F*>(at[operand]);
+  }
+};
+
 // Which operands are at a 16-byte boundary.
 struct Aligned {
   bool operands[kOperands];
@@ -52,15 +67,15 @@ struct MomentPackets;
 template <std::uint32_t kElements, std::size_t... kIndex, class... Moment>
 struct MomentPackets<kElements, std::index_sequence<kIndex...>, Moment...>
     : MomentPacket<kElements, kIndex, Moment>... {
-  __device__ __forceinline__ void load(const TensorRow& row, std::int64_t i,
+  __device__ __forceinline__ void load(const Operands& operands, std::int64_t i,
                                        const Aligned& aligned) {
-    (packet<kIndex, Moment>().load(address<kIndex, Moment>(row) + i,
+    (packet<kIndex, Moment>().load(operands.template of<Moment>(kMoment + kIndex) + i,
                                    aligned.operands[kMoment + kIndex]),
      ...);
   }
-  __device__ __forceinline__ void store(const TensorRow& row, std::int64_t i,
+  __device__ __forceinline__ void store(const Operands& operands, std::int64_t i,
                                         const Aligned& aligned) {
-    (packet<kIndex, Moment>().store(address<kIndex, Moment>(row) + i,
+    (packet<kIndex, Moment>().store(operands.template of<Moment>(kMoment + kIndex) + i,
                                     aligned.operands[kMoment + kIndex]),
      ...);
   }
@@ -78,10 +93,6 @@ struct MomentPackets<kElements, std::index_sequence<kIndex...>, Moment...>
   __device__ __forceinline__ Packet<One, kElements>& packet() {
     return static_cast<MomentPacket<kElements, kOne, One>*>(this)->packet;
   }
-  template <std::size_t kOne, class One>
-  __device__ __forceinline__ static One* address(const TensorRow& row) {
-    return in_global_memory<One>(row.operands[kMoment + kOne]);
-  }
 };
 
 // The operands of one tensor, and the step of a few consecutive elements of it.
@@ -92,9 +103,7 @@ template <class Rule, class Param, class Grad, class... Moment, bool kTail>
 struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
   using T = typename Param::Compute;
 
-  const TensorRow& row;
-  Param* param;
-  Grad* grad;
+  Operands operands;
   Format ema;
 
   // As many elements at a time as fill one vector of the narrowest operand.
@@ -108,17 +117,16 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
   // Absent operands are at address 0, and so aligned.
   __device__ __forceinline__ Aligned alignment_at(std::int64_t i) const {
     Aligned aligned;
-    aligned.operands[kParam] = is_aligned(param + i);
-    aligned.operands[kGrad] = is_aligned(grad + i);
-    constexpr std::uint32_t kBytes[] = {sizeof(Moment)..., 0, 0, 0};
+    aligned.operands[kParam] = is_aligned(operands.template of<Param>(kParam) + i);
+    aligned.operands[kGrad] = is_aligned(operands.template of<Grad>(kGrad) + i);
+    constexpr std::uint32_t kBytes[kMomentEnd - kMoment] = {sizeof(Moment)...};
 #pragma unroll
     for (std::uint32_t k = 0; k < kMomentEnd - kMoment; ++k) {
       aligned.operands[kMoment + k] =
-          k >= sizeof...(Moment) ||
-          is_aligned(static_cast<char*>(row.operands[kMoment + k]) + i * kBytes[k]);
+          kBytes[k] == 0 || is_aligned(operands.template of<char>(kMoment + k) + i * kBytes[k]);
     }
     aligned.operands[kEma] =
-        !kTail || is_aligned(static_cast<char*>(row.operands[kEma]) + i * bytes_of(ema));
+        !kTail || is_aligned(operands.template of<char>(kEma) + i * bytes_of(ema));
     return aligned;
   }
 
@@ -129,35 +137,40 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
     Packet<Param, kElements> p;
     Packet<Grad, kElements> g;
     MomentPackets<kElements, std::index_sequence_for<Moment...>, Moment...> m;
-    p.load(param + i, aligned.operands[kParam]);
-    g.load(grad + i, aligned.operands[kGrad]);
-    m.load(row, i, aligned);
+    p.load(operands.template of<Param>(kParam) + i, aligned.operands[kParam]);
+    g.load(operands.template of<Grad>(kGrad) + i, aligned.operands[kGrad]);
+    m.load(operands, i, aligned);
     // The average too before anything waits for an operand: one memory latency, not two.
     T average[kElements];
     const bool averages = kTail && taken && ema != Format::none;
     if (averages) {
       in_format_of_average([&](auto format) {
         Packet<decltype(format), kElements> e;
-        e.load(in_global_memory<decltype(format)>(row.operands[kEma]) + i, aligned.operands[kEma]);
+        e.load(operands.template of<decltype(format)>(kEma) + i, aligned.operands[kEma]);
 #pragma unroll
         for (std::uint32_t k = 0; k < kElements; ++k) average[k] = T(warpstep::load(e.elements[k]));
       });
     }
 
+    T before[kElements];
 #pragma unroll
-    for (std::uint32_t k = 0; k < kElements; ++k) {
-      const T before = warpstep::load(p.elements[k]);
-      const T gradient = T(warpstep::load(g.elements[k]));
-      T moments[sizeof...(Moment) + 1];
-      m.numbers_of(k, moments);
-      const T result =
-          stepped<Rule, kTail ? Part::whole : Part::uniform>(constants, before, gradient, moments);
-      if (!kTail || taken) {
-        warpstep::store(result, p.elements[k]);
+    for (std::uint32_t k = 0; k < kElements; ++k) before[k] = warpstep::load(p.elements[k]);
+    if (!kTail || taken) {
+#pragma unroll
+      for (std::uint32_t k = 0; k < kElements; ++k) {
+        const T gradient = T(warpstep::load(g.elements[k]));
+        T moments[sizeof...(Moment) + 1];
+        m.numbers_of(k, moments);
+        constexpr Part kPart = kTail ? Part::whole : Part::uniform;
+        warpstep::store(stepped<Rule, kPart>(constants, before[k], gradient, moments),
+                        p.elements[k]);
         m.set(k, moments);
       }
-      if constexpr (kTail) {
-        if (tail.statistics != nullptr) count(sums, before, p.elements[k], g.elements[k]);
+    }
+    if constexpr (kTail) {
+#pragma unroll
+      for (std::uint32_t k = 0; k < kElements; ++k) {
+        if (tail.statistics != nullptr) count(sums, before[k], p.elements[k], g.elements[k]);
         if (tail.grads_after == GradsAfter::zeroed) g.elements[k] = Grad{};
         if (leaves_unscaled(tail, taken)) {
           using G = typename Grad::Compute;
@@ -168,8 +181,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
     }
 
     if (!kTail || taken) {
-      p.store(param + i, aligned.operands[kParam]);
-      m.store(row, i, aligned);
+      p.store(operands.template of<Param>(kParam) + i, aligned.operands[kParam]);
+      m.store(operands, i, aligned);
     }
     if constexpr (kTail) {
       if (averages) {
@@ -180,12 +193,11 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
             const T now = warpstep::load(p.elements[k]);  // the parameter as it is stored
             warpstep::store(averaged(constants.tail, average[k], now), e.elements[k]);
           }
-          e.store(in_global_memory<decltype(format)>(row.operands[kEma]) + i,
-                  aligned.operands[kEma]);
+          e.store(operands.template of<decltype(format)>(kEma) + i, aligned.operands[kEma]);
         });
       }
       if (tail.grads_after == GradsAfter::zeroed || leaves_unscaled(tail, taken)) {
-        g.store(grad + i, aligned.operands[kGrad]);
+        g.store(operands.template of<Grad>(kGrad) + i, aligned.operands[kGrad]);
       }
     }
   }
@@ -255,8 +267,7 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
 
   using S = Stepper<Recipe, kTail>;
   constexpr std::uint32_t kElements = S::kElements;
-  const S stepper{row, in_global_memory<typename Recipe::Param>(row.operands[kParam]),
-                  in_global_memory<typename Recipe::Grad>(grad), args.ema};
+  const S stepper{Operands(row, grad), args.ema};
 
   const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
   const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
