@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 import warpstep
-from support.triton_arguments import Hyper, Recipe
 
 pytest.importorskip("triton")
-from warpstep.kernels import launch_triton as kernel
-
 from support.fake_triton_gpu import FakeGpu, variant_of
+from support.triton_model import L1, SGD, AdamW, adamw, kernel, sgd
 
 pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
 
@@ -30,20 +28,23 @@ class Training:
         groups: int = 1,
         ema: bool = False,
         numel: int = 40_000,
+        rule: str = "adamw",
     ) -> None:
         self.gpu, self.groups = gpu, groups
-        self.recipe = Recipe(f32, f32, f32, ema=f32 if ema else None)
+        self.recipe = adamw(f32, ema=f32 if ema else None) if rule == "adamw" else sgd(f32)
         params, steps = [torch.zeros(1).expand(numel)] * tensors, [torch.zeros(())] * tensors
-        streams = (params, params, params, None, params if ema else None, steps)
+        moments = [params if i < len(self.recipe.moments) else None for i in range(3)]
+        operands = (params, *moments, params if ema else None)
         groups_of = [index % groups for index in range(tensors)]
-        self.table = kernel.TensorTable(*streams, groups_of, torch.device("cuda"))
+        self.table = kernel.TensorTable(operands, steps, groups_of, torch.device("cuda"))
         self.grads, self.lr = torch.arange(1, tensors + 1), 1.0
 
     def number(self, dtype: torch.dtype = f32) -> Tensor:
         return self.gpu.tensor([1.0], dtype=dtype)
 
     def step(self, l1: bool = False, **tail: Any) -> None:
-        hypers = Hyper(lr=self.lr, decoupled=3 if l1 else 1).pack() * self.groups
+        hyper = (AdamW if self.recipe.rule == "adamw" else SGD)(lr=self.lr)
+        hypers = (hyper._replace(decay=L1) if l1 else hyper).pack() * self.groups
         kernel.launch(self.table, self.grads.clone(), hypers, recipe=self.recipe, **tail)
 
     def clip(self, largest: bool = False) -> Tensor:
@@ -74,7 +75,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 def test_a_table_is_refused_where_triton_compiles_for_no_gpu() -> None:
     with pytest.raises(RuntimeError, match="cpu with TRITON_INTERPRET not set"):
-        kernel.TensorTable([], [], [], None, None, [], [], torch.device("cpu"))
+        kernel.TensorTable([[], None, None, None, None], None, [], torch.device("cpu"))
 
 
 def test_each_launch_reads_what_is_now(gpu: FakeGpu) -> None:
@@ -151,6 +152,35 @@ def test_other_streams(gpu: FakeGpu) -> None:
         training.step(clip_coef=coef, **numbers)
 
 
+def test_rows_of_the_table(gpu: FakeGpu) -> None:
+    """As layout.h has them, with and without a step counter."""
+    sizes, groups = [3, 100_000, 0], [0, 7, 2]
+    params, moments, emas = ([torch.zeros(n) for n in sizes] for _ in range(3))
+    steps = [torch.zeros(()), None, torch.zeros(())]
+    operands = [params, moments, None, None, emas]
+    table = kernel.TensorTable(operands, steps, groups, torch.device("cuda"))
+    chunks = [1, -(-100_000 // table.chunk), 1]
+    columns = zip(params, moments, emas, steps, groups, chunks, strict=True)
+    assert table.rows.tolist() == [
+        [
+            *(
+                p.data_ptr(),
+                m.data_ptr(),
+                0,
+                0,
+                ema.data_ptr(),
+                step.data_ptr() if step is not None else 0,
+            ),
+            *(p.numel(), group + (count << 32), 0),
+        ]
+        for p, m, ema, step, group, count in columns
+    ]
+    assert table.chunk_counts.tolist() == chunks
+    assert table.chunks.tolist() == [[i, j] for i, n in enumerate(chunks) for j in range(n)]
+    without = kernel.TensorTable(operands, None, groups, torch.device("cuda"))
+    assert without.rows[:, 5].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("numel", "chunk", "programs"),
     [
@@ -183,13 +213,13 @@ TAILS = {
 }
 
 
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize(("rule", "ema"), [("adamw", False), ("adamw", True), ("sgd", False)])
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
-def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], ema: bool) -> None:
+def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], rule: str, ema: bool) -> None:
     """A kernel is compiled once for a kind of step, so that none is in a capture."""
 
     def train(tensors: int, groups: int, numel: int = 10) -> None:
-        training = Training(gpu, tensors, groups, ema, numel)
+        training = Training(gpu, tensors, groups, ema, numel, rule)
         for _ in range(2):
             given = {n: x if x is True else training.number(x) for n, x in tail.items()}
             training.clip()
@@ -259,11 +289,8 @@ def test_variants_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             training.clip_and_step()
         replay()
         training.assert_launched(5, training.grads, training.lr)
-    assert [variant.split()[0] for variant in gpu.variants] == [
-        "adamw_kernel",
-        "grad_norm_kernel",
-        "adamw_kernel",
-    ]
+    names = [variant.split()[0] for variant in gpu.variants]
+    assert names == ["step_kernel", "grad_norm_kernel", "step_kernel"]
 
 
 def test_code_is_compiled_ahead_as_at_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:

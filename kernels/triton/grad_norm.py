@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from .adamw_triton import ROW_WORDS, device_function, load, maximum, pointers
+from .arithmetic import device_function, maximum
+from .formats import load, pointers
+from .layout import CHUNK_HALVES, CHUNK_INDEX, CHUNK_TENSOR, NUMEL, ROW_WORDS
 
 # Shares that a thread of the last program asks for before it waits, for each element that it takes
 # at a time: alone on the device, that program has nothing else to hide memory's latency behind.
@@ -18,7 +20,7 @@ def largest_of(x):
 
 @triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=["out"])
 def grad_norm_kernel(
-    rows,  # as adamw_kernel's
+    rows,  # as step_kernel's
     chunks,
     grads,
     out,  # float64[2 + programs]: the result, a count of programs done (zero), a share each
@@ -29,10 +31,11 @@ def grad_norm_kernel(
 ):
     """The sum of squares, or the largest magnitude, of all gradients; the same bits each time."""
     program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
+    chunk = chunks + CHUNK_HALVES * program
+    tensor = tl.load(chunk + CHUNK_TENSOR)
     grad = tl.load(grads + tensor)
-    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * chunk_size
-    size = tl.minimum(tl.load(rows + tensor * ROW_WORDS + 6) - first, chunk_size).to(tl.int32)
+    first = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * chunk_size
+    size = tl.minimum(tl.load(rows + tensor * ROW_WORDS + NUMEL) - first, chunk_size).to(tl.int32)
     size = tl.where(grad == 0, 0, size)
     share = tl.full((), 0, tl.float64)
     start = tl.cast(0, tl.int32)

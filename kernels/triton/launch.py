@@ -11,17 +11,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .adamw_triton import (
-    CAUTIOUS,
-    HYPER_WORDS,
-    INTERPRETED,
-    L1,
-    NO_TAIL,
-    Formats,
-    Tail,
-    adamw_kernel,
-)
-from .grad_norm_triton import grad_norm_kernel
+from .arithmetic import INTERPRETED
+from .grad_norm import grad_norm_kernel
+from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, STABLE
+from .step import Recipe, step_kernel
+from .tail import NO_TAIL, Tail
 
 # Elements that a program takes: enough that working out the constants does not show, but fewer
 # where there would be less than PROGRAMS programs, some eight for a large GPU's multiprocessor.
@@ -41,8 +35,10 @@ launches = 0  # kernels launched since import
 class TensorTable:
     """Every tensor of one recipe on one device, as the kernel reads it. Made once per plan.
 
-    Only addresses are kept: the caller keeps the tensors alive, and makes another table when one
-    moves. Lists have an entry a tensor; tensors are read flat, as their elements lie in memory.
+    `operands` are lists of the tensors of each operand that has a place in layout.h's TensorRow
+    (the parameters, three moments, the averages), or None for one that the recipe is without.
+    Lists have an entry a tensor; tensors are read flat, as their elements lie in memory. Only
+    addresses are kept: the caller keeps the tensors alive, and makes another table when one moves.
 
     Raises:
         RuntimeError: for the CPU without Triton's interpreter, or another device with it.
@@ -50,12 +46,8 @@ class TensorTable:
 
     def __init__(
         self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor] | None,  # None without amsgrad
-        emas: Sequence[Tensor] | None,  # None where no averages are kept
-        steps: Sequence[Tensor],  # one float32 each
+        operands: Sequence[Sequence[Tensor] | None],
+        steps: Sequence[Tensor | None] | None,  # one float32 each; None where none are counted
         groups: Sequence[int],  # index of each tensor's parameter group
         device: torch.device,
     ) -> None:
@@ -64,18 +56,20 @@ class TensorTable:
         if (self.device.type == "cpu") != INTERPRETED:
             found = f"{self.device} with TRITON_INTERPRET {'set' if INTERPRETED else 'not set'}"
             raise RuntimeError(f"{found} at import: set it for the CPU, and for the CPU alone")
+        assert len(operands) == STABLE
         host = torch.device("cpu")  # named, so that a default device is not taken
-        numels = torch.tensor([p.numel() for p in params], device=host)
+        params = operands[0] or ()
+        numels = torch.tensor([p.numel() for p in params], dtype=torch.int64, device=host)
         self.chunk = chunk_of(int(numels.sum()))
         counts = ((numels + self.chunk - 1) // self.chunk).clamp(min=1)
         tensors = torch.arange(len(params), device=host).repeat_interleave(counts)
         indices = torch.arange(len(tensors), device=host) - (counts.cumsum(0) - counts)[tensors]
-        none = [None] * len(params)
-        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs or none)
-        streams = (params, *moments, emas or none, steps)
-        addresses = [[0 if t is None else t.data_ptr() for t in stream] for stream in streams]
-        rows = [torch.tensor(column, device=host) for column in (*addresses, groups)]
-        columns = [*rows[:-1], numels, rows[-1], counts]
+        columns = [
+            torch.tensor([0 if t is None else t.data_ptr() for t in column], device=host)
+            for column in (each or [None] * len(params) for each in (*operands, steps))
+        ]
+        group_and_chunks = torch.tensor(groups, device=host) | counts << CHUNKS_SHIFT.value
+        columns += [numels, group_and_chunks, torch.zeros_like(numels)]  # a head of no elements
 
         self.programs = len(tensors)
         self.chunk_counts = counts
@@ -149,19 +143,24 @@ def block_of(target: GPUTarget) -> int:
     return THREAD_ELEMENTS * NUM_WARPS * target.warp_size
 
 
-def formats_of(recipe: Any) -> Formats:
-    """The streams' types in Triton, which names them as torch does."""
-    dtypes = (recipe.param, recipe.grad, recipe.moment, recipe.ema)
-    formats = [None if d is None else getattr(tl, str(d)[6:]) for d in dtypes]
+def recipe_of(recipe: Any) -> Recipe:
+    """A recipe in Triton's types, which it names as torch does."""
+
+    def format_of(dtype: torch.dtype | None) -> Any:
+        if INTERPRETED and dtype == torch.bfloat16:
+            return tl.uint16  # NOTE [bfloat16 in the interpreter] in formats.py
+        return None if dtype is None else getattr(tl, str(dtype)[6:])
+
+    moments = tuple(map(format_of, recipe.moments))
+    formats = (format_of(recipe.param), format_of(recipe.grad), moments, format_of(recipe.ema))
     compute = tl.float64 if recipe.param == torch.float64 else tl.float32
-    if INTERPRETED:
-        formats = [tl.uint16 if f == tl.bfloat16 else f for f in formats]
-    return Formats(*formats[:3], compute, bool(recipe.amsgrad), formats[3])
+    return Recipe(recipe.rule, *formats, compute)
 
 
 def is_selective(hypers: bytes) -> bool:
     """Whether the form of some group's decay is l1 or cautious."""
-    return any(form in (L1.value, CAUTIOUS.value) for form in hypers[51 :: 8 * HYPER_WORDS.value])
+    forms = hypers[8 * FLAGS.value + DECAY.value :: 8 * HYPER_WORDS.value]
+    return any(form in (L1.value, CAUTIOUS.value) for form in forms)
 
 
 def launch(
@@ -177,18 +176,19 @@ def launch(
     zero_grads: bool = False,
     unscale_grads: bool = False,
 ) -> None:
-    """One AdamW step of a table's tensors: one kernel on the current stream, nothing waited for.
+    """One step of a table's tensors: one kernel on the current stream, nothing waited for.
 
     Args:
         table: the tensors, of `recipe`.
         grads: int64[tensors] on the CPU: each gradient's address, or 0 where a parameter has none
             and is left alone, its step counter too. (An empty gradient needs another number.)
-        hypers: a `Hyper` of tables.h for each group, as in memory.
-        recipe: dtypes `param`, `grad`, `moment` and `ema`, and whether `amsgrad`.
+        hypers: a `Hyper` of layout.h for each group, as in memory.
+        recipe: the name of its `rule`, and the dtypes `param`, `grad`, `moments` (one each) and
+            `ema` (or None).
         grad_scale: float32[1] on the device; gradients are divided by it.
         found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
         clip_coef: float64[1] on the device; the unscaled gradients are multiplied by it.
-        statistics: float64[table.programs, 4] on the device: Tail::statistics of tables.h.
+        statistics: float64[table.programs, 4] on the device: Tail::statistics of layout.h.
         zero_grads: the gradients are left zero.
         unscale_grads: they are left unscaled and clipped. One of the two at most.
     """
@@ -206,8 +206,8 @@ def launch(
         tables = (table.rows, table.chunks, table.arrivals, *uploaded)
         scalars = (grad_scale, found_inf, clip_coef, statistics)
         table.use_on(stream, *scalars)
-        constants = (formats_of(recipe), tail, table.block)
-        adamw_kernel[(table.programs,)](*tables, *scalars, table.chunk, *constants, **OPTIONS)
+        constants = (recipe_of(recipe), tail, table.block)
+        step_kernel[(table.programs,)](*tables, *scalars, table.chunk, *constants, **OPTIONS)
     launches += 1
 
 
@@ -227,7 +227,7 @@ def grad_norm(
         stream = table.current_stream()
         tables = (table.rows, table.chunks, table.grads.send(grads, stream))
         table.use_on(stream, out)
-        constants = (formats_of(recipe).grad, largest, table.block)
+        constants = (recipe_of(recipe).grad, largest, table.block)
         grad_norm_kernel[(table.programs,)](*tables, out, table.chunk, *constants, **OPTIONS)
     launches += 1
 
@@ -237,20 +237,20 @@ def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> Compile
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
     types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64", "i32"]
     types += ["constexpr"] * 3
-    signature = dict(zip(adamw_kernel.arg_names, types, strict=True))
+    signature = dict(zip(step_kernel.arg_names, types, strict=True))
     constants = {
-        "FORMATS": formats_of(recipe),
+        "RECIPE": recipe_of(recipe),
         "TAIL": tail,
         "BLOCK": block_of(target),
     }
-    return _compiled(adamw_kernel, signature, constants, target)
+    return _compiled(step_kernel, signature, constants, target)
 
 
 def compile_grad_norm_for(target: GPUTarget, recipe: Any, largest: bool) -> CompiledKernel:
     """The norm's kernel compiled ahead of time, for a target that need not be present."""
     types = ["*i64", "*i32", "*i64", "*fp64", "i32", *["constexpr"] * 3]
     signature = dict(zip(grad_norm_kernel.arg_names, types, strict=True))
-    constants = {"FORMAT": formats_of(recipe).grad, "LARGEST": largest, "BLOCK": block_of(target)}
+    constants = {"FORMAT": recipe_of(recipe).grad, "LARGEST": largest, "BLOCK": block_of(target)}
     return _compiled(grad_norm_kernel, signature, constants, target)
 
 

@@ -131,7 +131,7 @@ class CudaBucket(Bucket):
 class TritonBucket(Bucket):
     """A bucket that Python launches, by Triton."""
 
-    table: Any = None  # a kernels.launch_triton.TensorTable
+    table: Any = None  # a kernels.triton.launch.TensorTable
 
     @property
     def is_native(self) -> bool:
@@ -147,16 +147,14 @@ class TritonBucket(Bucket):
     def bind(self, bound: Any, index: int) -> None:
         """Makes the tensor table that Triton's kernels read."""
 
-        def stream(key: str) -> list[Tensor]:
-            return [_flat(entry.state[key]) for entry in self.entries]
+        def of_state(key: str | None) -> list[Tensor] | None:
+            return None if key is None else [_flat(entry.state[key]) for entry in self.entries]
 
+        params = [_flat(entry.param.detach()) for entry in self.entries]
+        _, *keys, _ = self.recipe.keys()  # the parameter and its gradient are in no state
         self.table = self._kernel.TensorTable(
-            [_flat(entry.param.detach()) for entry in self.entries],
-            stream("exp_avg"),
-            stream("exp_avg_sq"),
-            stream("max_exp_avg_sq") if self.recipe.amsgrad else None,
-            stream("ema") if self.recipe.ema is not None else None,
-            stream("step"),
+            [params, *map(of_state, keys)],
+            of_state("step" if self.recipe.counts_steps else None),
             [entry.group for entry in self.entries],
             self.device,
         )

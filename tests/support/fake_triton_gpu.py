@@ -26,7 +26,7 @@ Values = dict[str, Tensor]
 
 
 class FakeGpu:
-    """Takes the GPU's place in ``kernel``, the module launch_triton, while a test runs.
+    """Takes the GPU's place in ``kernel``, the module kernels.triton.launch, while a test runs.
 
     Attributes:
         stream: the number of the current stream.
@@ -47,7 +47,7 @@ class FakeGpu:
         self._graph: list[Callable[[], None]] | None = None
 
         monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(self))
-        for function in (kernel.adamw_kernel, kernel.grad_norm_kernel):
+        for function in (kernel.step_kernel, kernel.grad_norm_kernel):
             binder = self._binder_of(monkeypatch, function)
             monkeypatch.setattr(function, "device_caches", defaultdict(binder))
         monkeypatch.setattr(kernel, "torch", _Torch(self))

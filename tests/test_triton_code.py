@@ -1,0 +1,104 @@
+"""The Triton kernels' machine code, for GPUs that are not here."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from support.triton_model import RECIPES, Recipe, adamw, bf16, compiles, f32, f64, kernel, sgd
+
+TARGETS = ["cuda 80 32", "cuda 90 32", "hip gfx942 64"]
+H100 = kernel.GPUTarget("cuda", 90, 32)
+
+
+def target_of(text: str) -> kernel.GPUTarget:
+    return kernel.GPUTarget(*(int(x) if x.isdigit() else x for x in text.split()))
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_compiled_code(recipe: Recipe, target: str, tmp_path: Path) -> None:
+    # Two loops make accesses of 16 bytes; in one of them the gradient is not aligned.
+    written = recipe.param.itemsize + sum(moment.itemsize for moment in recipe.moments)
+    stores = 2 * kernel.THREAD_ELEMENTS * written // 16
+    loads = stores + kernel.THREAD_ELEMENTS * recipe.grad.itemsize // 16
+    code = kernel.compile_for(target_of(target), recipe)
+    assert not code.metadata.enable_fp_fusion
+    if target.startswith("hip"):
+        text = code.asm["amdgcn"]
+        spilt = r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): +(\d+)"
+        assert re.findall(spilt, text) == ["0", "0", "0"]
+        assert text.count("global_load_dwordx4") >= loads  # what is read of the tables as well
+        assert text.count("global_store_dwordx4") == stores
+        return
+
+    # IEEE's division and root, nothing flushed, no contraction: constants have no fma at all.
+    ptx = code.asm["ptx"]
+    assert not re.search(r"\.(ftz|approx|full)\b", ptx)
+    assert recipe.param == f64 or "fma.rn.f64" not in ptx
+    assert bf16 not in (recipe.param, *recipe.moments) or "cvt.rn.bf16" in ptx
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code.asm["cubin"])
+    command = [kernel.triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"STACK:0 .*LOCAL:0 ", sass)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert sass.count("LDG.E.128") == loads
+    assert sass.count("STG.E.128") == stores
+
+
+@compiles
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        adamw(f32, amsgrad=True, ema=f32),
+        adamw(bf16, bf16, f32, ema=f32),
+        adamw(f64),
+        sgd(bf16)._replace(ema=f32),
+    ],
+    ids=str,
+)
+def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
+    """All of it at once compiles, computes as IEEE says, and spills nothing."""
+    gpu = target_of(target)
+    whole = kernel.Tail(True, True, False, True, True)
+    codes = [
+        kernel.compile_for(gpu, recipe, tail)
+        for tail in (whole, whole._replace(zero_grads=False, unscale_grads=True))
+    ]
+    codes += [kernel.compile_grad_norm_for(gpu, recipe, largest) for largest in (False, True)]
+    for code in codes:
+        if gpu.backend == "hip":
+            text = code.asm["amdgcn"]
+            spilt = r"\.(?:[sv]gpr_spill_count): +(\d+)"
+            assert set(re.findall(spilt, text)) == {"0"}
+        else:
+            assert not re.search(r"\.(ftz|approx|full)\b", code.asm["ptx"])
+            assert not re.search(r"\b(ld|st)\.local\b", code.asm["ptx"])
+
+
+@compiles
+@pytest.mark.parametrize("recipe", [adamw(f32, amsgrad=True, ema=f32), sgd(f32)], ids=str)
+def test_all_operands_are_asked_for_before_any_is_written(recipe: Recipe) -> None:
+    """A load behind a store, which may be of the same memory, would wait for memory alone."""
+    tail = kernel.NO_TAIL._replace(statistics=True, unscale_grads=True)
+    ptx = kernel.compile_for(H100, recipe, tail).asm["ptx"]
+    blocks = [re.findall(r"\b(ld|st)\.global\.v4", block) for block in ptx.split("$L__BB")]
+    vectors = 4 * kernel.THREAD_ELEMENTS // 16  # of one operand
+    loops = [block for block in blocks if len(block) > vectors]
+    # In one of the two the gradient is not aligned, and not accessed in vectors.
+    operands = 2 + len(recipe.moments) + (recipe.ema is not None)
+    counts = (operands - 1, operands)
+    assert loops == [["ld"] * n * vectors + ["st"] * n * vectors for n in counts]
+
+
+@compiles
+@pytest.mark.parametrize("largest", [False, True])
+def test_the_norms_last_program_asks_for_many_shares_at_once(largest: bool) -> None:
+    """They are thousands, and it waits for each batch of them."""
+    ptx = kernel.compile_grad_norm_for(H100, adamw(f32), largest).asm["ptx"]
+    assert len(re.findall(r"ld\.volatile\.global\S*64", ptx)) == 4 * kernel.THREAD_ELEMENTS
