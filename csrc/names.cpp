@@ -1,4 +1,4 @@
-// See names.h.
+// Formats, rules and recipes by name: see names.h.
 #include "names.h"
 
 namespace warpstep {

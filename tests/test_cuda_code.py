@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,28 +17,44 @@ from bench import machine_code  # noqa: E402
 from bench.machine_code import FORMAT_BYTES  # noqa: E402
 
 # Instructions an element of the loop over aligned elements, of sm_80 or sm_90, whichever has more:
-# of a step, and with the tail of one that averages, one with statistics, one with all of it.
+# of a step, and with the tail of one that averages, one with statistics, one with all of it. (SGD's
+# shortest way with the tail is that of a step that is not taken: it has no root to be told by.)
 BUDGETS = {
-    "float32": (42, 68, 79, 85),
-    "float32, bfloat16 moments": (43, 64, 76, 81),
-    "bfloat16, float32 gradients, float32 moments": (42, 64, 74, 84),
-    "bfloat16, float32 gradients": (45, 52, 62, 72),
-    "bfloat16, float32 moments": (43, 76, 85, 92),
-    "bfloat16": (46, 62, 71, 78),
-    "float16, float32 gradients, float32 moments": (41, 62, 72, 81),
-    "float16, float32 gradients": (43, 49, 60, 68),
-    "float16, float32 moments": (42, 72, 82, 88),
-    "float16": (44, 58, 69, 74),
-    "float32, amsgrad": (46, 76, 87, 92),
-    "float32, bfloat16 moments, amsgrad": (50, 68, 79, 84),
-    "bfloat16, float32 gradients, float32 moments, amsgrad": (46, 72, 82, 92),
-    "bfloat16, float32 gradients, amsgrad": (51, 60, 70, 80),
-    "bfloat16, float32 moments, amsgrad": (47, 83, 91, 98),
-    "bfloat16, amsgrad": (52, 70, 78, 85),
-    "float16, float32 gradients, float32 moments, amsgrad": (45, 55, 65, 74),
-    "float16, float32 gradients, amsgrad": (49, 56, 67, 75),
-    "float16, float32 moments, amsgrad": (46, 80, 90, 96),
-    "float16, amsgrad": (50, 65, 76, 81),
+    "float32": (42, 60, 72, 76),
+    "float32, bfloat16 moments": (43, 57, 69, 74),
+    "bfloat16, float32 gradients, float32 moments": (41, 56, 69, 78),
+    "bfloat16, float32 gradients": (45, 60, 73, 82),
+    "bfloat16, float32 moments": (42, 67, 79, 86),
+    "bfloat16": (46, 72, 83, 90),
+    "float16, float32 gradients, float32 moments": (41, 54, 66, 73),
+    "float16, float32 gradients": (43, 57, 70, 76),
+    "float16, float32 moments": (42, 63, 74, 79),
+    "float16": (44, 66, 76, 82),
+    "float32, amsgrad": (46, 65, 76, 83),
+    "float32, bfloat16 moments, amsgrad": (50, 62, 74, 79),
+    "bfloat16, float32 gradients, float32 moments, amsgrad": (46, 60, 73, 83),
+    "bfloat16, float32 gradients, amsgrad": (51, 66, 79, 88),
+    "bfloat16, float32 moments, amsgrad": (47, 72, 83, 91),
+    "bfloat16, amsgrad": (52, 80, 92, 99),
+    "float16, float32 gradients, float32 moments, amsgrad": (45, 58, 70, 77),
+    "float16, float32 gradients, amsgrad": (49, 62, 74, 81),
+    "float16, float32 moments, amsgrad": (46, 68, 78, 84),
+    "float16, amsgrad": (50, 71, 81, 87),
+    "Sgd: bfloat16": (12,),
+    "Sgd: bfloat16, float32 gradients": (10,),
+    "Sgd: bfloat16, float32 gradients, float32 moments, momentum": (16,),
+    "Sgd: bfloat16, float32 gradients, momentum": (18,),
+    "Sgd: bfloat16, float32 moments, momentum": (18,),
+    "Sgd: bfloat16, momentum": (20,),
+    "Sgd: float16": (10,),
+    "Sgd: float16, float32 gradients": (9,),
+    "Sgd: float16, float32 gradients, float32 moments, momentum": (15,),
+    "Sgd: float16, float32 gradients, momentum": (16,),
+    "Sgd: float16, float32 moments, momentum": (16,),
+    "Sgd: float16, momentum": (17,),
+    "Sgd: float32": (10,),
+    "Sgd: float32, bfloat16 moments, momentum": (14,),
+    "Sgd: float32, momentum": (16,),
 }
 
 
@@ -67,7 +84,9 @@ def test_every_recipe_was_compiled_for_every_architecture(kernels):
     for architecture in architectures:
         here = [kernel for kernel in kernels if kernel.architecture == architecture]
         recipes = {kernel.recipe for kernel in of_the_step(here)}
-        assert len(recipes) == 44  # eleven, with and without amsgrad, with and without the tail
+        of_rule = Counter((recipe.rule, len(recipe.moments), recipe.tail) for recipe in recipes)
+        kinds = {("AdamW", 2): 11, ("AdamW", 3): 11, ("Sgd", 1): 11, ("Sgd", 0): 6}
+        assert of_rule == {(*kind, tail): n for kind, n in kinds.items() for tail in (False, True)}
         assert len([kernel for kernel in here if kernel.is_norm]) == len(FORMAT_BYTES)
 
 
@@ -85,10 +104,14 @@ def test_aligned_streams_are_accessed_16_bytes_at_a_time(kernels):
 
 
 def test_an_iteration_waits_for_memory_once(kernels):
-    """Every load, that of the average too, is under way before the first root is taken."""
+    """Every load, that of the average too, is under way before the first root is taken; where the
+    rule has none, before the first product.
+    """
     for kernel in of_the_step(kernels):
         kinds = [c.kind for c in kernel.hot_loop.code]
-        assert "LDG" not in kinds[kinds.index("MUFU") :], name_of(kernel)
+        begins = {"MUFU"} if kernel.recipe.rule == "AdamW" else {"FMUL", "FFMA", "DMUL", "DFMA"}
+        first = next(i for i, kind in enumerate(kinds) if kind in begins)
+        assert "LDG" not in kinds[first:], name_of(kernel)
 
 
 def test_registers_leave_room_for_as_many_blocks_as_intended(kernels):
@@ -116,6 +139,8 @@ def test_the_loop_keeps_to_its_number_of_instructions(kernels):
             continue
         budgets = BUDGETS[kernel.recipe.label]
         budgets = budgets[1:] if kernel.recipe.tail else budgets[:1]
+        if not budgets:
+            continue
         counts = machine_code.instructions(kernel)
         for (what, count), budget in zip(counts.items(), budgets, strict=True):
             assert count <= max(1.05 * budget, budget + 1), (name_of(kernel), what)
@@ -129,7 +154,8 @@ def test_hyper_parameters_are_read_at_once(kernels):
             of_the_group = code.kind == "LDC" and "[R" in code.operands  # at a register's offset
             together = 0 if code.kind == "BRA" else together + of_the_group
             most = max(most, together)
-        assert most >= 6, name_of(kernel)
+        # Without momentum: lr and weight_decay, two words each, and what kind they are.
+        assert most >= (6 if kernel.recipe.moments else 5), name_of(kernel)
 
 
 def test_the_norms_last_block_has_eight_loads_under_way(kernels):
