@@ -10,13 +10,12 @@ from torch.nn import Parameter
 
 import warpstep
 from support.bits import assert_same_bits, bits, train, train_tail
-from support.cases import each_options, each_recipe
+from support.cases import each_recipe, each_recipe_with_options
 from support.environment import INTERPRETED
 from support.recipes import OPTIONS, RECIPES, make
 
 
-@each_options
-@each_recipe
+@each_recipe_with_options
 def test_every_backend_gives_the_cpus_bits(backend, device, recipe, options):
     """CUDA and Triton do. torch's operations fuse nothing, nor does the interpreter in float64."""
     mine = train(recipe, options, backend, device)

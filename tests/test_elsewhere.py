@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from support.cases import covering_pairs
 from support.environment import EMULATED, INTERPRETED
+from support.recipes import OPTIONS, RECIPES
 
 ROOT = Path(__file__).parent.parent
 SUITE = [
@@ -81,6 +83,17 @@ def emulated_module(tmp_path_factory):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return next(build.glob("_native*.so"))
+
+
+def test_the_pairs_of_recipe_and_options_there_cover_both():
+    pairs = list(covering_pairs())
+    assert len(pairs) == len(set(pairs)) < len(RECIPES) * len(OPTIONS) / 2
+    for recipe in RECIPES:
+        chosen = {options for r, options in pairs if r == recipe}
+        assert chosen >= {"default", "amsgrad"}
+        assert len(chosen) >= 4
+    for options in OPTIONS:
+        assert sum(o == options for _, o in pairs) >= 2
 
 
 def test_cuda_source_on_the_host(emulated_module):

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import warpstep
 from support import oracle
 from support.bits import assert_same_bits
-from support.cases import each_options, each_recipe
+from support.cases import each_recipe_with_options
 from support.conformance import assert_step, streams_of, zeros_of
 from support.oracle import ROUNDOFF, Options
 from support.recipes import F16, F32, RECIPES, make, optimizer_for, set_grad
@@ -65,8 +65,7 @@ def test_every_float16_is_read_and_written_back(backend, device):
     assert param.detach().cpu()[~kept].isnan().all()
 
 
-@each_options
-@each_recipe
+@each_recipe_with_options
 def test_the_oracle_is_met_under_the_flag(backend, device, recipe, options):
     """With numbers down to float16's least, every product of the rule is a normal float32."""
     generator = torch.Generator().manual_seed(3)

@@ -41,10 +41,11 @@ OPTIONS = {
 }
 # Around the edges of vectors.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 257, 1000, 1023)
-if INTERPRETED:  # at some 5 ms a tensor, in vectors of 16 elements
-    SIZES = (0, 1, 3, 15, 16, 17, 64, 257, 1023)
 # The edges of vectors, of the CPU's tiles and of chunks.
 EDGES = (0, 1, 7, 64, 1023, 1024, 1025, 2049, 16_384, 40_001)
+if INTERPRETED:  # at some 5 ms a tensor and chunk, in vectors of 16 elements and without tiles
+    SIZES = (0, 1, 3, 15, 16, 17, 64, 257, 1023)
+    EDGES = (0, 1, 7, 64, 1025, 16_384, 20_011)
 
 
 def make(shape, dtype, device, generator, scale=1.0):
