@@ -11,6 +11,7 @@
 #include "cuda/launch.h"
 #include "names.h"
 #include "plan.h"
+#include "walkable.h"
 
 namespace {
 
@@ -72,6 +73,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_recipe", [](const std::string& rule, const py::tuple& formats) {
     return has_cpu_recipe(recipe_named(rule, formats));
   });
+  m.def("survey", survey);
   m.def(
       "connect_to_torch",
       [](py::object capsule, bool torch_abi) {
@@ -93,8 +95,8 @@ PYBIND11_MODULE(_native, m) {
     for (const auto& [a, read_only, b, c] : tensors) {
       TensorView view{};
       const std::int64_t count = tensor_reader().read(a.ptr(), view) ? view.numel() : -1;
-      arrays.push_back({float_array(a, count), float_array(read_only, count),
-                        float_array(b, count), float_array(c, count), count});
+      arrays.push_back({float_array(a, count), float_array(read_only, count), float_array(b, count),
+                        float_array(c, count), count});
     }
     py::gil_scoped_release release;
     touch_cpu(arrays, threads);

@@ -5,52 +5,10 @@
 #include <optional>
 
 #include "cpu/launch.h"
+#include "walkable.h"
 
 namespace warpstep {
 namespace {
-
-PyObject* type_named(const char* module, const char* name) {
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
-
-bool is_torchs_own(PyObject* object) {
-  static PyObject* const tensor = type_named("torch", "Tensor");
-  static PyObject* const parameter = type_named("torch.nn", "Parameter");
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == tensor || type == parameter;
-}
-
-// Lazily negated or conjugated: its memory holds other numbers. Strides betray such views of more
-// than one real number; the others are asked.
-bool is_lazy(PyObject* object, const TensorView& view, std::int64_t numel) {
-  if (!view.is_complex && numel != 1) return false;
-  const py::handle tensor(object);
-  return tensor.attr("is_neg")().cast<bool>() || tensor.attr("is_conj")().cast<bool>();
-}
-
-// Whether the elements fill a run of memory, in any order of dimensions, none twice.
-bool is_dense(const TensorView& view) {
-  std::int64_t expected = 1;
-  std::int32_t i = view.ndim - 1;
-  for (; i >= 0; --i) {
-    if (view.shape[i] == 1) continue;
-    if (view.strides[i] != expected) break;
-    expected *= view.shape[i];
-  }
-  if (i < 0) return true;
-  std::vector<std::pair<std::int64_t, std::int64_t>> dims;
-  for (i = 0; i < view.ndim; ++i) {
-    if (view.shape[i] == 0) return true;
-    if (view.shape[i] != 1) dims.emplace_back(view.strides[i], view.shape[i]);
-  }
-  std::sort(dims.begin(), dims.end());
-  expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 bool on_device(const TensorView& view, dlpack::Device device) {
   return view.device.type == device.type && view.device.index == device.index;

@@ -23,6 +23,14 @@ Format format_named(const std::string& name) {
   return value_named(kFormats, name, "format");
 }
 
+py::object name_of(Format format) {
+  static PyObject* const names[] = {Py_NewRef(Py_None), PyUnicode_InternFromString("float64"),
+                                    PyUnicode_InternFromString("float32"),
+                                    PyUnicode_InternFromString("bfloat16"),
+                                    PyUnicode_InternFromString("float16")};
+  return py::reinterpret_borrow<py::object>(names[static_cast<std::uint32_t>(format)]);
+}
+
 RuleId rule_named(const std::string& name) {
   static constexpr std::pair<const char*, RuleId> kRules[] = {{"adamw", RuleId::adamw},
                                                               {"sgd", RuleId::sgd}};

@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 // Throw ValueError for names that are not known.
 Format format_named(const std::string& name);
+py::object name_of(Format format);  // None for none
 RuleId rule_named(const std::string& name);
 // `formats` has the name of one for each operand, in the order of Operand, or None.
 RecipeKey recipe_named(const std::string& rule, const py::tuple& formats);

@@ -19,8 +19,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "tensor_view.h"
 #include "cpu/threads.h"
+#include "tensor_view.h"
 
 namespace warpstep {
 

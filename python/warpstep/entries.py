@@ -12,13 +12,12 @@ from torch.optim.optimizer import Optimizer
 from warpstep.recipes import Recipe
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """A parameter that has a gradient or a state, with what its step needs."""
 
     group: int
     index: int  # in its group
-    name: str
     param: Any  # while a plan is made: later it is found by its place, and not kept alive
     state: dict[str, Any]
     backend: str = "reference"

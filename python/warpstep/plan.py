@@ -33,10 +33,12 @@ from warpstep.state import (
     parameter_name,
 )
 from warpstep.statistics import Statistics, statistics_of
+from warpstep.survey import Survey
 from warpstep.tail import Tail
 
 # Flags that choose an implementation; and torch's flag for the form of decay.
 _PLANNED_FOR, _DECOUPLED = ("fused", "capturable", "differentiable"), "decoupled_weight_decay"
+_NOTHING: dict[str, Any] = {}
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
 
@@ -66,6 +68,7 @@ class Plan:
     def __init__(self, optimizer: Optimizer, options: Options) -> None:
         self.options = options
         self.buckets: list[Bucket] = []
+        self._kinds: dict[Any, list[int]] = {}  # which of them there are of a kind
         # The reference's parameters; and second mentions of a parameter, stepped after its first.
         self.python_only: list[Entry] = []
         self.repeated: list[Entry] = []
@@ -82,16 +85,17 @@ class Plan:
         assignments: list[int] = []
         seen: set[int] = set()
         for g, group in enumerate(groups):
+            survey = self._survey_of(group)
             for i, param in enumerate(group["params"]):
                 state = optimizer.state.get(param)
                 if param.grad is None and not state and options.rule.has_state(group):
                     assignments.append(NO_STATE)
                     continue
-                name = parameter_name(groups, g, i)
-                entry = Entry(g, i, name, param, state or {})
+                entry = Entry(g, i, param, state or {})
                 repeated = id(param) in seen
                 try:
-                    self._prepare(optimizer, entry, repeated)
+                    if repeated or survey is None or not survey.sorts(entry):
+                        self._prepare(optimizer, entry, repeated)
                 except (RuntimeError, TypeError):
                     if param.grad is not None:
                         raise
@@ -114,7 +118,7 @@ class Plan:
             bucket.bind(self._bound, index)
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
-            entry.param, entry.state, entry.new_state = None, {}, None
+            entry.param, entry.state, entry.new_state = None, _NOTHING, None
         self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
@@ -147,19 +151,30 @@ class Plan:
             match_layout=match_layout,
         )
 
+    def _survey_of(self, group: dict[str, Any]) -> Survey | None:
+        options = self.options
+        return Survey(
+            group,
+            options.rule,
+            backend=options.backend,
+            state_dtype=options.state_dtype,
+            wanted_ema_dtype=options.ema_dtype,
+        )
+
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
+        name = parameter_name(optimizer.param_groups, entry.group, entry.index)
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = param.grad if param.grad is not None else param
-        check_gradient(entry.name, param, grad)
+        check_gradient(name, param, grad)
         if group["fused"] and not entry.state:
-            check_device_for_fused(entry.name, param)
+            check_device_for_fused(name, param)
         chosen = backends.choose(self.options.backend, param.device)
 
         rule = self.options.rule
         on_device = chosen != "reference" or group["fused"] or group.get("capturable")
         entry.new_state = completed(
-            entry.name,
+            name,
             param,
             entry.state,
             rule,
@@ -191,15 +206,15 @@ class Plan:
         """The number of the entry's bucket, which is made if it is the first."""
         assert entry.recipe is not None
         device, shards = entry.param.device, layout_of(entry.param)
-        for index, bucket in enumerate(self.buckets):
-            same_kind = bucket.backend == entry.backend and bucket.recipe == entry.recipe
-            same_place = bucket.device == device and bucket.shards == shards
-            if same_kind and same_place:
-                bucket.entries.append(entry)
+        of_kind = self._kinds.setdefault((entry.backend, entry.recipe, device), [])
+        for index in of_kind:
+            if self.buckets[index].shards == shards:
+                self.buckets[index].entries.append(entry)
                 return index
         kind = BUCKETS[entry.backend]
         self.buckets.append(kind(entry.backend, entry.recipe, device, shards, [entry]))
-        return len(self.buckets) - 1
+        of_kind.append(len(self.buckets) - 1)
+        return of_kind[-1]
 
     @property
     def lasts(self) -> bool:
@@ -286,7 +301,7 @@ class Plan:
         entries = []
         for planned, param, _ in mentions:
             state = optimizer.state.get(param) or {}
-            entry = Entry(planned.group, planned.index, planned.name, param, state)
+            entry = Entry(planned.group, planned.index, param, state)
             self._prepare(optimizer, entry)
             entries.append(entry)
         publish(optimizer, entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import SGD as TorchSGD  # noqa: N811; not torch.optim's: ours may be there
+from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 - not torch.optim's, where ours may be
 
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName

@@ -41,6 +41,9 @@ class WatchedPlan(Plan):
             optimizer, self.options.rule, []
         )  # for this step only: there is nothing to compare with
 
+    def _survey_of(self, group: dict[str, Any]) -> None:
+        return None  # tensors need not have memory to look at
+
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         super()._prepare(optimizer, entry, repeated)
         entry.backend, entry.recipe = "reference", None  # in no bucket

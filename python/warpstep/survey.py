@@ -1,0 +1,96 @@
+"""Parameters that are as they usually are, sorted at one native call each.
+
+A plan looks at every tensor of every parameter when it is made. Where nothing is unusual about a
+parameter (`_native.survey` tells), that takes a microsecond or two and not some forty; all others
+go the long way, which can tell what is wrong with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warpstep import backends
+from warpstep.entries import Entry
+from warpstep.recipes import MOMENTS, Recipe, ema_dtype, ema_dtypes, moment_dtype
+from warpstep.rules import Rule
+from warpstep.state import check_device_for_fused
+
+Sorted = tuple[str, Recipe]  # a backend, and the recipe that it has a kernel for
+
+
+class Survey:
+    """One group's parameters, for a plan."""
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        rule: Rule,
+        *,
+        backend: str,
+        state_dtype: torch.dtype | None,
+        wanted_ema_dtype: torch.dtype | None,
+    ) -> None:
+        module, _ = backends.native()
+        self._native = None if module is None else module.survey
+        self._rule = rule
+        self._backend = backend
+        self._state_dtype, self._wanted_ema_dtype = state_dtype, wanted_ema_dtype
+        self._fused = bool(group.get("fused"))
+        self._moments = rule.moments_of(group)
+        self._ema = "ema" if group.get("ema_decay") is not None else None
+        self._counter = "step" if rule.counts_steps(group) else None
+        none = (None,) * (MOMENTS - len(self._moments))
+        self._keys = (None, *self._moments, *none, self._ema, None)
+        self._found: dict[Any, Sorted | None] = {}
+
+    def sorts(self, entry: Entry) -> bool:
+        """Gives an entry its backend and recipe, and a new parameter its state; or leaves it."""
+        if self._native is None:
+            return False
+        formats = self._native(entry.param, entry.state, self._keys, self._counter)
+        if formats is None:
+            return False
+        param: Tensor = entry.param
+        is_new = not entry.state
+        key = (formats, param.device, is_new)
+        if key not in self._found:
+            self._found[key] = self._sorted(param, formats, is_new)
+        if (found := self._found[key]) is None:
+            return False
+        if is_new:
+            entry.new_state = self._new_state(param)
+        entry.backend, entry.recipe = found
+        return True
+
+    def _sorted(self, param: Tensor, formats: tuple[Any, ...], is_new: bool) -> Sorted | None:
+        """What takes parameters of such formats, like ``param``; None for the long way."""
+        chosen = backends.choose(self._backend, param.device)
+        if chosen == "reference":
+            return None
+        if is_new and self._fused:
+            check_device_for_fused("", param)
+        dtypes: list[Any] = [None if name is None else getattr(torch, name) for name in formats]
+        _, *stable, grad = dtypes
+        moments, ema = tuple(stable[: len(self._moments)]), stable[MOMENTS]
+        if is_new:
+            moments = (moment_dtype(param, self._state_dtype),) * len(self._moments)
+            ema = ema_dtype(param, self._wanted_ema_dtype) if self._ema else None
+        recipe = Recipe(self._rule.name, param.dtype, grad, moments, ema, self._counter is not None)
+        takes_ema = ema is None or ema in ema_dtypes(param)
+        return (chosen, recipe) if takes_ema and backends.has_kernel(chosen, recipe) else None
+
+    def _new_state(self, param: Tensor) -> dict[str, Any] | None:
+        dtype = moment_dtype(param, self._state_dtype)
+        state: dict[str, Any] = {}
+        if self._counter is not None:
+            state[self._counter] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for key in self._moments:
+            state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        if self._ema is not None:
+            average = ema_dtype(param, self._wanted_ema_dtype)
+            state[self._ema] = torch.empty_like(param, dtype=average, requires_grad=False)
+            state[self._ema].copy_(param)
+        return state or None
