@@ -23,6 +23,7 @@ from support.recipes import OPTIONS, RECIPES
 ROOT = Path(__file__).parent.parent
 SUITE = [
     "test_conformance.py",
+    "test_sgd.py",
     "test_tail.py",
     "test_tail_edges.py",
     "test_unscaled_grads.py",

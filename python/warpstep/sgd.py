@@ -30,7 +30,9 @@ class SGD(Optimizer, TorchSGD):
     stepped as pairs of real numbers.
 
     The state has ``momentum_buffer`` where there is momentum, as torch's; and ``step``, a count of
-    steps, only with ``dampening`` or ``ema_decay``, whose first step is another.
+    steps, only with dampened momentum or ``ema_decay``, whose first step is another. A buffer that
+    begins later (momentum was switched on) begins the count anew where it is dampened, and so an
+    average, too.
 
     Source: Sutskever et al., On the importance of initialization and momentum in deep learning
     (https://proceedings.mlr.press/v28/sutskever13.html), in torch's form; decoupled decay:

@@ -191,7 +191,9 @@ def completed(
         )
     if rule.counts_steps(group):
         begun = any(state.get(key) is not None for key in rule.moments)  # and did not count
-        step = _completed_step(name, state.get("step"), step_device, 1.0 if begun else 0.0)
+        anew = any(state.get(key) is None for key in rule.moments_of(group))
+        counted = None if anew and rule.needs_count(group) else state.get("step")
+        step = _completed_step(name, counted, step_device, 1.0 if begun else 0.0)
         if step is not None:
             new["step"] = step
 

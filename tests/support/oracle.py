@@ -112,6 +112,11 @@ def step(before: Streams, grad: np.ndarray, t: int, options: Options) -> Step:
     return Step(after, g, before, decayed, update, slope, t)
 
 
+def stored(error: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """What an error becomes where the value is rounded once more, to the format it is kept in."""
+    return error + ROUNDOFF[dtype] * (np.abs(exact) + error) + TINY[dtype]
+
+
 def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype) -> Streams:
     """How far each stream of a kernel that computes in float32 (or float64) may be from `step`.
 
@@ -155,9 +160,6 @@ def bounds(step: Step, options: Options, param: torch.dtype, moment: torch.dtype
     if options.form == "cautious":  # the sign of an update within its error is anyone's
         decay = options.lr * options.weight_decay * np.abs(before.param)
         p += np.where(np.abs(step.update) <= 2 * m * step.slope, decay, 0)
-
-    def stored(error: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-        return error + ROUNDOFF[dtype] * (np.abs(exact) + error) + TINY[dtype]
 
     return Streams(
         stored(p, after.param, param),

@@ -45,8 +45,8 @@ class Rule:
         flags: what is true or false in a group.
         moments: what a state has of each parameter beside ``step`` and ``ema``, in kernels' order.
         optional: for moments that there are not always, the key of the group that decides.
-        counted_for: the keys of a group that need a step counter where they are not zero; None
-            where steps are always counted.
+        counted_for: the keys of a group with which the rule counts steps, where none of them is
+            zero; None where it always does.
         is_whole: whether a state that has anything of it has all.
     """
 
@@ -65,11 +65,13 @@ class Rule:
             key for key in self.moments if key not in self.optional or group.get(self.optional[key])
         )
 
+    def needs_count(self, group: dict[str, Any]) -> bool:
+        """Whether the update depends on how many steps there were since the moments began."""
+        return self.counted_for is None or all(group.get(key) for key in self.counted_for)
+
     def counts_steps(self, group: dict[str, Any]) -> bool:
         """Whether a group's parameters have step counters."""
-        if self.counted_for is None or group.get("ema_decay") is not None:
-            return True
-        return any(group.get(key) for key in self.counted_for)
+        return self.needs_count(group) or group.get("ema_decay") is not None
 
     def has_state(self, group: dict[str, Any]) -> bool:
         """Whether a group's parameters have any."""

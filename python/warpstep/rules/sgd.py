@@ -71,6 +71,6 @@ SGD: Rule = SgdRule(
     flags=("maximize", "differentiable", "fused"),
     moments=("momentum_buffer",),
     optional={"momentum_buffer": "momentum"},
-    counted_for=("dampening",),
+    counted_for=("momentum", "dampening"),
     is_whole=False,
 )
