@@ -87,6 +87,7 @@ def check_group(group: dict[str, Any], rule: Rule, where: str) -> None:
                 raise ValueError(f"Tensor {number.name} must be 1-element{where}")
             if value.device.type != "cpu" or modes.are_active() or not is_plain(value):
                 continue
+            value = value.detach()  # torch warns of reading one that requires a gradient
         try:
             math.fabs(value)  # as the native module reads it: a string is no number
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:

@@ -136,7 +136,7 @@ def assert_step(optimizer, params, options_of, grads, before):
         u, tiny = ROUNDOFF[compute] * (1 + 2.0**-10), 8 * TINY[compute]
         bound = stored(off.param * u + tiny, exact.param, real_dtype(param.dtype)) + anyones
         check(f"param {index}", after.param, exact.param, bound)
-        state = optimizer.state[param] if param in optimizer.state else {}
+        state = optimizer.state.get(param, {})
         assert ("momentum_buffer" in state) == (options.momentum != 0)
         if options.momentum != 0:
             kept = real_dtype(state["momentum_buffer"].dtype)
