@@ -75,9 +75,9 @@ def test_bits_of_warpsteps_own(kind):
         assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
 
 
-@pytest.mark.parametrize("name", override.OPERATORS)
+@pytest.mark.parametrize("name", [name for name in override.OPERATORS if "adam" in name])
 def test_operators(name):
-    """Each of the four operators is taken, coupled or not, with lr in either form."""
+    """Each of Adam's four operators is taken, coupled or not, with lr in either form."""
     operator, _, overload = name.partition(".")
     call = getattr(getattr(torch.ops.aten, operator), overload or "default")
     hypers = {**HYPERS, "amsgrad": False, "maximize": False}

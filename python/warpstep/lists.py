@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warpstep import backends
-from warpstep.rules import ADAMW, Rule
+from warpstep.rules import ADAMW, SGD, Rule
 
 
 class Options(NamedTuple):
@@ -44,6 +44,14 @@ def adam_lists(tensors: Sequence[list[Tensor]], amsgrad: bool) -> Lists:
     if amsgrad:
         return Lists(ADAMW, NAMES, tensors)
     return Lists(ADAMW, _WITHOUT, (*tensors[:4], tensors[5]))
+
+
+def sgd_lists(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> Lists:
+    """The lists of a call of ``aten::_fused_sgd_``, whose last is empty without momentum."""
+    if buffers:
+        names = ("params", "grads", "momentum_buffers", "state_steps")
+        return Lists(SGD, names, (params, grads, buffers, []))
+    return Lists(SGD, ("params", "grads", "state_steps"), (params, grads, []))
 
 
 Tables = tuple[Tensor, ...]

@@ -1,11 +1,13 @@
 """``warpstep.enable()``: warpstep's kernels under torch's own fused optimizers.
 
-``aten::_fused_adamw_`` and ``aten::_fused_adam_`` (and their ``tensor_lr`` overloads) get another
-kernel on the CPU and on CUDA. What it does not take goes to the kernel that was there before.
+``aten::_fused_adamw_``, ``_fused_adam_`` and ``_fused_sgd_`` (and their ``tensor_lr`` overloads)
+get another kernel on the CPU and on CUDA. What it does not take goes to the kernel that was there
+before.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -18,9 +20,8 @@ import torch
 from torch import Tensor
 
 from warpstep import backends, shortcut
-from warpstep.lists import Options, adam_lists, stepper
+from warpstep.lists import Lists, Options, adam_lists, sgd_lists, stepper
 
-OPERATORS = ("_fused_adamw_", "_fused_adamw_.tensor_lr", "_fused_adam_", "_fused_adam_.tensor_lr")
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 # Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
 _WARNING = r"(?s)Warning only once for all operators.*Overriding a previously registered kernel"
@@ -41,10 +42,39 @@ taken = 0
 passed_on: Counter[str] = Counter()
 
 
-def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
-    """The kernel for one operator and key; ``original`` takes what it does not."""
+def _taker(cuda: bool) -> Callable[[Lists, Options], bool]:
+    """What takes a call on a device, or counts why it goes to torch's kernel."""
     step = stepper().step
     threads = torch.get_num_threads
+
+    def takes(lists: Lists, options: Options) -> bool:
+        reason = _gpu_reason(lists.tensors[0]) if cuda else ""
+        reason = reason or step(
+            lists.rule.name,
+            lists.tensors,
+            options,
+            cuda=cuda,
+            dispatched=True,
+            always=False,
+            count_writes=False,
+            threads=threads(),
+        )
+        if reason is None:
+            _count()
+        else:
+            passed_on[reason] += 1
+        return reason is None
+
+    return takes
+
+
+# The kernel for one operator and key; `original` takes what it does not. torch has its kernels
+# leave the gradients unscaled.
+_Kernel = Callable[..., None]
+
+
+def _adam_kernel(original: Any, cuda: bool, coupled: bool) -> _Kernel:
+    takes = _taker(cuda)
 
     def fused(
         keys: Any,
@@ -65,8 +95,6 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        reason = _gpu_reason(params) if cuda else ""
-        # torch has advanced the steps, and has its kernel leave the gradients unscaled.
         lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
         options = Options(
             lr,
@@ -75,39 +103,90 @@ def _kernel(original: Any, coupled: bool, cuda: bool) -> Callable[..., None]:
             coupled,
             grad_scale,
             found_inf,
-            advance_steps=False,
+            advance_steps=False,  # torch has
             unscale_grads=True,
         )
-        given = adam_lists(lists, amsgrad)
-        reason = reason or step(
-            given.rule.name,
-            given.tensors,
-            options,
-            cuda=cuda,
-            dispatched=True,
-            always=False,
-            count_writes=False,
-            threads=threads(),
-        )
-        if reason is None:
-            _count()
-            return
-        passed_on[reason] += 1
-        original.call_boxed(
-            keys,
-            *lists,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        if not takes(adam_lists(lists, amsgrad), options):
+            original.call_boxed(
+                keys,
+                *lists,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=amsgrad,
+                maximize=maximize,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
 
     return fused
+
+
+def _sgd_kernel(original: Any, cuda: bool) -> _Kernel:
+    takes = _taker(cuda)
+
+    def fused(
+        keys: Any,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        *,
+        weight_decay: float,
+        momentum: float,
+        lr: float | Tensor,
+        dampening: float,
+        nesterov: bool,
+        maximize: bool,
+        is_first_step: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        if is_first_step and buffers:
+            # They are memory as it was found, which the kernel would read, and which would stay if
+            # the step is skipped for an inf. Through .data, which counts no write: torch counts it.
+            torch._foreach_zero_([buffer.data for buffer in buffers])
+        options = Options(
+            lr,
+            (weight_decay, momentum, dampening, nesterov),
+            maximize,
+            True,
+            grad_scale,
+            found_inf,
+            advance_steps=not is_first_step,  # without counters: this is the second step, or first
+            unscale_grads=True,
+        )
+        if not takes(sgd_lists(params, grads, buffers), options):
+            original.call_boxed(
+                keys,
+                params,
+                grads,
+                buffers,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                lr=lr,
+                dampening=dampening,
+                nesterov=nesterov,
+                maximize=maximize,
+                is_first_step=is_first_step,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
+
+    return fused
+
+
+# Each with what makes its kernel.
+OPERATORS: dict[str, Callable[[Any, bool], _Kernel]] = {
+    name + overload: kernel
+    for name, kernel in (
+        ("_fused_adamw_", functools.partial(_adam_kernel, coupled=False)),
+        ("_fused_adam_", functools.partial(_adam_kernel, coupled=True)),
+        ("_fused_sgd_", _sgd_kernel),
+    )
+    for overload in ("", ".tensor_lr")
+}
 
 
 def _count() -> None:
@@ -147,12 +226,12 @@ def _put_on() -> None:
     overridden = set(getattr(torch.library, "_impls", ()))
     _beneath.clear()
     try:
-        for name in OPERATORS:
+        for name, kernel_of in OPERATORS.items():
             for key in keys:
                 original = torch.library.get_kernel(f"aten::{name}", key)
                 if f"aten/{name}/{key}" in overridden:
                     _beneath.add(f"aten::{name} on {key}")
-                kernel = _kernel(original, "adamw" not in name, key == "CUDA")
+                kernel = kernel_of(original, key == "CUDA")
                 with quiet():
                     library.impl(name, kernel, key, with_keyset=True, allow_override=True)
                 _kept.append(torch.library.get_kernel(f"aten::{name}", key))
@@ -181,14 +260,15 @@ def _update() -> None:
 
 
 def enable() -> None:
-    """Puts warpstep's kernels under torch's fused Adam and AdamW, for this process.
+    """Puts warpstep's kernels under torch's fused AdamW, Adam and SGD, for this process.
 
-    Every ``torch.optim.AdamW(..., fused=True)`` and ``Adam(..., fused=True)``, whenever it was
-    constructed, then steps on them, as does any other caller of ``torch._fused_adamw_`` and
-    ``torch._fused_adam_``. The semantics are torch's (steps, grad_scale, found_inf, gradients left
-    unscaled); results differ by a few roundings a step. Calls that warpstep has no kernel for, or
-    whose tensors have layouts that differ, go to torch's kernel: ``warpstep.status()`` counts them
-    by reason. Calling it again changes nothing.
+    Every ``torch.optim.AdamW(..., fused=True)``, ``Adam(..., fused=True)`` and ``SGD(...,
+    fused=True)``, whenever it was constructed, then steps on them, as does any other caller of
+    ``torch._fused_adamw_``, ``torch._fused_adam_`` and ``torch._fused_sgd_``. The semantics are
+    torch's (steps, grad_scale, found_inf, gradients left unscaled); results differ by a few
+    roundings a step. Calls that warpstep has no kernel for, or whose tensors have layouts that
+    differ, go to torch's kernel: ``warpstep.status()`` counts them by reason. Calling it again
+    changes nothing.
 
     A kernel that someone else registers for these operators while this is enabled may hold ours
     (``torch.library.get_kernel``), to pass calls on. After ``disable()`` it cannot: torch raises
