@@ -12,9 +12,8 @@ Shapes = tuple[Shape, ...]
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
-# The streams of one AdamW step: it reads the parameter, gradient and both moments, and writes all
-# of them back except the gradient. Each live byte counts once, so this is the floor.
-STREAMS_READ, STREAMS_WRITTEN = 4, 3
+# By optimizer, the moments that it keeps of each parameter; SGD's here is with momentum.
+MOMENTS = {"AdamW": 2, "SGD": 1}
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Case:
     says on which devices torch.compile joins in: it takes from seconds to minutes a case.
     `sequence` names what a competitor runs inside the clock (bench/sequences.py). `threads` is how
     many of torch's the CPU has for it, all if None; `only` who is measured, all if empty.
+    `optimizer` is the class that steps.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Case:
     sequence: str = "step"
     threads: int | None = None
     only: tuple[str, ...] = ()
+    optimizer: str = "AdamW"
 
     @property
     def tensors(self) -> int:
@@ -58,14 +59,25 @@ class Case:
         return sum(prod(shape) for shape in self.shapes)
 
     @property
+    def streams(self) -> int:
+        """How many tensors of a parameter's size one step moves, each live byte counted once: it
+        reads the parameter, gradient and moments, and writes all back except the gradient."""
+        return 3 + 2 * MOMENTS[self.optimizer]
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of the parameters."""
+        return self.elements * ITEMSIZE[self.dtype]
+
+    @property
     def floor_bytes(self) -> int:
-        """Bytes one step cannot do without: 28 an element in float32, 14 in bfloat16."""
-        return self.elements * ITEMSIZE[self.dtype] * (STREAMS_READ + STREAMS_WRITTEN)
+        """Bytes one step cannot do without: for AdamW 28 an element in float32, 14 in bfloat16."""
+        return self.param_bytes * self.streams
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one competitor's own copy: the parameter and its two moments."""
-        return self.elements * ITEMSIZE[self.dtype] * 3
+        """Bytes of one competitor's own copy: the parameters and their moments."""
+        return self.param_bytes * (1 + MOMENTS[self.optimizer])
 
     @property
     def is_memory_bound(self) -> bool:
@@ -151,6 +163,13 @@ def _in_a_row_and_after_backward(case: Case) -> tuple[Case, Case]:
     )
 
 
+def _of_sgd(*cases: Case) -> tuple[Case, ...]:
+    """The same models, stepped by SGD with momentum."""
+    return tuple(
+        replace(case, id=f"{case.id}/sgd", optimizer="SGD", compiled_on=()) for case in cases
+    )
+
+
 def _sequences(id: str, shapes: Shapes) -> tuple[Case, ...]:
     """What training loops do around the step, as one case each."""
     sequences = ("clip", "tail", "stats", "enabled")
@@ -206,6 +225,12 @@ CASES: tuple[Case, ...] = (
     *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, compiled_on=CPU, quick=True)),
     *_in_both(
         Case("one-2^28", "large", equal(1, 2**28), devices=CUDA, compiled_on=CUDA, quick=True)
+    ),
+    # SGD with momentum, the rule with one moment.
+    *_of_sgd(
+        Case("gpt2-124m", "model", gpt2(12, 768), quick=True),
+        Case("2000x256", "small", equal(2000, 256), quick=True),
+        *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, quick=True)),
     ),
     # Sizes that are no multiple of a vector, addresses that are not aligned to one, and neither.
     *_in_both(Case("even-100x100000", "layout", equal(100, 100_000), devices=CPU)),

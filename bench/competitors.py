@@ -1,4 +1,4 @@
-"""Who is measured: torch's ways to run AdamW, the peers found installed, and warpstep."""
+"""Who is measured: torch's ways to run AdamW and SGD, the peers found installed, and warpstep."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ OUR_GRAPH, BASELINE_GRAPH = f"{OURS}-graph", f"{BASELINE}-graph"  # Replayed, no
 PLAIN = "warpstep-plain"  # The step alone, beside a sequence of more.
 
 LR = 1e-3
-BETAS = (0.9, 0.999)
-EPS = 1e-8
-WEIGHT_DECAY = 0.01
+HYPERS: dict[str, dict[str, Any]] = {
+    "AdamW": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
+    "SGD": {"momentum": 0.9},
+}
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """One implementation of AdamW behind the interface that all share.
+    """One implementation of AdamW, or of what else a case is of, behind torch's interface.
 
     `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
     `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
     parameter's format, as torch's do. `same_formats` is False where they never do: then its time
     is comparable and its bandwidth is not. `sequences` are those it knows beside the step. With
     `graph`, its step is captured in a CUDA graph and replayed. Its times are compared with those of
-    the competitor `against`.
+    the competitor `against`. Of `optimizers` beside AdamW it has a class of that name.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Competitor:
     against: str = OURS
     same_formats: bool = True
     sequences: tuple[str, ...] = ("step",)
+    optimizers: tuple[str, ...] = ("AdamW",)
 
     def absent(self) -> str | None:
         """Why it cannot be imported here, in one line; None if it can."""
@@ -66,6 +68,8 @@ class Competitor:
             return f"has no {device} implementation"
         if case.dtype not in self.dtypes:
             return f"keeps other formats than {case.dtype}"
+        if case.optimizer not in self.optimizers:
+            return f"is not measured with {case.optimizer}"
         if case.sequence not in self.sequences:
             return f"is not measured on {case.sequence}"
         if case.only and self.id not in case.only:
@@ -74,21 +78,18 @@ class Competitor:
             return f"not among those compiled on {device}"
         return None
 
-    def build(self, groups: Groups, sequence: str) -> tuple[torch.optim.Optimizer, Step]:
-        """An optimizer of these groups, and the sequence over them, ready to be called."""
+    def build(self, groups: Groups, case: Case) -> tuple[torch.optim.Optimizer, Step]:
+        """An optimizer of these groups, and the case's sequence over them, ready to be called."""
+        sequence, hypers = case.sequence, HYPERS[case.optimizer]
         if sequence == "enabled" and self.id != PLAIN:
-            enabled = torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+            enabled: torch.optim.Optimizer = getattr(torch.optim, case.optimizer)(
+                groups, lr=LR, fused=True, **hypers
+            )
             return enabled, enabled.step
         more = sequences.options(sequence) if self.id == OURS else {}
-        optimizer = getattr(importlib.import_module(self.module), self.name)(
-            groups,
-            lr=LR,
-            betas=BETAS,
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY,
-            **dict(self.options),
-            **more,
-        )
+        name = self.name if case.optimizer == "AdamW" else case.optimizer
+        kind = getattr(importlib.import_module(self.module), name)
+        optimizer = kind(groups, lr=LR, **hypers, **dict(self.options), **more)
         if self.compiled:
             torch._logging.set_logs(dynamo=logging.ERROR)
             return optimizer, torch.compile(optimizer.step)
@@ -99,7 +100,7 @@ class Competitor:
 
     def bytes_for(self, case: Case) -> int:
         """Of its own copy of a case: with a graph, gradients too, which stay where they are."""
-        return case.state_bytes + (case.state_bytes // 3 if self.graph else 0)
+        return case.state_bytes + (case.param_bytes if self.graph else 0)
 
 
 def one_line(error: BaseException) -> str:
@@ -110,18 +111,28 @@ def one_line(error: BaseException) -> str:
 
 F32 = ("float32",)
 CUDA = ("cuda",)
+WITH_SGD = ("AdamW", "SGD")
 
 # In the order in which they are kept when memory is too short for all.
 COMPETITORS: tuple[Competitor, ...] = (
-    Competitor(OURS, "warpstep", "AdamW", sequences=tuple(sequences.IN_WORDS)),
+    Competitor(
+        OURS,
+        "warpstep",
+        "AdamW",
+        sequences=tuple(sequences.IN_WORDS),
+        optimizers=WITH_SGD,
+    ),
     Competitor(
         BASELINE,
         "torch.optim",
         "AdamW",
         (("fused", True),),
         sequences=("step", "clip", "tail", "enabled"),
+        optimizers=WITH_SGD,
     ),
-    Competitor(TRITON, "warpstep", "AdamW", (("backend", "triton"),), devices=CUDA),
+    Competitor(
+        TRITON, "warpstep", "AdamW", (("backend", "triton"),), devices=CUDA, optimizers=WITH_SGD
+    ),
     Competitor(OUR_GRAPH, "warpstep", "AdamW", (("capturable", True),), devices=CUDA, graph=True),
     Competitor(
         BASELINE_GRAPH,
@@ -133,8 +144,8 @@ COMPETITORS: tuple[Competitor, ...] = (
         against=OUR_GRAPH,
     ),
     Competitor(PLAIN, "warpstep", "AdamW", sequences=("clip", "tail", "stats", "enabled")),
-    Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),)),
-    Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),)),
+    Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),), optimizers=WITH_SGD),
+    Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),), optimizers=WITH_SGD),
     Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),
     Competitor("optimi", "optimi", "AdamW", (("kahan_sum", False),)),
     Competitor(
@@ -180,8 +191,7 @@ def that_fit(
     Beside the copies, memory must hold two sets of gradients, the temporaries of one foreach step,
     which are as large as the parameters, twice, and 1 GiB for what else there is.
     """
-    parameter_bytes = case.state_bytes // 3
-    room = free_bytes - 4 * parameter_bytes - 2**30
+    room = free_bytes - 4 * case.param_bytes - 2**30
     kept: list[Competitor] = []
     for competitor in competitors:
         room -= competitor.bytes_for(case)

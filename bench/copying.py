@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.cases import STREAMS_READ, STREAMS_WRITTEN, Case
+from bench.cases import Case
 from bench.competitors import OURS
 from bench.devices import Cpu, Cuda, clock
 from warpstep import backends
@@ -48,7 +48,7 @@ class CopyLoop:
             parameter.grad.zero_()  # With these the loop leaves what it writes as it was.
         operands = self.entry.operands()
         streams = [views for of_one in operands if (views := as_floats(*of_one))]
-        moved = (STREAMS_READ + STREAMS_WRITTEN) * sum(views[0].nbytes for views in streams)
+        moved = self.case.streams * sum(views[0].nbytes for views in streams)
         if not self.case.after_backward:
             self.device.rest()
             self.run(streams)
@@ -95,14 +95,16 @@ def copied_bytes(case: Case) -> int:
 def copy_loop(
     case: Case, entries: Sequence[Entry], device: Cpu
 ) -> CopyLoop | DeviceCopyLoop | None:
-    """The copy loop for a case. None where it would say nothing (small tensors, more than a step)
-    and where there is no native module.
+    """The copy loop for a case. None where it would say nothing (small tensors, more than a step),
+    where there is no native module, and on a CPU for what has other streams than AdamW.
     """
     ours = next((entry for entry in entries if entry.id == OURS), None)
     if ours is None or case.sequence != "step":
         return None
     if isinstance(device, Cuda):
         return DeviceCopyLoop(case, device)
+    if case.optimizer != "AdamW":
+        return None
     touch = native_touch_streams()
     large = any(as_floats(parameter) for parameter in ours.parameters)
     return CopyLoop(case, ours, touch, device) if large and touch is not None else None

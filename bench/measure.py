@@ -119,7 +119,7 @@ class Entry:
             {"params": self.parameters[i :: case.groups], "lr": LR * (1 + i / case.groups)}
             for i in range(case.groups)
         ]
-        self.optimizer, self.step = competitor.build(groups, case.sequence)
+        self.optimizer, self.step = competitor.build(groups, case)
         self.sequence = case.sequence
 
     def surroundings(self) -> AbstractContextManager[None]:

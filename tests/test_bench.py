@@ -56,6 +56,29 @@ def test_floor_counts_each_live_byte_once(dtype, bytes_each):
     assert case.state_bytes == 15 * bytes_each * 3 // 7
 
 
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 20), ("bfloat16", 10)])
+def test_floor_of_sgd_has_one_moment_less(dtype, bytes_each):
+    case = Case("floor", "small", equal(3, 5), dtype=dtype, optimizer="SGD")
+    assert case.floor_bytes == 15 * bytes_each
+    assert case.state_bytes == 15 * bytes_each * 2 // 5
+
+
+def test_sgd_is_measured_with_momentum_against_torchs():
+    case = Case("tiny", "small", equal(3, 70_000), optimizer="SGD")
+    competitors = [c for c in COMPETITORS if c.declines(case, "cpu") is None]
+    ids = [OURS, BASELINE, "torch-foreach", "torch-forloop"]
+    assert [c.id for c in competitors] == ids
+    effort = measure.Effort(1, 1, 0)
+    result = measure.measure(case, competitors, CPU, effort=effort, say=lambda what: None)
+    assert all(len(times.step) == 1 for times in result.times.values())
+    assert all(times.difference_lr < 1e-3 for times in result.times.values())
+    for competitor in competitors:
+        params = [torch.nn.Parameter(torch.zeros(1))]
+        optimizer, _ = competitor.build([{"params": params}], case)
+        assert optimizer.defaults["momentum"] == 0.9
+        assert isinstance(optimizer, torch.optim.SGD)
+
+
 def test_select_takes_patterns_and_refuses_those_that_match_nothing():
     assert [c.id for c in select("cpu", False, ("vit-l*",))] == ["vit-l", "vit-l/bf16"]
     assert all(case.quick for case in select("cpu", True))
