@@ -100,6 +100,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
       load_pair(grad + i, g);
       [[maybe_unused]] std::uint32_t next = 0;
       (load_pair(moments + i, m[next++]), ...);
+      // Not left a loop, which would be made SIMD code by itself, two elements wide.
+#pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) {
         T numbers[sizeof...(Moment) + 1];
         for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) numbers[j] = m[j][k];

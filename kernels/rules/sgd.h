@@ -47,7 +47,8 @@ struct Sgd {
     if constexpr (kMomentum) {
       T& b = moments[0];
       b = fma_of(c.weight, g, c.kept * b);
-      g = c.nesterov != 0 ? fma_of(c.momentum, b, g) : b;
+      const T ahead = fma_of(c.momentum, b, g);
+      g = c.nesterov != 0 ? ahead : b;
     }
     return c.lr * g;
   }
