@@ -1,4 +1,4 @@
-// See walkable.h.
+// Which tensors kernels can walk: see walkable.h.
 #include "walkable.h"
 
 #include <algorithm>
