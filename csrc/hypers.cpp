@@ -21,11 +21,10 @@ const Names& names() {
 
 // By the word that groups hold; warpstep/hypers.py has the same.
 std::optional<Decay> decay_named(PyObject* name) {
-  static constexpr std::pair<const char*, Decay> kForms[] = {{"coupled", Decay::coupled},
-                                                             {"decoupled", Decay::decoupled},
-                                                             {"independent", Decay::independent},
-                                                             {"l1", Decay::l1},
-                                                             {"cautious", Decay::cautious}};
+  static constexpr std::pair<const char*, Decay> kForms[] = {
+      {"coupled", Decay::coupled},         {"decoupled", Decay::decoupled},
+      {"independent", Decay::independent}, {"l1", Decay::l1},
+      {"cautious", Decay::cautious},       {"l1l2", Decay::l1l2}};
   for (const auto& [form, decay] : kForms) {
     if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, form) == 0) return decay;
   }

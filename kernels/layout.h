@@ -63,7 +63,7 @@ struct Scalar {
 };
 
 // How weight decay acts; rules/decay.h has the formulas.
-enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious };
+enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious, l1l2 };
 
 // The numbers of every rule; from kOfRule on they are what the rule says.
 enum Number : std::uint32_t { kLr, kWeightDecay, kOfRule, kNumbers = kOfRule + 3 };

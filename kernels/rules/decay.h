@@ -9,6 +9,7 @@
 //   independent    lr / base_lr * weight_decay    p        (the schedule's multiple alone)
 //   l1             lr * weight_decay              sign(p)
 //   cautious       lr * weight_decay              p, or 0 where u and p differ in sign
+//   l1l2           lr * weight_decay / 2          p + sign(p)
 //
 // NOTE [why the decay joins the update]
 // In one subtraction, because 1 - lr * weight_decay in float32 is 1 for lr * weight_decay below
@@ -23,17 +24,17 @@ namespace {
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
   usual,    // where is_usual() of DecayConstants and of the rule's constants
-  uniform,  // where the decay is neither l1 nor cautious
+  uniform,  // where the decay is none that is_selective()
   whole
 };
 
 template <class T>
 struct DecayConstants {
-  T coupled;       // weight_decay if coupled, else 0
-  T decay;         // of the table above
-  T l1, cautious;  // 1 where that is the form, else 0
+  T coupled;             // weight_decay if coupled, else 0
+  T decay;               // of the table above
+  T l1, cautious, l1l2;  // 1 where that is the form, else 0
 
-  WARPSTEP_FN bool is_usual() const { return coupled == 0 && l1 + cautious == 0; }
+  WARPSTEP_FN bool is_usual() const { return coupled == 0 && l1 + cautious + l1l2 == 0; }
 };
 
 // A number of a group: its own, or what stands at its address.
@@ -49,7 +50,7 @@ WARPSTEP_FN double read(const Hyper& hyper, std::uint32_t number) {
 }
 
 WARPSTEP_FN bool is_selective(Decay decay) {
-  return decay == Decay::l1 || decay == Decay::cautious;
+  return decay == Decay::l1 || decay == Decay::cautious || decay == Decay::l1l2;
 }
 
 template <class T>
@@ -59,16 +60,19 @@ WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper) {
   const bool decays = !is_coupled && weight_decay != 0;  // no inf * 0
   DecayConstants<T> c;
   c.coupled = static_cast<T>(is_coupled ? weight_decay : 0);
-  c.decay = static_cast<T>(decays ? read(hyper, kLr) * weight_decay : 0);
+  const double halved = hyper.decay == Decay::l1l2 ? weight_decay / 2 : weight_decay;
+  c.decay = static_cast<T>(decays ? read(hyper, kLr) * halved : 0);
   c.l1 = hyper.decay == Decay::l1 ? 1 : 0;
   c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
+  c.l1l2 = hyper.decay == Decay::l1l2 ? 1 : 0;
   return c;
 }
 
 // The gradient with a coupled decay.
 template <class T>
 WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
-  return c.coupled != 0 ? fma_of(c.coupled, param, grad) : grad;
+  const T coupled = fma_of(c.coupled, param, grad);
+  return c.coupled != 0 ? coupled : grad;
 }
 
 // The parameter after the step. No branches, so that loops become SIMD code.
@@ -78,7 +82,8 @@ WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
   if (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
     const T kept = c.cautious * sign * update < 0 ? T(0) : d;
-    d = c.l1 != 0 ? sign : kept;
+    const T both = kept + sign;
+    d = c.l1 != 0 ? sign : c.l1l2 != 0 ? both : kept;
   }
   return param - fma_of(c.decay, d, update);
 }

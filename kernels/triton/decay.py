@@ -14,6 +14,7 @@ from .layout import (
     FLOAT32_ADDRESS,
     FLOAT64_ADDRESS,
     L1,
+    L1L2,
     LR,
     NUMBERS,
     WEIGHT_DECAY,
@@ -61,7 +62,8 @@ def decay_of(hyper, T: tl.constexpr):
     form = flag(hyper, DECAY)
     coupled = tl.where(form == COUPLED, weight_decay, 0.0).to(T)
     decays = (form != COUPLED) & (weight_decay != 0)  # no inf * 0
-    decay = tl.where(decays, read(hyper, LR) * weight_decay, 0.0)
+    halved = tl.where(form == L1L2, weight_decay / 2, weight_decay)
+    decay = tl.where(decays, read(hyper, LR) * halved, 0.0)
     return DecayConstants(coupled, decay.to(T), form)
 
 
@@ -73,11 +75,11 @@ def with_coupled(c, param, grad):
 
 @device_function
 def decayed(c, param, update, SELECTIVE: tl.constexpr):
-    """The parameter after the step. SELECTIVE: the form of some group's decay is l1 or cautious."""
+    """The parameter after the step. SELECTIVE: some group's decay is l1, cautious or l1l2."""
     d = finite_or_zero(param)
     if SELECTIVE:
         sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0)).to(param.dtype)
         opposed = (c.form == CAUTIOUS) & (sign * update < 0)
         kept = tl.where(opposed, 0.0, d).to(param.dtype)
-        d = tl.where(c.form == L1, sign, kept)
+        d = tl.where(c.form == L1, sign, tl.where(c.form == L1L2, kept + sign, kept))
     return param - tl.fma(c.decay, d, update)

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from .arithmetic import INTERPRETED
 from .grad_norm import grad_norm_kernel
-from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, STABLE
+from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, L1L2, STABLE
 from .step import Recipe, step_kernel
 from .tail import NO_TAIL, Tail
 
@@ -158,9 +158,9 @@ def recipe_of(recipe: Any) -> Recipe:
 
 
 def is_selective(hypers: bytes) -> bool:
-    """Whether the form of some group's decay is l1 or cautious."""
+    """Whether some group's decay is l1, cautious or l1l2."""
     forms = hypers[8 * FLAGS.value + DECAY.value :: 8 * HYPER_WORDS.value]
-    return any(form in (L1.value, CAUTIOUS.value) for form in forms)
+    return any(form in (L1.value, CAUTIOUS.value, L1L2.value) for form in forms)
 
 
 def launch(

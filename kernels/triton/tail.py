@@ -10,7 +10,7 @@ from .decay import decay_of, decayed, flag, with_coupled
 from .layout import MAXIMIZE, STATISTICS
 
 # Which parts of the tail there are, beside an average: what a kernel is compiled for. `selective`:
-# the form of some group's decay is l1 or cautious. `skippable`: a step that is not taken has
+# some group's decay is l1, cautious or l1l2. `skippable`: a step that is not taken has
 # something to do all the same.
 Tail = namedtuple("Tail", "statistics zero_grads unscale_grads selective skippable")
 NO_TAIL = Tail(False, False, False, False, False)

@@ -48,6 +48,7 @@ class AdamW(Adam, TorchAdamW):
             * ``"l1"``: ``lr * weight_decay * sign(p)``
             * ``"cautious"``: ``lr * weight_decay * p`` where u and p do not differ in sign, else
               nothing (Chen et al., https://arxiv.org/abs/2510.12402)
+            * ``"l1l2"``: ``lr * weight_decay / 2 * (p + sign(p))``
         ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
             in [0, 1], or a function of how often ``step`` was called.
         ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).

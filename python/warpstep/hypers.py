@@ -16,8 +16,8 @@ from warpstep.rules import Rule
 from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rules/decay.h has the formulas), in the order of Decay in layout.h.
-DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious")
-DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious"]
+DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious", "l1l2")
+DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious", "l1l2"]
 
 
 def check_arguments(params: Any, **numbers: Any) -> None:

@@ -54,7 +54,9 @@ def constants_of(
     t = value(2.0 if step is None else step)  # as kUncounted in kernels/tail.h has it
     constants = rule.constants(numbers, t, compute)
     lr, weight_decay = numbers[:2]
-    decay = (lr / group["base_lr"] if decay_form(group) == "independent" else lr) * weight_decay
+    form = decay_form(group)
+    decay = (lr / group["base_lr"] if form == "independent" else lr) * weight_decay
+    decay = decay / 2 if form == "l1l2" else decay
     if stays:
         return constants, decay
     return type(constants)(*(c.item() for c in constants)), decay.item()
@@ -127,6 +129,8 @@ def computed(
     update = rule.update(c, g, new)
     if weight_decay != 0 and form != "coupled":
         d = p.sign() if form == "l1" else _finite_or_zero(p)
+        if form == "l1l2":
+            d = d + p.sign()
         if form == "cautious":
             d = d.masked_fill(p.sign() * update.sign() < 0, 0)
         update = decay * d + update

@@ -38,6 +38,7 @@ PLAIN = {
     "independent": Options(weight_decay=0.3, decay_form="independent", base_lr=0.7),
     "l1": Options(weight_decay=0.3, decay_form="l1"),
     "cautious": Options(weight_decay=0.3, decay_form="cautious"),
+    "l1l2": Options(weight_decay=0.3, decay_form="l1l2"),
 }
 OPTIONS = {
     **PLAIN,
@@ -110,6 +111,7 @@ def step(
         "independent": lr / WIDE(options.base_lr) * decay * p,
         "l1": lr * decay * np.sign(p),
         "cautious": lr * decay * p * (np.sign(update) * np.sign(p) >= 0),
+        "l1l2": lr * decay / 2 * (p + np.sign(p)),
     }[options.decay_form]
     after = p - decayed - update
     off_param = off + 4 * np.abs(decayed) + np.abs(decayed + update) + np.abs(after)
