@@ -58,7 +58,7 @@ class BuildNative(build_ext):
         """
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cache = folder / "CMakeCache.txt"
-        sources = [ROOT / "CMakeLists.txt", *ROOT.rglob("kernels/**/*"), *ROOT.glob("csrc/*")]
+        sources = [ROOT / "CMakeLists.txt", *ROOT.glob("kernels/**/*.[hc]*"), *ROOT.glob("csrc/*")]
         if not cache.exists() or any(
             s.stat().st_mtime < cache.stat().st_mtime < s.stat().st_ctime for s in sources
         ):

@@ -11,6 +11,7 @@ import warpstep
 from support.cases import on_each_device
 from support.parameters import new_params, params_of, random, set_grads, take_steps
 from support.tolerance import bound
+from warpstep.rules import ADAMW
 
 LR = 0.01
 SHAPES = [(5, 3), (17,), (), (4, 4)]
@@ -282,7 +283,7 @@ def test_hyper_parameter_set_later_that_is_no_number(case, steps, how):
 @on_each_backend
 @pytest.mark.parametrize(
     "key",
-    ["params", "betas", *warpstep.hypers.NUMBERS, *warpstep.hypers.FLAGS],
+    ["params", *dict.fromkeys(number.key for number in ADAMW.numbers), *ADAMW.flags],
 )
 def test_missing_option_is_an_error_and_changes_nothing(key, how):
     optimizer = two_groups(how)

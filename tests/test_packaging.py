@@ -187,7 +187,7 @@ def test_a_second_build_compiles_only_what_has_changed(stand_in):
     (stand_in / "csrc" / "bindings.cpp").touch()
     done, _ = build_wheel(stand_in)
     assert "bindings.cpp.o" in done.output
-    assert "launch_cpu.cpp.o" not in done.output
+    assert "launch.cpp.o" not in done.output
 
 
 @pytest.mark.not_quick

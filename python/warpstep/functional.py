@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from warpstep import backends, modes, reference, signals
+from warpstep import lists as native_lists
 from warpstep.hypers import check_group
-from warpstep.lists import Lists, Options, adam_lists, stepper
+from warpstep.lists import Lists, Options, adam_lists
 from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
 from warpstep.rules import Rule
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
@@ -42,7 +43,7 @@ def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool 
 
 def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> str | None:
     """Runs the native kernels on everything; or says why not, and then nothing is changed."""
-    reason: str | None = stepper().step(
+    reason: str | None = native_lists.stepper().step(
         lists.rule.name,
         lists.tensors,
         options,
