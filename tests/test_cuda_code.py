@@ -53,7 +53,7 @@ BUDGETS = {
     "Sgd: float16, float32 moments, momentum": (16,),
     "Sgd: float16, momentum": (17,),
     "Sgd: float32": (10,),
-    "Sgd: float32, bfloat16 moments, momentum": (16,),
+    "Sgd: float32, bfloat16 moments, momentum": (14,),
     "Sgd: float32, momentum": (16,),
 }
 
