@@ -28,8 +28,8 @@ PYTEST := OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n logica
 quick: build ## run one case of each test, in about a minute
 	@$(PYTEST) --quick --ignore tests/integrations
 
-test: build $(VENV)/.integrations ## run the test suite, some 20 minutes of one core
-	@echo "The whole suite takes some 20 minutes of one core; make quick takes about one of two."
+test: build $(VENV)/.integrations ## run the test suite, some 25 minutes of one core
+	@echo "The whole suite takes some 25 minutes of one core; make quick takes about one of two."
 	@$(PYTEST)
 
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
