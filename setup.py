@@ -72,6 +72,7 @@ class BuildNative(build_ext):
 setup(
     packages=["warpstep", "warpstep.kernels", "warpstep.kernels.triton", "warpstep.rules"],
     package_dir={"warpstep": "python/warpstep", "warpstep.kernels": "kernels"},
+    include_package_data=False,  # which takes the folders of C++ sources for packages
     package_data={"warpstep": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("warpstep._native", sources=[], optional=True)],
     cmdclass={"build": BuildAfresh, "build_ext": BuildNative},

@@ -56,14 +56,15 @@ def read(hyper, NUMBER: tl.constexpr):
 
 
 @device_function
-def decay_of(hyper, T: tl.constexpr):
-    """The constants of a tensor's decay."""
+def decay_of(hyper, T: tl.constexpr, SELECTIVE: tl.constexpr):
+    """The constants of a tensor's decay. SELECTIVE: some group's decay is l1, cautious or l1l2."""
     weight_decay = read(hyper, WEIGHT_DECAY)
     form = flag(hyper, DECAY)
     coupled = tl.where(form == COUPLED, weight_decay, 0.0).to(T)
     decays = (form != COUPLED) & (weight_decay != 0)  # no inf * 0
-    halved = tl.where(form == L1L2, weight_decay / 2, weight_decay)
-    decay = tl.where(decays, read(hyper, LR) * halved, 0.0)
+    decay = tl.where(decays, read(hyper, LR) * weight_decay, 0.0)
+    if SELECTIVE:
+        decay = tl.where(form == L1L2, decay / 2, decay)
     return DecayConstants(coupled, decay.to(T), form)
 
 
@@ -75,7 +76,7 @@ def with_coupled(c, param, grad):
 
 @device_function
 def decayed(c, param, update, SELECTIVE: tl.constexpr):
-    """The parameter after the step. SELECTIVE: some group's decay is l1, cautious or l1l2."""
+    """The parameter after the step. SELECTIVE as in `decay_of`."""
     d = finite_or_zero(param)
     if SELECTIVE:
         sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0)).to(param.dtype)

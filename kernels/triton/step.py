@@ -144,7 +144,7 @@ def step_kernel(
     step = take_step(counter, arrivals + tensor, group_and_chunks >> CHUNKS_SHIFT, taken)
     group = group_and_chunks.to(tl.uint32)
     hyper = hyper_at(hypers + group * HYPER_WORDS)
-    c = constants_of(hyper, step, grad_scale, clip_coef, RECIPE)
+    c = constants_of(hyper, step, grad_scale, clip_coef, RECIPE, TAIL)
 
     first = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * chunk_size
     size = tl.minimum(tl.load(row + NUMEL) - first, chunk_size).to(tl.int32)

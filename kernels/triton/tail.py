@@ -44,7 +44,7 @@ def take_step(address, arrivals, chunks, taken):
 
 
 @device_function
-def constants_of(hyper, step, grad_scale, clip_coef, RECIPE: tl.constexpr):
+def constants_of(hyper, step, grad_scale, clip_coef, RECIPE: tl.constexpr, TAIL: tl.constexpr):
     """The constants of a tensor; `step` is what its counter said before this step."""
     T: tl.constexpr = RECIPE.compute
     t = (step + 1).to(tl.float64)
@@ -58,7 +58,7 @@ def constants_of(hyper, step, grad_scale, clip_coef, RECIPE: tl.constexpr):
     kept = tl.where(t == 1, 0.0, hyper.ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
     tail = TailConstants(grad_factor, grad_left.to(T), unscale, *ema)
-    return Constants(rules.constants_of(hyper, t, RECIPE), decay_of(hyper, T), tail)
+    return Constants(rules.constants_of(hyper, t, RECIPE), decay_of(hyper, T, TAIL.selective), tail)
 
 
 @device_function
