@@ -130,7 +130,7 @@ def test_registers_leave_room_for_as_many_blocks_as_intended(kernels):
 
 
 def test_the_loop_keeps_to_its_number_of_instructions(kernels):
-    """Within a tenth, or two: another nvcc schedules otherwise, and so does one in another folder."""
+    """Within a tenth, or two: another nvcc schedules otherwise."""
     known = [k for k in of_the_step(kernels) if k.architecture in ("sm_80", "sm_90")]
     if not known:
         pytest.skip("the numbers are of sm_80 and sm_90")
