@@ -42,19 +42,19 @@ BUDGETS = {
     "float16, amsgrad": (50, 73, 83, 89),
     "Sgd: bfloat16": (12,),
     "Sgd: bfloat16, float32 gradients": (10,),
-    "Sgd: bfloat16, float32 gradients, float32 moments, momentum": (16,),
-    "Sgd: bfloat16, float32 gradients, momentum": (18,),
-    "Sgd: bfloat16, float32 moments, momentum": (18,),
-    "Sgd: bfloat16, momentum": (20,),
+    "Sgd: bfloat16, float32 gradients, float32 moments, momentum": (14,),
+    "Sgd: bfloat16, float32 gradients, momentum": (16,),
+    "Sgd: bfloat16, float32 moments, momentum": (15,),
+    "Sgd: bfloat16, momentum": (18,),
     "Sgd: float16": (10,),
     "Sgd: float16, float32 gradients": (9,),
-    "Sgd: float16, float32 gradients, float32 moments, momentum": (15,),
-    "Sgd: float16, float32 gradients, momentum": (16,),
-    "Sgd: float16, float32 moments, momentum": (16,),
-    "Sgd: float16, momentum": (17,),
+    "Sgd: float16, float32 gradients, float32 moments, momentum": (13,),
+    "Sgd: float16, float32 gradients, momentum": (15,),
+    "Sgd: float16, float32 moments, momentum": (14,),
+    "Sgd: float16, momentum": (16,),
     "Sgd: float32": (10,),
     "Sgd: float32, bfloat16 moments, momentum": (14,),
-    "Sgd: float32, momentum": (16,),
+    "Sgd: float32, momentum": (13,),
 }
 
 
@@ -130,7 +130,7 @@ def test_registers_leave_room_for_as_many_blocks_as_intended(kernels):
 
 
 def test_the_loop_keeps_to_its_number_of_instructions(kernels):
-    """Within a tenth, or two: another nvcc schedules otherwise."""
+    """Within a twentieth, or one: another nvcc schedules otherwise."""
     known = [k for k in of_the_step(kernels) if k.architecture in ("sm_80", "sm_90")]
     if not known:
         pytest.skip("the numbers are of sm_80 and sm_90")
@@ -143,7 +143,7 @@ def test_the_loop_keeps_to_its_number_of_instructions(kernels):
             continue
         counts = machine_code.instructions(kernel)
         for (what, count), budget in zip(counts.items(), budgets, strict=True):
-            assert count <= max(1.1 * budget, budget + 2), (name_of(kernel), what)
+            assert count <= max(1.05 * budget, budget + 1), (name_of(kernel), what)
 
 
 def test_hyper_parameters_are_read_at_once(kernels):
