@@ -120,11 +120,18 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("numbers"), py::arg("switches"), py::arg("flags"),
            py::arg("decoupled"));
 
+  py::class_<PlanOptions>(m, "PlanOptions")
+      .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies) {
+             return PlanOptions{seed, std::move(firsts), std::move(copies)};
+           }),
+           py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"));
+
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,
-                    const std::vector<BucketSpec>&, py::object>(),
+                    const std::vector<BucketSpec>&, py::object, const PlanOptions&>(),
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("keys"),
-           py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"))
+           py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"), py::arg("options"))
+      .def("written_params", &Plan::written_params)
       .def(
           "step",
           [](Plan& plan, py::handle state, py::handle param_groups, int threads, py::object tensors,

@@ -11,8 +11,13 @@ namespace warpstep {
 namespace {
 
 // Elements before the first 16-byte boundary that most of the row's addresses share; gradients,
-// whose addresses change from step to step, have no vote.
+// whose addresses change from step to step, have no vote. Blocks, and elements that draw random
+// bits together, are not parted by it.
 std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
+  for (const Format format : recipe.formats) {
+    if (is_in_blocks(format)) return 0;
+    if (is_stochastic(format)) return static_cast<std::uint32_t>(-row.first & 7);
+  }
   std::uint32_t best = 0, best_votes = 0;
   for (std::uint32_t head = 0; head < 8; ++head) {
     std::uint32_t votes = 0;  // also of what is not there: address 0, and of no bytes
@@ -80,7 +85,8 @@ Launch Bucket::launch_of(const Tail& tail, const Hyper* hypers, std::size_t grou
           static_cast<std::uint32_t>(groups),
           chunks.data(),
           static_cast<std::uint32_t>(chunks.size()),
-          chunk_size};
+          chunk_size,
+          seed};
 }
 
 void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads) {

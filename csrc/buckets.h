@@ -19,6 +19,7 @@ struct Bucket {
   std::int64_t elements = 0;  // of all rows
   std::vector<Chunk> chunks;  // in row order
   std::uint32_t chunk_size = 0;
+  std::uint64_t seed = 0;              // of random bits
   std::vector<std::uint32_t> batches;  // of chunks, for the CPU's threads (kernels/cpu/launch.h)
 
   // Adds a row of which all but `chunks` and `head` is there, and its gradient.

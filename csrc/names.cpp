@@ -1,6 +1,8 @@
 // Formats, rules and recipes by name: see names.h.
 #include "names.h"
 
+#include <vector>
+
 namespace warpstep {
 namespace {
 
@@ -15,20 +17,26 @@ Value value_named(const std::pair<const char*, Value> (&values)[kCount], const s
 
 }  // namespace
 
-Format format_named(const std::string& name) {
-  static constexpr std::pair<const char*, Format> kFormats[] = {{"float64", Format::float64},
-                                                                {"float32", Format::float32},
-                                                                {"bfloat16", Format::bfloat16},
-                                                                {"float16", Format::float16}};
-  return value_named(kFormats, name, "format");
-}
+constexpr std::pair<const char*, Format> kFormats[] = {
+    {"float64", Format::float64},
+    {"float32", Format::float32},
+    {"bfloat16", Format::bfloat16},
+    {"float16", Format::float16},
+    {"int16", Format::int16},
+    {"uint8", Format::uint8},
+    {"bfloat16_stochastic", Format::bfloat16_stochastic},
+    {"e4m3", Format::e4m3},
+    {"ue5m3", Format::ue5m3}};
+
+Format format_named(const std::string& name) { return value_named(kFormats, name, "format"); }
 
 py::object name_of(Format format) {
-  static PyObject* const names[] = {Py_NewRef(Py_None), PyUnicode_InternFromString("float64"),
-                                    PyUnicode_InternFromString("float32"),
-                                    PyUnicode_InternFromString("bfloat16"),
-                                    PyUnicode_InternFromString("float16")};
-  return py::reinterpret_borrow<py::object>(names[static_cast<std::uint32_t>(format)]);
+  static const std::vector<PyObject*> names = [] {
+    std::vector<PyObject*> all{Py_NewRef(Py_None)};  // in the order of Format, which begins so
+    for (const auto& [name, _] : kFormats) all.push_back(PyUnicode_InternFromString(name));
+    return all;
+  }();
+  return py::reinterpret_borrow<py::object>(names.at(static_cast<std::uint32_t>(format)));
 }
 
 RuleId rule_named(const std::string& name) {

@@ -21,12 +21,13 @@ void* address_of(py::handle tensor) {
 
 Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
            const std::vector<int>& assignments, const std::vector<BucketSpec>& buckets,
-           py::object match_layout)
+           py::object match_layout, const PlanOptions& options)
     : keys_(std::move(keys)), match_layout_(std::move(match_layout)) {
   for (const BucketSpec& spec : buckets) {
     PlanBucket& bucket = buckets_.emplace_back();
     bucket.backend = spec.backend;
     bucket.recipe = spec.recipe;
+    bucket.seed = options.seed;
   }
 
   std::size_t next = 0;
@@ -39,8 +40,11 @@ Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
       bound.param = param.ptr();
       bound.assignment = assignments.at(next++);
       if (bound.assignment >= 0) {
+        TensorRow row{};
+        row.group = g;
+        row.number = static_cast<std::uint32_t>(next - 1);
         bind_param(state.contains(param) ? py::object(state[param]) : py::dict(),
-                   buckets.at(bound.assignment), bound, g);
+                   buckets.at(bound.assignment), bound, row, options);
       }
       params_.push_back(bound);
     }
@@ -68,8 +72,8 @@ Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
   }
 }
 
-void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound,
-                      std::uint32_t group) {
+void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound, TensorRow row,
+                      const PlanOptions& options) {
   PlanBucket& bucket = buckets_.at(bound.assignment);
   const RecipeKey& recipe = bucket.recipe;
   bound.layout = layout_of(bound.param);
@@ -89,7 +93,7 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
 
   const auto bind = [&](PyObject* tensor, Format format, std::int64_t numel) {
     TensorView view;
-    if (!read(tensor, view) || !view.known_format || view.format != format ||
+    if (!read(tensor, view) || !view.known_format || view.format != lies_as(format) ||
         view.numel() != numel || view.device.type != param.device.type ||
         view.device.index != param.device.index) {
       throw py::type_error("a parameter or its state does not fit its recipe");
@@ -97,20 +101,19 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
     return view.data;
   };
   const std::int64_t numel = param.numel();
-  TensorRow row{};
   row.operands[kParam] =
       bind(own_part_of(bound.param, bound.layout), recipe.formats[kParam], numel);
-  // Kernels take an average that is not of the parameter's format for float32.
-  const Format ema = recipe.formats[kEma];
-  if (ema != Format::none && ema != recipe.formats[kParam] &&
-      (ema != Format::float32 || recipe.formats[kParam] == Format::float64)) {
-    throw py::type_error("an average has a format that no kernel takes");
-  }
+  const py::handle object(bound.param);
   for (std::uint32_t i = kMoment; i < kStable; ++i) {
     if (recipe.formats[i] == Format::none) continue;
-    const py::object tensor = state[spec.keys.at(i)];
+    const py::object tensor = i == kCopy ? options.copies[object] : state[spec.keys.at(i)];
     bound.operands[i] = tensor.ptr();
-    row.operands[i] = bind(own_part_of(tensor.ptr(), bound.layout), recipe.formats[i], numel);
+    row.operands[i] =
+        bind(own_part_of(tensor.ptr(), bound.layout), recipe.formats[i], elements_of(i, numel));
+  }
+  if (options.firsts.contains(object)) row.first = options.firsts[object].cast<std::int64_t>();
+  if (bound.operands[kResidual] != nullptr) {
+    bound.version = tensor_reader().version_of(bound.param);
   }
   if (!spec.counter.is_none()) {
     const py::object counter = state[spec.counter];
@@ -118,7 +121,9 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
     row.step = static_cast<float*>(bind(counter.ptr(), Format::float32, 1));
   }
   row.numel = numel;
-  if (bucket.groups.empty() || bucket.groups.back() != group) bucket.groups.push_back(group);
+  if (bucket.groups.empty() || bucket.groups.back() != row.group) {
+    bucket.groups.push_back(row.group);
+  }
   row.group = static_cast<std::uint32_t>(bucket.groups.size() - 1);
   if (bucket.rows.empty()) bucket.device = param.device;
   bound.row = static_cast<std::uint32_t>(bucket.rows.size());
@@ -258,10 +263,11 @@ py::list Plan::copied_grads() const {
 
 void Plan::increment_versions(bool grads_too) {
   const TensorReader& reader = tensor_reader();
-  for (const BoundParam& bound : params_) {
+  for (BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     reader.increment_version(bound.param);
     if (grads_too) reader.increment_grad_version(bound.param);
+    if (bound.operands[kResidual] != nullptr) bound.version = reader.version_of(bound.param);
   }
 }
 

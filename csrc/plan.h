@@ -36,6 +36,13 @@ struct BucketSpec {
   py::object counter;  // and its step counter; or None
 };
 
+// What a plan is made with beside tensors and groups.
+struct PlanOptions {
+  std::uint64_t seed = 0;  // of random bits
+  py::dict firsts;  // of shards, by parameter: where its first element is in the whole tensor
+  py::dict copies;  // by parameter: what gets its value after each step
+};
+
 // The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
 struct StepTail {
   bool zero_grads = false;
@@ -60,7 +67,7 @@ class Plan {
   // one entry a parameter, in their order. `match_layout(param, grad)` copies a gradient to its
   // parameter's strides.
   Plan(py::dict state, py::list param_groups, GroupKeys keys, const std::vector<int>& assignments,
-       const std::vector<BucketSpec>& buckets, py::object match_layout);
+       const std::vector<BucketSpec>& buckets, py::object match_layout, const PlanOptions& options);
 
   // Takes the step of the C++ backends' buckets: check, then launch. Returns null, or why nothing
   // was done. No signal handler and no other Python thread comes between.
@@ -70,6 +77,9 @@ class Plan {
   // Compares everything with what was bound and gathers gradients and hyper-parameters. Returns
   // null, or why the plan is stale. Writes no tensor. Up to `threads` threads look.
   const char* check(py::handle state, py::handle param_groups, int threads);
+  // Parameters of the groups that have a residual and were written to since the last step: the
+  // residual is another value's.
+  py::list written_params(py::handle param_groups) const;
   // Owns what a check has found until the next launch, for callers that run Python in between.
   void keep_alive();
   void let_go();
@@ -141,8 +151,9 @@ class Plan {
     // place.
     PyObject* operands[kStable] = {};
     PyObject* counter = nullptr;
-    ShardLayout layout;      // its gradient and state have the same; not its step
-    std::uint64_t seen = 0;  // the number of the last look in place that found it as bound
+    std::int64_t version = 0;  // of one with a residual: after the last step
+    ShardLayout layout;        // its gradient and state have the same; not its step
+    std::uint64_t seen = 0;    // the number of the last look in place that found it as bound
   };
 
   // One entry of the optimizer's state.
@@ -152,7 +163,8 @@ class Plan {
     PyObject* found = nullptr;  // what holds them: of the last check
   };
 
-  void bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound, std::uint32_t group);
+  void bind_param(py::handle state, const BucketSpec& spec, BoundParam& bound, TensorRow row,
+                  const PlanOptions& options);
   // What is compared, and how: in place is without Python, as other threads can (TensorReader).
   enum class Scope { everything, grads };
   enum class Look { in_place, thorough };

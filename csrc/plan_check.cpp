@@ -1,6 +1,7 @@
 // Comparing a plan with what is there now: the host's share of every step. See plan.h.
 #include <algorithm>
 #include <atomic>
+#include <unordered_map>
 
 #include "cpu/threads.h"
 #include "plan.h"
@@ -22,6 +23,17 @@ bool same_layout(const TensorView& view, const std::int64_t* shape, const std::i
     if (view.strides[i] != strides[i] && (shape[i] != 1 || exact)) return false;
   }
   return true;
+}
+
+// Whether a tensor is so many elements in a run of memory.
+bool is_run(const TensorView& view, Format format, std::int64_t numel, dlpack::Device device) {
+  std::int64_t stride = 1;
+  for (std::int32_t i = view.ndim - 1; i >= 0; --i) {
+    if (view.strides[i] != stride && view.shape[i] != 1 && numel != 0) return false;
+    stride *= view.shape[i];
+  }
+  return view.known_format && view.format == format && view.numel() == numel &&
+         view.device.type == device.type && view.device.index == device.index;
 }
 
 // Calls look(0) to look(count - 1): see NOTE [looking on several threads].
@@ -211,9 +223,10 @@ void Plan::prefetch_params_after(std::size_t at, Scope scope) const {
 
 bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format format) const {
   const dlpack::Device device = buckets_[bound.assignment].device;
-  return view.known_format && view.format == format && view.is_complex == bound.is_complex &&
-         view.device.type == device.type && view.device.index == device.index &&
-         view.ndim == bound.ndim && same_shape(view, dims_.data() + bound.dims);
+  return view.known_format && view.format == lies_as(format) &&
+         view.is_complex == bound.is_complex && view.device.type == device.type &&
+         view.device.index == device.index && view.ndim == bound.ndim &&
+         same_shape(view, dims_.data() + bound.dims);
 }
 
 const char* Plan::check_param(const BoundParam& bound, Look look) const {
@@ -236,17 +249,43 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   };
   if (!is_operand_at(bound.param, row.operands[kParam], bound.format))
     return "a parameter's memory changed";
+  if (bound.operands[kResidual] != nullptr && reader.version_of(bound.param) != bound.version) {
+    return "a parameter with a residual was written to";
+  }
   static constexpr const char* kMoved = "a state tensor's memory changed";
   for (std::uint32_t i = kMoment; i < kStable; ++i) {
     if (bound.operands[i] == nullptr) continue;
-    if (!is_operand_at(bound.operands[i], row.operands[i], bucket.recipe.formats[i])) return kMoved;
+    if (i >= kScale && i < kScaleEnd) {
+      if (!is_at(own_part_of(bound.operands[i], bound.layout), row.operands[i]) ||
+          !is_run(view, Format::uint8, elements_of(i, row.numel), bucket.device)) {
+        return kMoved;
+      }
+    } else if (!is_operand_at(bound.operands[i], row.operands[i], bucket.recipe.formats[i])) {
+      return kMoved;
+    }
   }
   if (bound.counter == nullptr) return nullptr;
-  const bool is_counter = is_at(bound.counter, row.step) && view.known_format &&
-                          view.format == Format::float32 && view.numel() == 1 &&
-                          view.device.type == bucket.device.type &&
-                          view.device.index == bucket.device.index;
+  const bool is_counter =
+      is_at(bound.counter, row.step) && is_run(view, Format::float32, 1, bucket.device);
   return is_counter ? nullptr : kMoved;
+}
+
+py::list Plan::written_params(py::handle param_groups) const {
+  std::unordered_map<PyObject*, const BoundParam*> bound;
+  for (const BoundParam& one : params_) {
+    if (one.operands[kResidual] != nullptr) bound.emplace(one.param, &one);
+  }
+  py::list written;
+  for (py::handle group : param_groups) {
+    for (py::handle param : group["params"]) {
+      const auto found = bound.find(param.ptr());
+      if (found != bound.end() &&
+          tensor_reader().version_of(param.ptr()) != found->second->version) {
+        written.append(param);
+      }
+    }
+  }
+  return written;
 }
 
 TensorReader::Grad Plan::read_shard_of_grad(const BoundParam& bound, TensorView& view,

@@ -8,7 +8,7 @@ namespace warpstep {
 // DLPack 1.3's ABI (https://dmlc.github.io/dlpack), as far as it is used.
 namespace dlpack {
 
-enum TypeCode : std::uint8_t { real = 2, brain_float = 4, complex = 5 };
+enum TypeCode : std::uint8_t { integer = 0, natural = 1, real = 2, brain_float = 4, complex = 5 };
 
 struct Tensor {
   void* data;
@@ -46,6 +46,10 @@ bool format_of(std::uint8_t code, int bits, Format& format) {
   if (code == dlpack::brain_float) {
     format = Format::bfloat16;
     return bits == 16;
+  }
+  if (code == dlpack::integer || code == dlpack::natural) {
+    format = code == dlpack::integer ? Format::int16 : Format::uint8;
+    return bits == (code == dlpack::integer ? 16 : 8);
   }
   format = bits == 64 ? Format::float64 : bits == 32 ? Format::float32 : Format::float16;
   return (code == dlpack::real || code == dlpack::complex) && bits >= 16 && bits <= 64;

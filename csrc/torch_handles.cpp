@@ -13,8 +13,8 @@ namespace warpstep {
 namespace {
 
 // c10::ScalarType, c10::Layout and c10::DeviceType, as the C ABI has them.
-constexpr std::int32_t kHalf = 5, kFloat = 6, kDouble = 7, kComplexHalf = 8, kComplexFloat = 9,
-                       kComplexDouble = 10, kBFloat16 = 15;
+constexpr std::int32_t kByte = 0, kShort = 2, kHalf = 5, kFloat = 6, kDouble = 7, kComplexHalf = 8,
+                       kComplexFloat = 9, kComplexDouble = 10, kBFloat16 = 15;
 constexpr std::int32_t kStrided = 0;
 constexpr std::int32_t kCpu = 0, kCuda = 1;
 
@@ -24,8 +24,10 @@ bool set_format(std::int32_t dtype, TensorView& view) {
   view.format = real == kDouble  ? Format::float64
                 : real == kFloat ? Format::float32
                 : real == kHalf  ? Format::float16
+                : real == kShort ? Format::int16
+                : real == kByte  ? Format::uint8
                                  : Format::bfloat16;
-  return (real >= kHalf && real <= kDouble) || real == kBFloat16;
+  return (real >= kHalf && real <= kDouble) || real == kBFloat16 || real == kShort || real == kByte;
 }
 
 PyTypeObject* type_of(py::handle module, const char* name) {
@@ -182,7 +184,8 @@ bool TorchHandles::answers_as_expected() const {
     bool is_complex;
   } dtypes[] = {{"float16", Format::float16, false},  {"bfloat16", Format::bfloat16, false},
                 {"float32", Format::float32, false},  {"float64", Format::float64, false},
-                {"complex64", Format::float32, true}, {"complex128", Format::float64, true}};
+                {"complex64", Format::float32, true}, {"complex128", Format::float64, true},
+                {"int16", Format::int16, false},      {"uint8", Format::uint8, false}};
   for (const auto& dtype : dtypes) {
     const py::object whole =
         torch.attr("zeros")(py::make_tuple(3, 5), py::arg("dtype") = torch.attr(dtype.name));

@@ -16,15 +16,45 @@ WARPSTEP_FN constexpr A min_of(A a, A b) {
   return b < a ? b : a;
 }
 
-// How the elements of one operand lie in memory.
-enum class Format : std::uint8_t { none, float64, float32, bfloat16, float16 };
+// How the elements of one operand lie in memory, and how numbers become them: formats.h has the
+// codecs of one element, blocks.h those of more.
+enum class Format : std::uint8_t {
+  none,
+  float64,
+  float32,
+  bfloat16,
+  float16,
+  int16,
+  uint8,
+  bfloat16_stochastic,  // bfloat16, rounded up or down at random
+  e4m3,                 // 8 bits a number, in blocks that have a scale each
+  ue5m3                 // 8 bits a positive number, rounded up or down at random; as many a block
+};
+
+// The same, as far as memory goes.
+WARPSTEP_FN constexpr Format lies_as(Format format) {
+  return format == Format::bfloat16_stochastic               ? Format::bfloat16
+         : format == Format::e4m3 || format == Format::ue5m3 ? Format::uint8
+                                                             : format;
+}
 
 WARPSTEP_FN constexpr std::uint32_t bytes_of(Format format) {
-  return format == Format::none      ? 0
-         : format == Format::float64 ? 8
-         : format == Format::float32 ? 4
-                                     : 2;
+  return format == Format::none             ? 0
+         : format == Format::float64        ? 8
+         : format == Format::float32        ? 4
+         : lies_as(format) == Format::uint8 ? 1
+                                            : 2;
 }
+
+WARPSTEP_FN constexpr bool is_in_blocks(Format format) {
+  return format == Format::e4m3 || format == Format::ue5m3;
+}
+WARPSTEP_FN constexpr bool is_stochastic(Format format) {
+  return format == Format::bfloat16_stochastic || format == Format::ue5m3;
+}
+
+// Numbers of 8 bits that share a scale.
+constexpr std::uint32_t kBlock = 64;
 
 // The tensors that a step of one parameter works on, in the order of everything that has one each.
 // What the moments are (exp_avg, ...), and how many there are, is the rule's to say.
@@ -32,10 +62,19 @@ enum Operand : std::uint32_t {
   kParam,
   kMoment,
   kMomentEnd = kMoment + 3,
-  kEma = kMomentEnd,
+  kScale = kMomentEnd,  // uint8: of each moment that lies in blocks, the blocks' scales
+  kScaleEnd = kScale + 3,
+  kResidual = kScaleEnd,  // int16: with the bfloat16 parameter, a float32 (blocks.h)
+  kEma,
+  kCopy,  // the parameter after the step, rounded
   kGrad,
   kOperands
 };
+// How many elements an operand has, of a tensor that has `numel`.
+WARPSTEP_FN constexpr std::int64_t elements_of(std::uint32_t operand, std::int64_t numel) {
+  const bool is_scale = operand >= kScale && operand < kScaleEnd;
+  return is_scale ? (numel + kBlock - 1) / kBlock : numel;
+}
 // All but the gradient, whose address changes from step to step.
 constexpr std::uint32_t kStable = kGrad;
 
@@ -83,10 +122,11 @@ struct TensorRow {
   void* operands[kStable];  // null where there is none
   float* step;  // steps taken so far; the launch advances it. Null where none are counted
   std::int64_t numel;
+  std::int64_t first;    // where its first element is in the whole tensor, if it is a shard
   std::uint32_t group;   // index into the Hyper table
   std::uint32_t chunks;  // how many chunks the tensor is cut into, at least one
   std::uint32_t head;    // elements before the 16-byte boundary of (most of) its operands
-  std::uint32_t pad_;
+  std::uint32_t number;  // of the parameter among the optimizer's; random bits depend on it
 };
 
 // The run of elements that one thread block, or one CPU task, works on.
@@ -154,6 +194,7 @@ struct Launch {
   const Chunk* chunks;  // host copy, in row order
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;  // in elements
+  std::uint64_t seed;        // of random bits
 };
 
 }  // namespace warpstep

@@ -1,4 +1,6 @@
-// The recipes that kernels are built for: rules, and combinations of formats for their operands.
+// The recipes that there are kernels for. Rules and combinations of formats that are most used have
+// kernels of their own, with elements that never leave registers; every other combination goes
+// through tiles, with formats that are told apart at run time.
 #pragma once
 
 #include <utility>
@@ -20,12 +22,17 @@ struct Recipe {
   using Compute = typename Param::Compute;
   static_assert(sizeof...(MomentFormats) == Rule::kMoments, "a format for each moment");
 
-  // Averages can be of any format that there is: a kernel tells them apart at run time.
+  // Averages are of the parameter's format or float32: a kernel tells them apart at run time.
+  static constexpr bool averages_are_of(Format ema) {
+    return ema == Format::none || ema == Param::format ||
+           (ema == Format::float32 && Param::format != Format::float64);
+  }
   static bool is_for(const RecipeKey& key) {
     constexpr Format moments[] = {MomentFormats::format..., Format::none, Format::none,
                                   Format::none};
     bool same = key.rule == Rule::id && key.formats[kParam] == Param::format &&
-                key.formats[kGrad] == Grad::format;
+                key.formats[kGrad] == Grad::format && key.formats[kResidual] == Format::none &&
+                key.formats[kCopy] == Format::none && averages_are_of(key.formats[kEma]);
     for (std::uint32_t i = kMoment; i < kMomentEnd; ++i) {
       same = same && key.formats[i] == moments[i - kMoment];
     }
@@ -75,6 +82,46 @@ bool visit_recipe(List<Rules...>, const RecipeKey& key, Visit&& visit) {
 template <class Visit>
 bool visit_recipe(const RecipeKey& key, Visit&& visit) {
   return visit_recipe(AllRules{}, key, visit);
+}
+
+WARPSTEP_FN bool is_narrow(Format format) {
+  return format == Format::bfloat16 || format == Format::float16;
+}
+
+// Whether a recipe goes through tiles, by a rule of so many moments.
+inline bool goes_through_tiles(const RecipeKey& key, std::uint32_t moments) {
+  const auto format = [&](std::uint32_t operand) { return key.formats[operand]; };
+  const auto is_plain = [&](Format one) { return one == Format::float32 || is_narrow(one); };
+  const bool has_master = format(kResidual) == Format::int16;
+  bool takes = (is_plain(format(kParam)) || format(kParam) == Format::bfloat16_stochastic) &&
+               is_plain(format(kGrad));
+  takes = takes &&
+          (has_master ? format(kParam) == Format::bfloat16 : format(kResidual) == Format::none);
+  takes = takes && (format(kEma) == Format::none || is_plain(format(kEma)));
+  takes = takes && (format(kCopy) == Format::none || is_narrow(format(kCopy)));
+  for (std::uint32_t i = 0; i < kMomentEnd - kMoment; ++i) {
+    const Format moment = format(kMoment + i), scale = format(kScale + i);
+    const bool is_there =
+        is_plain(moment) || moment == Format::bfloat16_stochastic || is_in_blocks(moment);
+    takes = takes && (i < moments ? is_there : moment == Format::none) &&
+            scale == (is_in_blocks(moment) ? Format::uint8 : Format::none);
+  }
+  return takes;
+}
+
+template <class Visit, class... Rules>
+bool visit_tiled(List<Rules...>, const RecipeKey& key, Visit&& visit) {
+  const auto takes = [&](auto rule) {
+    using Rule = decltype(rule);
+    return key.rule == Rule::id && goes_through_tiles(key, Rule::kMoments);
+  };
+  return ((takes(Rules{}) && (visit(Rules{}), true)) || ...);
+}
+
+// Calls visit(Rule{}) for a recipe that goes through tiles; false for one that is built, or none.
+template <class Visit>
+bool visit_tiled(const RecipeKey& key, Visit&& visit) {
+  return !visit_recipe(key, [](auto) {}) && visit_tiled(AllRules{}, key, visit);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // the copy. launch.cpp chooses one.
 #include "grad_norm.h"
 #include "launch.h"
-#include "step.h"
+#include "tiles.h"
 #include "touch.h"
 
 namespace warpstep {
@@ -11,6 +11,7 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
   return {[](const RecipeKey& key) {
             StepChunks kernel = nullptr;
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
+            visit_tiled(key, [&](auto rule) { kernel = step_tiles<decltype(rule)>; });
             return kernel;
           },
           chunk_norm, touch_arrays};

@@ -6,8 +6,7 @@
 #include <type_traits>
 
 #include "../recipes.h"
-#include "../tail.h"
-#include "launch.h"
+#include "chunks.h"
 #include "numbers.h"
 
 namespace warpstep {
@@ -189,6 +188,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   }
 };
 
+// The kernel of a recipe.
 template <class Recipe>
 void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
   using Rule = typename Recipe::Rule;
@@ -198,41 +198,17 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
   const bool taken = is_taken(tail);
   const bool only_steps = taken && ema == Format::none && tail.statistics == nullptr &&
                           tail.grads_after == GradsAfter::kept;
-  Constants<Rule, T> constants{};
-  std::uint32_t group = ~0u;  // of which `constants` are
-  float step = 0;
-
-  for (std::uint32_t i = first; i < last; ++i) {
-    const Chunk chunk = launch.chunks[i];
-    double* const statistics =
-        tail.statistics != nullptr ? tail.statistics + i * kStatistics : nullptr;
-    void* const grad = launch.grads[chunk.tensor];
-    if (grad == nullptr) {
-      if (statistics != nullptr) leave_none(statistics);
-      continue;
-    }
-    const TensorRow& row = launch.rows[chunk.tensor];
-    const float row_step = row.step != nullptr ? *row.step : kUncounted;
-    if (row.group != group || row_step != step) {
-      group = row.group;
-      step = row_step;
-      constants = constants_of<Rule, T>(launch.hypers[group], step, tail);
-    }
-    const ChunkRange range = chunk_range(row, chunk.index, kCpuChunk);
+  for_chunks<Rule, T>(launch, first, last, [&](const auto& c, const ChunkOf& of, Sums& sums) {
     const auto operands_at = [&](std::int64_t element) {
-      return Stepper<Recipe>::operands_at(row, grad, ema, element);
+      return Stepper<Recipe>::operands_at(of.row, of.grad, ema, element);
     };
-    if (only_steps) {
-      Stepper<Recipe>::step(constants, operands_at(range.begin), range.end - range.begin);
-      continue;
+    const auto [begin, end] = of.range;
+    if (only_steps) return Stepper<Recipe>::step(c, operands_at(begin), end - begin);
+    for (std::int64_t at = begin; at < end; at += kTile) {
+      const std::int64_t count = min_of(kTile, end - at);
+      Stepper<Recipe>::step_tile(c, tail, ema, taken, operands_at(at), count, sums);
     }
-    Sums sums;
-    for (std::int64_t at = range.begin; at < range.end; at += kTile) {
-      const std::int64_t count = min_of(kTile, range.end - at);
-      Stepper<Recipe>::step_tile(constants, tail, ema, taken, operands_at(at), count, sums);
-    }
-    if (statistics != nullptr) sums.leave(statistics, constants.tail.unscale);
-  }
+  });
 }
 
 }  // namespace

@@ -1,0 +1,176 @@
+// Codecs beyond formats.h: of two operands, with random bits, and of blocks with a scale.
+//
+// A master is a float32 in two operands of 16 bits: the parameter, which is the nearest bfloat16
+// (ties away from zero), and a residual, the signed rest. Transformer Engine's `master_param` has
+// this layout, except that NaNs stay NaNs here.
+//
+// A block of kBlock numbers has one scale: the exponent E, biased as a float32's, that the numbers
+// of most magnitude have. A number is then a code: `exponent and mantissa` counted from 1.0 times
+// two to the power of E less the format's reach, with three bits of mantissa; no table and no
+// division, only integer operations on the bits of a float32.
+//
+//              sign   codes      reach   rounded      for
+//   e4m3       yes    0 to 127   15      to nearest   exp_avg
+//   ue5m3      no     0 to 255   31      at random    exp_avg_sq
+//
+// Code 0 is zero. The last code is NaN and the one before it infinity, so that neither becomes a
+// number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an exp_avg that is
+// none would make the update explode.
+//
+// NOTE [random bits]
+// Rounding at random, up with the probability of what is cut off, is right in the mean: exp_avg_sq
+// can decay by less than half a unit of its last place. The bits are Philox4x32's (Salmon et al.,
+// 2011) with its 7 rounds that pass BigCrush, of a key that is the seed and a counter that is the
+// element's index in the whole tensor, the step, the parameter's number and the operand: so they
+// are the same on every backend, for every cut into chunks, threads and shards. Eight consecutive
+// elements share one value of the counter, 16 bits each.
+#pragma once
+
+#include "formats.h"
+
+namespace warpstep {
+namespace {
+
+// ---- A float32 in two operands of 16 bits
+
+WARPSTEP_FN float joined(bfloat16 high, std::int16_t residual) {
+  return bits_as<float>((static_cast<std::uint32_t>(high.bits) << 16) +
+                        static_cast<std::uint32_t>(static_cast<std::int32_t>(residual)));
+}
+
+WARPSTEP_FN void split(float x, bfloat16& high, std::int16_t& residual) {
+  const std::uint32_t bits = x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x);
+  high.bits = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+  residual = static_cast<std::int16_t>(bits & 0xffffu);
+}
+
+// ---- Random bits
+
+// Elements that share one value of the counter.
+constexpr std::uint32_t kDrawn = 8;
+
+// What the random bits of one operand of one tensor at one step are a function of, beside the
+// element's index.
+struct Draw {
+  std::uint32_t key[2];   // the seed
+  std::uint32_t step;     // the bits of the step counter after the step
+  std::uint32_t operand;  // the parameter's number, and the operand
+
+  WARPSTEP_FN Draw(std::uint64_t seed, float step_after, std::uint32_t number, std::uint32_t of)
+      : key{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
+        step(bits_as<std::uint32_t>(step_after)),
+        operand(number * 8 + of) {}
+};
+static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of eight numbers");
+
+// The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the
+// lower half of the first word.
+WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
+  std::uint32_t c0 = static_cast<std::uint32_t>(index);
+  std::uint32_t c1 = static_cast<std::uint32_t>(index >> 32);
+  std::uint32_t c2 = from.step, c3 = from.operand;
+  std::uint32_t k0 = from.key[0], k1 = from.key[1];
+  constexpr int kRounds = 7;
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 7
+#endif
+  for (int round = 0; round < kRounds; ++round) {
+    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * c0;
+    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<std::uint32_t>(product1);
+    c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<std::uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// One element's share of them.
+WARPSTEP_FN std::uint32_t drawn(const std::uint32_t (&words)[kDrawn / 2], std::uint32_t element) {
+  return words[element / 2] >> 16 * (element % 2) & 0xffffu;
+}
+
+// To one of the two neighbours, by 16 random bits; exact in the mean.
+WARPSTEP_FN void store_stochastic(float x, bfloat16& to, std::uint32_t random) {
+  const std::uint32_t bits = bits_as<std::uint32_t>(x) + random;
+  to.bits = x != x ? 0x7fff : static_cast<std::uint16_t>(bits >> 16);
+}
+
+// ---- Numbers of 8 bits
+
+// What e4m3 (signed) and ue5m3 differ in.
+template <bool kSigned>
+struct Code {
+  static constexpr std::int32_t kNan = kSigned ? 0x7f : 0xff;
+  static constexpr std::int32_t kInfinite = kNan - 1;
+  static constexpr std::int32_t kReach = kSigned ? 15 : 31;
+};
+using E4m3 = Code<true>;
+using Ue5m3 = Code<false>;
+
+// What a number counts for in its block's maximum, from which scale_of makes the scale.
+WARPSTEP_FN std::uint32_t finite_magnitude(float x) {
+  const std::uint32_t bits = bits_as<std::uint32_t>(x) & 0x7fffffffu;
+  return bits < 0x7f800000u ? bits : 0;
+}
+
+// The exponent of the largest; the next one where rounding might go beyond the last code that is a
+// number, which is that of 1.625. At least so much that every code is a normal float32.
+template <class C>
+WARPSTEP_FN std::uint32_t scale_of(std::uint32_t largest) {
+  const std::uint32_t exponent = (largest + 0x300000u) >> 23;
+  constexpr std::uint32_t kLeast = C::kReach + 1;
+  return exponent < kLeast ? kLeast : exponent;
+}
+
+// What is added to a code, as bits of a float32.
+template <class C>
+WARPSTEP_FN std::int32_t base_of(std::uint32_t scale) {
+  const std::int32_t base = static_cast<std::int32_t>(scale) - C::kReach;
+  return (base < 1 ? 1 : base) << 23;
+}
+
+template <class C>
+WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
+  const std::int32_t code = from & C::kNan;
+  std::int32_t bits = code == 0 ? 0 : (code << 20) + base;
+  bits = code < C::kInfinite ? bits : 0x7f800000 | (code & 1) << 22;
+  return bits_as<float>(bits | (from & ~C::kNan) << 24);
+}
+
+// The code of a magnitude, given as bits of a float32. `rounding` is half of what is cut off, or
+// random; without `is_something` a number is zero, and else at least the first code that is not.
+template <class C>
+WARPSTEP_FN std::int32_t encoded(std::int32_t magnitude, std::int32_t base, std::int32_t rounding,
+                                 bool is_something) {
+  const std::int32_t code = (magnitude - base + rounding) >> 20;
+  const std::int32_t number = is_something ? (code < 1 ? 1 : code) : 0;
+  return magnitude < 0x7f800000 ? number : magnitude == 0x7f800000 ? C::kInfinite : C::kNan;
+}
+
+// To nearest, ties away from zero.
+WARPSTEP_FN std::uint8_t encoded_e4m3(float x, std::int32_t base) {
+  const std::int32_t bits = bits_as<std::int32_t>(x);
+  const std::int32_t magnitude = bits & 0x7fffffff;
+  // Half of the least code's number, which is 1.125 times two to the power of `base`.
+  const bool is_something = magnitude - base >= -0x700000;
+  const std::int32_t code = encoded<E4m3>(magnitude, base, 0x80000, is_something);
+  return static_cast<std::uint8_t>(code | (bits >> 24 & 0x80));
+}
+
+// By 16 random bits for the 20 that are cut off, the middle of what they stand for.
+WARPSTEP_FN std::uint8_t encoded_ue5m3(float x, std::int32_t base, std::uint32_t random) {
+  const std::int32_t magnitude = x >= 0 ? bits_as<std::int32_t>(x) & 0x7fffffff : 0x7fffffff;
+  const std::int32_t rounding = static_cast<std::int32_t>(random << 4 | 8);
+  return static_cast<std::uint8_t>(encoded<Ue5m3>(magnitude, base, rounding, magnitude > 0));
+}
+
+}  // namespace
+}  // namespace warpstep

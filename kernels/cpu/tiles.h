@@ -1,0 +1,270 @@
+// The step on the CPU for operands of any format: decoded a tile at a time to float32, stepped by
+// step.h, and encoded. What is float32 in memory is stepped in place.
+#pragma once
+
+#include "../blocks.h"
+#include "step.h"
+
+namespace warpstep {
+namespace {
+
+// Random bits for a tile, 16 an element.
+class TileDraws {
+ public:
+  // Those of elements [first, first + count) of the whole tensor.
+  const std::uint16_t* fill(const Draw& from, std::int64_t first, std::int64_t count) {
+    const std::int64_t past = first % kDrawn;
+    const std::uint64_t index = static_cast<std::uint64_t>(first / kDrawn);
+    const std::int64_t draws = (past + count + kDrawn - 1) / kDrawn;
+    for (std::int64_t i = 0; i < draws; ++i) {
+      std::uint32_t words[kDrawn / 2];
+      draw(from, index + static_cast<std::uint64_t>(i), words);
+      for (std::uint32_t k = 0; k < kDrawn / 2; ++k) words_[i * (kDrawn / 2) + k] = words[k];
+    }
+    return reinterpret_cast<const std::uint16_t*>(words_) + past;  // little-endian: formats.h
+  }
+
+ private:
+  alignas(64) std::uint32_t words_[kTile / 2 + kDrawn];
+};
+
+template <class F>
+void decode_elements(const F* __restrict from, std::int64_t count, float* __restrict to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+}
+template <class F>
+void encode_elements(const float* __restrict from, std::int64_t count, F* __restrict to) {
+  for (std::int64_t i = 0; i < count; ++i) store(from[i], to[i]);
+}
+
+void decode_master(const bfloat16* __restrict high, const std::int16_t* __restrict residual,
+                   std::int64_t count, float* __restrict to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = joined(high[i], residual[i]);
+}
+void encode_master(const float* __restrict from, std::int64_t count, bfloat16* __restrict high,
+                   std::int16_t* __restrict residual) {
+  for (std::int64_t i = 0; i < count; ++i) split(from[i], high[i], residual[i]);
+}
+
+void encode_stochastic(const float* __restrict from, std::int64_t count,
+                       const std::uint16_t* __restrict random, bfloat16* __restrict to) {
+  for (std::int64_t i = 0; i < count; ++i) store_stochastic(from[i], to[i], random[i]);
+}
+
+// Calls block(first element, number of elements) for each block of a tile.
+template <class Block>
+WARPSTEP_FN void for_blocks(std::int64_t count, Block&& block) {
+  constexpr std::int64_t kWhole = kBlock;
+  std::int64_t first = 0;
+  for (; first + kWhole <= count; first += kWhole) block(first, kWhole);
+  if (first < count) block(first, count - first);
+}
+
+template <class C>
+void decode_blocks(const std::uint8_t* __restrict from, const std::uint8_t* __restrict scales,
+                   std::int64_t count, float* __restrict to) {
+  for_blocks(count, [&](std::int64_t first, std::int64_t size) {
+    const std::int32_t base = base_of<C>(scales[first / kBlock]);
+    for (std::int64_t i = first; i < first + size; ++i) to[i] = decoded<C>(from[i], base);
+  });
+}
+template <class C, class Encoded>
+void encode_blocks(const float* __restrict from, std::int64_t count, std::uint8_t* __restrict to,
+                   std::uint8_t* __restrict scales, Encoded&& encoded_number) {
+  for_blocks(count, [&](std::int64_t first, std::int64_t size) {
+    std::uint32_t largest = 0;
+    for (std::int64_t i = first; i < first + size; ++i) {
+      const std::uint32_t magnitude = finite_magnitude(from[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const std::uint32_t scale = scale_of<C>(largest);
+    scales[first / kBlock] = static_cast<std::uint8_t>(scale);
+    const std::int32_t base = base_of<C>(scale);
+    for (std::int64_t i = first; i < first + size; ++i) to[i] = encoded_number(i, base);
+  });
+}
+
+// One operand's part of a tile.
+struct TileOperand {
+  Format format;
+  void* elements;
+  void* companion;  // the scales of what lies in blocks, the residual of a master, else null
+
+  // Its numbers: its own memory where they are float32, else `decoded`.
+  float* decode(std::int64_t count, float* decoded) const {
+    switch (format) {
+      case Format::float32:
+        return static_cast<float*>(elements);
+      case Format::float16:
+        decode_elements(static_cast<const float16*>(elements), count, decoded);
+        return decoded;
+      case Format::e4m3:
+        decode_blocks<E4m3>(codes(), scales(), count, decoded);
+        return decoded;
+      case Format::ue5m3:
+        decode_blocks<Ue5m3>(codes(), scales(), count, decoded);
+        return decoded;
+      default:
+        if (companion != nullptr) {
+          decode_master(halves(), static_cast<const std::int16_t*>(companion), count, decoded);
+        } else {
+          decode_elements(halves(), count, decoded);
+        }
+        return decoded;
+    }
+  }
+
+  // `random()` has 16 bits an element.
+  template <class Random>
+  void encode(const float* numbers, std::int64_t count, Random&& random) const {
+    switch (format) {
+      case Format::float32:
+        if (numbers != elements) std::memcpy(elements, numbers, count * sizeof(float));
+        return;
+      case Format::float16:
+        return encode_elements(numbers, count, static_cast<float16*>(elements));
+      case Format::e4m3:
+        return encode_blocks<E4m3>(numbers, count, codes(), scales(), [&](auto i, auto base) {
+          return encoded_e4m3(numbers[i], base);
+        });
+      case Format::ue5m3: {
+        const std::uint16_t* const bits = random();
+        return encode_blocks<Ue5m3>(numbers, count, codes(), scales(), [&](auto i, auto base) {
+          return encoded_ue5m3(numbers[i], base, bits[i]);
+        });
+      }
+      case Format::bfloat16_stochastic:
+        return encode_stochastic(numbers, count, random(), halves());
+      default:
+        if (companion == nullptr) return encode_elements(numbers, count, halves());
+        encode_master(numbers, count, halves(), static_cast<std::int16_t*>(companion));
+    }
+  }
+
+ private:
+  bfloat16* halves() const { return static_cast<bfloat16*>(elements); }
+  std::uint8_t* codes() const { return static_cast<std::uint8_t*>(elements); }
+  std::uint8_t* scales() const { return static_cast<std::uint8_t*>(companion); }
+};
+
+// A rule over a tensor's tiles. All numbers are float32.
+template <class Rule, class Indices = std::make_index_sequence<Rule::kMoments>>
+class TileStepper;
+
+template <class Rule, std::size_t... kIndex>
+class TileStepper<Rule, std::index_sequence<kIndex...>> {
+ public:
+  using Numbers =
+      Stepper<Recipe<Rule, float32, float32, std::enable_if_t<kIndex + 1 != 0, float32>...>>;
+  using C = Constants<Rule, float>;
+
+  explicit TileStepper(const Launch& launch) : launch_(launch), taken_(is_taken(launch.tail)) {}
+
+  // `at` is a tile's first element, and in no block's middle.
+  void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
+    const Tail& tail = launch_.tail;
+    const TileOperand param = param_operand(of, at);
+    const TileOperand grad = operand(of, kGrad, at);
+    float* const p = param.decode(count, param_);
+    const float* const g = grad.decode(count, grad_);
+    if (tail.statistics != nullptr) {
+      count_gradients(sums, as_numbers(g), 0.0f, count);
+      if (taken_) std::memcpy(before_, p, count * sizeof(float));
+    }
+    if (taken_) {
+      [[maybe_unused]] const TileOperand moments[] = {moment_operand(of, kIndex, at)...,
+                                                      TileOperand{}};
+      [[maybe_unused]] float* const m[] = {moments[kIndex].decode(count, moments_[kIndex])...,
+                                           nullptr};
+      Numbers::step(c, {as_numbers(p), as_numbers(g), {as_numbers(m[kIndex])...}, nullptr}, count);
+      (moments[kIndex].encode(m[kIndex], count, draws(of, kMoment + kIndex, at, count)), ...);
+      param.encode(p, count, draws(of, kParam, at, count));
+      leave_copies(c, of, param, p, at, count);
+    }
+    if (tail.statistics != nullptr) {
+      sums.param += sum_of_squares(p, count);
+      if (taken_) {
+        for (std::int64_t i = 0; i < count; ++i) before_[i] = p[i] - before_[i];
+        sums.change += sum_of_squares(before_, count);
+      }
+    }
+    if (tail.grads_after == GradsAfter::zeroed) {
+      std::memset(grad.elements, 0, count * bytes_of(grad.format));
+    } else if (leaves_unscaled(tail, taken_)) {
+      for (std::int64_t i = 0; i < count; ++i) grad_[i] = g[i] * c.tail.grad_left;
+      grad.encode(grad_, count, [] { return nullptr; });
+    }
+  }
+
+ private:
+  static float32* as_numbers(const float* numbers) {
+    return reinterpret_cast<float32*>(const_cast<float*>(numbers));
+  }
+
+  TileOperand operand(const ChunkOf& of, std::uint32_t which, std::int64_t at) const {
+    const Format format = launch_.recipe.formats[which];
+    void* const first = which == kGrad ? of.grad : of.row.operands[which];
+    return {format, static_cast<char*>(first) + at * bytes_of(format), nullptr};
+  }
+  TileOperand param_operand(const ChunkOf& of, std::int64_t at) const {
+    TileOperand param = operand(of, kParam, at);
+    if (launch_.recipe.formats[kResidual] != Format::none) {
+      param.companion = operand(of, kResidual, at).elements;
+    }
+    return param;
+  }
+  TileOperand moment_operand(const ChunkOf& of, std::uint32_t index, std::int64_t at) const {
+    TileOperand moment = operand(of, kMoment + index, at);
+    if (is_in_blocks(moment.format)) {
+      moment.companion = operand(of, kScale + index, at / kBlock).elements;
+    }
+    return moment;
+  }
+
+  auto draws(const ChunkOf& of, std::uint32_t operand, std::int64_t at, std::int64_t count) {
+    return [=] {
+      const float step_after = launch_.tail.steps_advanced ? of.step : of.step + 1;
+      const Draw from(launch_.seed, step_after, of.row.number, operand);
+      return random_.fill(from, of.row.first + at, count);
+    };
+  }
+
+  // The average and the copy, of the parameter as it is stored, which `p` then has.
+  void leave_copies(const C& c, const ChunkOf& of, const TileOperand& param, float* p,
+                    std::int64_t at, std::int64_t count) {
+    const bool averages = launch_.recipe.formats[kEma] != Format::none;
+    if (averages || launch_.tail.statistics != nullptr) param.decode(count, p);
+    if (averages) {
+      const TileOperand ema = operand(of, kEma, at);
+      float* const average = ema.decode(count, average_);
+      Numbers::average(c.tail, as_numbers(p), as_numbers(average), count);
+      ema.encode(average, count, [] { return nullptr; });
+    }
+    if (launch_.recipe.formats[kCopy] != Format::none) {
+      operand(of, kCopy, at).encode(p, count, [] { return nullptr; });
+    }
+  }
+
+  const Launch& launch_;
+  const bool taken_;
+  alignas(64) float param_[kTile];
+  alignas(64) float grad_[kTile];
+  alignas(64) float moments_[sizeof...(kIndex) + 1][kTile];
+  alignas(64) float before_[kTile];
+  alignas(64) float average_[kTile];
+  TileDraws random_;
+};
+
+// The kernel of a rule for operands of any format.
+template <class Rule>
+void step_tiles(const Launch& launch, std::uint32_t first, std::uint32_t last) {
+  TileStepper<Rule> stepper(launch);
+  for_chunks<Rule, float>(launch, first, last, [&](const auto& c, const ChunkOf& of, Sums& sums) {
+    for (std::int64_t at = of.range.begin; at < of.range.end; at += kTile) {
+      stepper.step(c, of, at, min_of(kTile, of.range.end - at), sums);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace warpstep
