@@ -132,6 +132,7 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("keys"),
            py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"), py::arg("options"))
       .def("written_params", &Plan::written_params)
+      .def("note_versions", &Plan::note_versions)
       .def(
           "step",
           [](Plan& plan, py::handle state, py::handle param_groups, int threads, py::object tensors,

@@ -79,7 +79,9 @@ class Plan {
   const char* check(py::handle state, py::handle param_groups, int threads);
   // Parameters of the groups that have a residual and were written to since the last step: the
   // residual is another value's.
-  py::list written_params(py::handle param_groups) const;
+  py::list written_params(py::handle param_groups);
+  // They are as they should be: what was written is not to be noticed.
+  void note_versions(py::handle param_groups);
   // Owns what a check has found until the next launch, for callers that run Python in between.
   void keep_alive();
   void let_go();
@@ -177,6 +179,8 @@ class Plan {
   const char* look_at(const BoundParam& bound, Scope scope, Look look);
   const char* check_param(const BoundParam& bound, Look look) const;
   const char* gather_grad(const BoundParam& bound, Look look);
+  template <class Visit>
+  void visit_with_residual(py::handle param_groups, Visit&& visit);
   static TensorReader::Grad read_shard_of_grad(const BoundParam& bound, TensorView& view,
                                                py::object& held);
   void prefetch_states_after(std::size_t at) const;

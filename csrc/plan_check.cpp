@@ -270,22 +270,35 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   return is_counter ? nullptr : kMoved;
 }
 
-py::list Plan::written_params(py::handle param_groups) const {
-  std::unordered_map<PyObject*, const BoundParam*> bound;
-  for (const BoundParam& one : params_) {
+template <class Visit>
+void Plan::visit_with_residual(py::handle param_groups, Visit&& visit) {
+  std::unordered_map<PyObject*, BoundParam*> bound;
+  for (BoundParam& one : params_) {
     if (one.operands[kResidual] != nullptr) bound.emplace(one.param, &one);
   }
-  py::list written;
+  if (bound.empty()) return;
   for (py::handle group : param_groups) {
     for (py::handle param : group["params"]) {
       const auto found = bound.find(param.ptr());
-      if (found != bound.end() &&
-          tensor_reader().version_of(param.ptr()) != found->second->version) {
-        written.append(param);
+      if (found != bound.end()) {
+        visit(param, found->second->version, tensor_reader().version_of(param.ptr()));
       }
     }
   }
+}
+
+py::list Plan::written_params(py::handle param_groups) {
+  py::list written;
+  visit_with_residual(param_groups, [&](py::handle param, std::int64_t then, std::int64_t now) {
+    if (now != then) written.append(param);
+  });
   return written;
+}
+
+void Plan::note_versions(py::handle param_groups) {
+  visit_with_residual(param_groups, [](py::handle, std::int64_t& then, std::int64_t now) {
+    then = now;
+  });
 }
 
 TensorReader::Grad Plan::read_shard_of_grad(const BoundParam& bound, TensorView& view,

@@ -12,6 +12,7 @@ from warpstep.backends import BackendName
 from warpstep.groups import Members
 from warpstep.hypers import DecayForm, check_arguments
 from warpstep.optimizer import Optimizer
+from warpstep.precision import Copies, Master, Rounding, StateDtype
 from warpstep.rules import ADAMW
 
 Betas = tuple[float | Tensor, float | Tensor]
@@ -45,7 +46,11 @@ class Adam(Optimizer, TorchAdam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: BackendName = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        copies: Copies | None = None,
         decay_form: DecayForm | None = None,
         ema_decay: EmaDecay | None = None,
         ema_dtype: torch.dtype | None = None,
@@ -73,6 +78,10 @@ class Adam(Optimizer, TorchAdam):
             differentiable,
             backend=backend,
             state_dtype=state_dtype,
+            master=master,
+            rounding=rounding,
+            seed=seed,
+            copies=copies,
             decay_form=decay_form,
             ema_decay=ema_decay,
             ema_dtype=ema_dtype,

@@ -11,6 +11,7 @@ from warpstep.adam import Adam, Betas
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName
 from warpstep.hypers import DecayForm
+from warpstep.precision import Copies, Master, Rounding, StateDtype
 
 
 class AdamW(Adam, TorchAdamW):
@@ -79,7 +80,11 @@ class AdamW(Adam, TorchAdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: BackendName = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        copies: Copies | None = None,
         decay_form: DecayForm | None = None,
         ema_decay: EmaDecay | None = None,
         ema_dtype: torch.dtype | None = None,
@@ -101,6 +106,10 @@ class AdamW(Adam, TorchAdamW):
             decoupled_weight_decay=True,
             backend=backend,
             state_dtype=state_dtype,
+            master=master,
+            rounding=rounding,
+            seed=seed,
+            copies=copies,
             decay_form=decay_form,
             ema_decay=ema_decay,
             ema_dtype=ema_dtype,

@@ -19,7 +19,6 @@ class Averaging(Optimizer):
     """An optimizer whose steps may keep an average of each parameter, in its state as ``"ema"``."""
 
     ema_decay: EmaDecay | None = None
-    ema_dtype: torch.dtype | None = None
     _averages_swapped: bool = False
     _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 

@@ -14,7 +14,7 @@ from typing import Literal, cast
 
 import torch
 
-from warpstep.recipes import FORMATS, Recipe, one_of
+from warpstep.recipes import FORMATS, Format, Recipe, one_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BackendName = Literal["auto", "cuda", "triton", "cpu", "reference"]
@@ -154,7 +154,8 @@ def has_kernel(backend: str, recipe: Recipe) -> bool:
     """Whether ``backend`` has a kernel for ``recipe`` (the reference takes anything)."""
     if backend == "reference":
         return True
-    if any(dtype not in FORMATS for dtype in (recipe.param, recipe.grad, *recipe.moments)):
+    dtypes = (recipe.param, recipe.grad, *recipe.moments)
+    if any(dtype not in FORMATS for dtype in dtypes if not isinstance(dtype, Format)):
         return False
     if backend == "triton":
         return True

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from warpstep.averages import Averaging
 from warpstep.hypers import check_own_options, complete_group
+from warpstep.precision import Precision
 from warpstep.recipes import ema_dtype
 from warpstep.rules import Rule
-from warpstep.state import describe, missing_keys, parameter_name
+from warpstep.state import can_be_8bit, describe, is_like, missing_keys, parameter_name
 
 
 def load(
     optimizer: Averaging,
     rule: Rule,
     state_dict: dict[str, Any],
-    state_dtype: torch.dtype | None,
+    precision: Precision,
 ) -> None:
     """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place.
 
-    Moments get ``state_dtype``, or keep the dtypes that they were saved with.
+    Moments get the dtype that ``precision`` names, or keep the dtypes that they were saved with:
+    those of 8 bits, and those to be, too, which a step converts.
     """
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -43,7 +45,8 @@ def load(
     )
     place_of = dict(zip(chain.from_iterable(ids), places, strict=True))
 
-    dtypes = {**dict.fromkeys(rule.moments, state_dtype), "ema": optimizer.ema_dtype}
+    dtypes = {key: precision.loaded_dtype(which) for which, key in enumerate(rule.moments)}
+    dtypes["ema"] = precision.ema_dtype
     state: dict[Any, Any] = type(optimizer.state)(dict)
     steps = [0.0]
     for key, value in state_dict["state"].items():
@@ -155,11 +158,10 @@ def _loaded_moment(
     """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")
-    if (
-        value.shape != param.shape
-        or value.is_complex() != param.is_complex()
-        or value.is_floating_point() != param.is_floating_point()
-    ):
+    if key != "ema" and value.dtype == torch.uint8 and can_be_8bit(param):
+        if value.shape == param.shape:
+            return value.detach().to(param.device, copy=True)
+    if value.shape != param.shape or not is_like(value, param):
         raise ValueError(f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}")
     if key == "ema":
         wanted = ema_dtype(param, wanted) if wanted is not None else None

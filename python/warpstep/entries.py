@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
 from warpstep.recipes import Recipe
+from warpstep.shards import own_part
+from warpstep.state import PARAM
 
 
 @dataclass(eq=False, slots=True)
@@ -20,6 +23,7 @@ class Entry:
     index: int  # in its group
     param: Any  # while a plan is made: later it is found by its place, and not kept alive
     state: dict[str, Any]
+    number: int = 0  # of the parameter among the optimizer's
     backend: str = "reference"
     recipe: Recipe | None = None
     new_state: dict[str, Any] | None = None  # to be merged into the state
@@ -49,6 +53,12 @@ def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
         if entry.new_state is not None:
             state = optimizer.state[entry.param]
             for key, value in entry.new_state.items():
-                if entry.state.get(key) is state.get(key):  # not published for its first mention
-                    state[key] = value
+                if key == PARAM:
+                    own_part(entry.param.detach()).copy_(own_part(value))
+                    increment_version(entry.param)
+                elif entry.state.get(key) is state.get(key):  # not for its first mention
+                    if value is None:
+                        state.pop(key, None)
+                    else:
+                        state[key] = value
         entry.state = optimizer.state.get(entry.param) or {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from warpstep import modes
+from warpstep.precision import check_master
 from warpstep.recipes import one_of
 from warpstep.rules import Rule
 from warpstep.state import is_plain
@@ -58,7 +59,7 @@ def decay_form(group: dict[str, Any]) -> str:
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Adds what a group needs beside torch's keys, from an optimizer's defaults."""
-    for key in ("decay_form", "ema_decay"):
+    for key in ("decay_form", "ema_decay", "master"):
         if key in defaults:
             group.setdefault(key, defaults[key])
     if group.get("decay_form") == "independent":
@@ -122,6 +123,7 @@ def check_own_options(group: dict[str, Any], where: str) -> None:
                 f"Invalid base_lr: {base_lr!r}{where}: with decay_form='independent' it is the "
                 "positive learning rate that lr is the schedule's multiple of"
             )
+    check_master(group.get("master"), where)
     ema_decay = group.get("ema_decay")
     if ema_decay is not None and not (
         isinstance(ema_decay, (int, float)) and 0.0 <= ema_decay <= 1.0

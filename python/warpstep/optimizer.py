@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 
 from warpstep import checkpoint, modes, signals, watched
@@ -19,7 +20,8 @@ from warpstep.clip_grad_norm import ClipsGradNorm
 from warpstep.groups import Members
 from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
 from warpstep.plan import Options, Plan
-from warpstep.recipes import FORMATS, one_of
+from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
+from warpstep.recipes import RESIDUAL
 from warpstep.rules import Rule
 from warpstep.state import names_of
 from warpstep.statistics import Statistics
@@ -36,7 +38,8 @@ class Optimizer(Averaging, ClipsGradNorm):
     Attributes:
         rule: what it steps by.
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
-        state_dtype: the dtype of new moments; None for each parameter's own.
+        precision: what was asked for: the dtypes of states, and how they are rounded.
+        copies: by parameter, what gets its value at each step.
         plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
             line for each bucket, the tensors that one kernel launch steps: their backend, number,
             device and dtypes; and one for those that the reference steps.
@@ -44,7 +47,8 @@ class Optimizer(Averaging, ClipsGradNorm):
 
     rule: Rule
     backend: BackendName = "auto"
-    state_dtype: torch.dtype | None = None
+    precision: Precision = Precision()
+    copies: dict[Tensor, Tensor]
     stats: bool = False
     unscale_grads: bool = False
     plan: Plan | None = None
@@ -57,26 +61,30 @@ class Optimizer(Averaging, ClipsGradNorm):
         differentiable: bool,
         *,
         backend: BackendName,
-        state_dtype: torch.dtype | None,
+        state_dtype: StateDtype | None,
+        master: Master | None,
+        rounding: Rounding | None,
+        seed: int,
+        copies: Copies | None,
         decay_form: DecayForm | None,
         ema_decay: EmaDecay | None,
         ema_dtype: torch.dtype | None,
         stats: bool,
         unscale_grads: bool,
     ) -> None:
-        for name, dtype in (("state_dtype", state_dtype), ("ema_dtype", ema_dtype)):
-            if dtype is not None and dtype not in FORMATS:
-                raise ValueError(f"Invalid {name}: {dtype}. Choose {one_of(FORMATS)}.")
-        ours = {"state_dtype": state_dtype, "stats": stats or None}
-        for group in ({"decay_form": decay_form, "ema_decay": ema_decay}, *self.param_groups):
-            ours |= {key: group[key] for key in ("decay_form", "ema_decay") if group.get(key)}
+        self.precision = Precision(state_dtype, ema_dtype, rounding, seed)
+        self.precision.check()
+        ours = {"state_dtype": state_dtype, "rounding": rounding, "stats": stats or None}
+        ours["copies"] = copies
+        given = {"decay_form": decay_form, "ema_decay": ema_decay, "master": master}
+        for group in (given, *self.param_groups):
+            ours |= {key: group[key] for key in given if group.get(key)}
         for name, value in ours.items():
             if differentiable and value is not None:
                 raise ValueError(f"`{name}` is not supported with `differentiable`")
         self.backend = requested_backend(backend)
-        self.state_dtype = state_dtype
         self.ema_decay = ema_decay
-        self.ema_dtype = ema_dtype
+        self.copies = {}
         self.stats = stats
         self.unscale_grads = unscale_grads
         self._members = None
@@ -87,9 +95,13 @@ class Optimizer(Averaging, ClipsGradNorm):
             self.defaults["decay_form"] = decay_form
         if ema_decay is not None:
             self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
+        if master is not None:
+            self.defaults["master"] = master
         for index, group in enumerate(self.param_groups):
             complete_group(group, self.defaults)
             check_group(group, self.rule, f" (in parameter group {index})")
+        if copies is not None:
+            self.copies = paired_copies(self.param_groups, copies)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does."""
@@ -145,6 +157,16 @@ class Optimizer(Averaging, ClipsGradNorm):
             return
         raise RuntimeError(_CHANGING.format(reason))
 
+    @property
+    def state_dtype(self) -> StateDtype | None:
+        """The dtype of new moments, as it was asked for."""
+        return self.precision.state_dtype
+
+    @property
+    def ema_dtype(self) -> torch.dtype | None:
+        """The dtype of new averages, as it was asked for."""
+        return self.precision.ema_dtype
+
     def _torch_step(self) -> None:
         """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
         step: Any = super().step
@@ -191,10 +213,30 @@ class Optimizer(Averaging, ClipsGradNorm):
                 f"step() is being captured in a graph and needs a new plan ({reason}): take "
                 "a step on the same parameters and state before capturing"
             )
+        self._forget_stale_residuals()
         self.plan = None  # never a stale one, should the next line raise
-        options = Options(self.rule, self.backend, self.state_dtype, self.ema_dtype)
+        options = Options(self.rule, self.backend, self.precision, self.copies)
         self.plan = kind(self, options)
         return self.plan
+
+    def _forget_stale_residuals(self) -> None:
+        """What was written to a parameter counts, not the residual of its value before."""
+        if self.plan is None:
+            return
+        with torch.no_grad():
+            for param in self.plan.written_params(self):
+                self.state[param][RESIDUAL].zero_()
+        self.plan.note_versions(self)
+
+    @contextmanager
+    def _swapped(self, averages: dict[Tensor, Tensor]) -> Iterator[None]:
+        self._forget_stale_residuals()
+        try:
+            with super()._swapped(averages):
+                yield
+        finally:
+            if self.plan is not None:  # the parameters are what they were, bit for bit
+                self.plan.note_versions(self)
 
     def _plan_of_grads(self) -> Plan | None:
         """The plan, with gradients gathered; nothing else is looked at."""
@@ -258,7 +300,7 @@ class Optimizer(Averaging, ClipsGradNorm):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("backend", "state_dtype", "ema_decay", "ema_dtype", "stats", "unscale_grads")
+        names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
         return {**super().__getstate__(), **ours}
 
@@ -268,6 +310,7 @@ class Optimizer(Averaging, ClipsGradNorm):
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_turn", threading.RLock())
+        self.__dict__.setdefault("copies", {})
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)
@@ -282,4 +325,4 @@ class Optimizer(Averaging, ClipsGradNorm):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        checkpoint.load(self, self.rule, state_dict, self.state_dtype)
+        checkpoint.load(self, self.rule, state_dict, self.precision)

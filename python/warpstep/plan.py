@@ -7,7 +7,8 @@ The native module compares a plan with the optimizer at each step and says when 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
+from warpstep.precision import Precision
 from warpstep.python_plan import PythonPlan
-from warpstep.recipes import Recipe, real_dtype
+from warpstep.recipes import RESIDUAL, Recipe, real_dtype
 from warpstep.rules import Rule
-from warpstep.shards import layout_of, own_part, whole
+from warpstep.shards import first_element, layout_of, own_part, summed, whole
 from warpstep.state import (
+    check_copy,
     check_device_for_fused,
     check_gradient,
     completed,
@@ -49,8 +52,8 @@ class Options:
 
     rule: Rule
     backend: str = "auto"
-    state_dtype: torch.dtype | None = None  # of new moments
-    ema_dtype: torch.dtype | None = None  # of new averages
+    precision: Precision = Precision()
+    copies: Mapping[Tensor, Tensor] = field(default_factory=dict)  # by parameter
 
 
 class Plan:
@@ -91,7 +94,7 @@ class Plan:
                 if param.grad is None and not state and options.rule.has_state(group):
                     assignments.append(NO_STATE)
                     continue
-                entry = Entry(g, i, param, state or {})
+                entry = Entry(g, i, param, state or {}, len(assignments))
                 repeated = id(param) in seen
                 try:
                     if repeated or survey is None or not survey.sorts(entry):
@@ -112,6 +115,8 @@ class Plan:
         publish(optimizer, entries)
 
         self._reference_sums: dict[Entry, Tensor] = {}
+        # Of the reference's parameters with a residual: after the last step.
+        self._versions: dict[Entry, int] = {}
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
         for index, bucket in enumerate(self.buckets):
@@ -149,16 +154,27 @@ class Plan:
                 for b in self.buckets
             ],
             match_layout=match_layout,
+            options=module.PlanOptions(
+                seed=self.options.precision.seed,
+                firsts=self._firsts(),
+                copies=dict(self.options.copies),
+            ),
         )
 
+    def _firsts(self) -> dict[Tensor, int]:
+        """Where shards whose elements draw random bits begin in their whole tensors."""
+        sharded = (b for b in self.buckets if b.shards is not None and not b.recipe.is_plain)
+        return {e.param: first_element(e.param) for bucket in sharded for e in bucket.entries}
+
     def _survey_of(self, group: dict[str, Any]) -> Survey | None:
-        options = self.options
+        options, precision = self.options, self.options.precision
+        if not self._is_of_dtypes(group):
+            return None
         return Survey(
             group,
             options.rule,
             backend=options.backend,
-            state_dtype=options.state_dtype,
-            wanted_ema_dtype=options.ema_dtype,
+            precision=precision,
         )
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
@@ -171,7 +187,7 @@ class Plan:
             check_device_for_fused(name, param)
         chosen = backends.choose(self.options.backend, param.device)
 
-        rule = self.options.rule
+        rule, precision = self.options.rule, self.options.precision
         on_device = chosen != "reference" or group["fused"] or group.get("capturable")
         entry.new_state = completed(
             name,
@@ -179,26 +195,31 @@ class Plan:
             entry.state,
             rule,
             group,
-            state_dtype=self.options.state_dtype,
+            precision=precision,
             step_device=param.device if on_device else torch.device("cpu"),
-            wanted_ema_dtype=self.options.ema_dtype,
         )
+        copy = self.options.copies.get(param)
+        check_copy(name, param, copy)
         if repeated or chosen == "reference":
             return
         state = {**entry.state, **(entry.new_state or {})}
-        moments = [state[key] for key in rule.moments_of(group)]
+        moments = {key: state[key] for key in rule.moments_of(group)}
         ema = state["ema"] if group.get("ema_decay") is not None else None
-        step = state["step"] if rule.counts_steps(group) else None
+        step = state["step"] if precision.counts_steps(rule, group) else None
+        has_master = group.get("master") is not None
         recipe = Recipe(
             rule.name,
-            real_dtype(param.dtype),
+            precision.format_of_param(param, has_master),
             real_dtype(grad.dtype),
-            tuple(real_dtype(moment.dtype) for moment in moments),
+            tuple(precision.format_of_moment(rule, key, m) for key, m in moments.items()),
             None if ema is None else real_dtype(ema.dtype),
             step is not None,
+            has_master,
+            None if copy is None else copy.dtype,
         )
-        operands = [*moments, *(() if ema is None else (ema,))]
-        walkable = is_walkable(param, grad, operands, step)
+        residual = state[RESIDUAL] if has_master else None
+        others = (operand for operand in (ema, residual, copy) if operand is not None)
+        walkable = is_walkable(param, grad, [*moments.values(), *others], step)
         if walkable and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
 
@@ -265,11 +286,16 @@ class Plan:
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
+            if any(param._version != self._versions.get(e, param._version) for e, param, _ in stepped):
+                return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
             for bucket in self._by_python:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)
             reference.store(computed)
+            for entry, param, _ in stepped:
+                if optimizer.param_groups[entry.group].get("master"):
+                    self._versions[entry] = param._version
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
             self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
             for mention in with_grads(optimizer, self.repeated):
@@ -301,7 +327,7 @@ class Plan:
         entries = []
         for planned, param, _ in mentions:
             state = optimizer.state.get(param) or {}
-            entry = Entry(planned.group, planned.index, param, state)
+            entry = Entry(planned.group, planned.index, param, state, planned.number)
             self._prepare(optimizer, entry)
             entries.append(entry)
         publish(optimizer, entries)
@@ -309,11 +335,48 @@ class Plan:
         computed = []
         for entry, (_, _, grad) in zip(entries, mentions, strict=True):
             group_of = optimizer.param_groups[entry.group]
-            one = reference.computed(
-                entry.param, grad, entry.state, group_of, self.options.rule, tail, taken
-            )
-            computed.append(one)
+            computed.append(self._compute(entry, grad, group_of, tail, taken))
         return computed
+
+    def _compute(
+        self, entry: Entry, grad: Tensor, group: dict[str, Any], tail: Tail, taken: bool
+    ) -> reference.Computed:
+        """One parameter's step by the reference."""
+        param, state, layout = entry.param, entry.state, layout_of(entry.param)
+        copy = self.options.copies.get(param)
+        first = first_element(param)
+        by_parts = layout is not None and not self._is_of_dtypes(group)
+        if by_parts:  # bits are of no use to DTensor's operations
+            state = {key: own_part(tensor) for key, tensor in state.items()}
+            param, grad = own_part(param), own_part(grad)
+            copy = None if copy is None else own_part(copy)
+        stored = reference.Stored(self.options.precision, entry.number, first, copy)
+        rule = self.options.rule
+        one = reference.computed(param, grad, state, group, rule, tail, taken, stored=stored)
+        if by_parts and one.sums is not None:
+            one.sums = summed(one.sums, layout)
+        return one
+
+    def _is_of_dtypes(self, group: dict[str, Any]) -> bool:
+        """Whether dtypes alone tell how a group's parameters are stored."""
+        options = self.options
+        return not (group.get("master") or options.copies) and options.precision.is_of_dtypes
+
+    def written_params(self, optimizer: Optimizer) -> list[Tensor]:
+        """Parameters with a residual that were written to since the last step."""
+        written: list[Tensor] = self._bound.written_params(optimizer.param_groups)
+        for entry, version in self._versions.items():
+            param = place_of(optimizer, entry)
+            if param is not None and param._version != version:
+                written.append(param)
+        return written
+
+    def note_versions(self, optimizer: Optimizer) -> None:
+        """Parameters with a residual are as they should be, whatever was written to them."""
+        self._bound.note_versions(optimizer.param_groups)
+        for entry in self._versions:
+            if (param := place_of(optimizer, entry)) is not None:
+                self._versions[entry] = param._version
 
     def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""

@@ -45,6 +45,13 @@ class PythonPlan:
     def check(self, _state: Any, _groups: Any, _threads: int) -> None:
         """Nothing to compare with."""
 
+    def written_params(self, _groups: Any) -> list[Tensor]:
+        """It serves one step, and does not know of another."""
+        return []
+
+    def note_versions(self, _groups: Any) -> None:
+        """Nor does it remember."""
+
     def keep_alive(self) -> None:
         """Everything that was gathered is owned."""
 

@@ -17,34 +17,74 @@ FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = 3  # that a rule has at most: as many operands there are between `param` and `ema`
 
 
-class Recipe(NamedTuple):
-    """A rule, and the dtypes of what it works on, complex ones as their real part's.
+class Format(NamedTuple):
+    """A way to store numbers that a dtype alone does not tell (kernels/blocks.h)."""
 
-    ``ema`` is the dtype of the parameter's average, or None where none is kept.
+    name: str  # in kernels/layout.h
+    dtype: torch.dtype  # of the memory
+
+
+BFLOAT16_STOCHASTIC = Format("bfloat16_stochastic", torch.bfloat16)  # rounded at random
+E4M3 = Format("e4m3", torch.uint8)  # in blocks with scales
+UE5M3 = Format("ue5m3", torch.uint8)
+AnyFormat = torch.dtype | Format
+
+
+class Recipe(NamedTuple):
+    """A rule, and the formats of what it works on: dtypes, complex ones as their real part's.
+
+    ``ema`` is that of the parameter's average, or None where none is kept; ``copy`` that of a copy
+    of the parameter. With ``has_master`` the parameter has a residual in its state.
     """
 
     rule: str
-    param: torch.dtype
+    param: AnyFormat
     grad: torch.dtype
-    moments: tuple[torch.dtype, ...]
+    moments: tuple[AnyFormat, ...]
     ema: torch.dtype | None = None
     counts_steps: bool = True
+    has_master: bool = False
+    copy: torch.dtype | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is made of dtypes alone."""
+        formats = (self.param, *self.moments)
+        return not (self.has_master or self.copy or any(isinstance(f, Format) for f in formats))
 
     def formats(self) -> tuple[str | None, ...]:
         """The name of each operand's format, in the order of ``Operand`` in kernels/layout.h."""
         none = (None,) * (MOMENTS - len(self.moments))
-        dtypes = (self.param, *self.moments, *none, self.ema, self.grad)
-        return tuple(None if dtype is None else dtype_name(dtype) for dtype in dtypes)
+        scales = tuple(
+            "uint8" if isinstance(f, Format) and f.dtype == torch.uint8 else None
+            for f in self.moments
+        )
+        residual = "int16" if self.has_master else None
+        moments = tuple(format_name(f) for f in self.moments)
+        ema, copy = (None if f is None else dtype_name(f) for f in (self.ema, self.copy))
+        of_param = (residual, ema, copy)
+        return (
+            format_name(self.param),
+            *(*moments, *none),
+            *(*scales, *none),
+            *of_param,
+            dtype_name(self.grad),
+        )
 
     def keys(self) -> tuple[str | None, ...]:
         """What a state calls each operand, in that order; None for what is not in it."""
-        none = (None,) * (MOMENTS - len(self.moments))
-        ema = None if self.ema is None else "ema"
-        return (None, *RULES[self.rule].moments[: len(self.moments)], *none, ema, None)
+        keys = RULES[self.rule].moments[: len(self.moments)]
+        none = (None,) * (MOMENTS - len(keys))
+        names = (None, *keys, *none, *map(scale_of, keys), *none, RESIDUAL, "ema", None, None)
+        return tuple(
+            None if found is None else name
+            for name, found in zip(names, self.formats(), strict=True)
+        )
 
     def __str__(self) -> str:
-        param, grad = dtype_name(self.param), dtype_name(self.grad)
-        moments = sorted({dtype_name(dtype) for dtype in self.moments})
+        param, grad = format_name(self.param), dtype_name(self.grad)
+        param += " with a residual" if self.has_master else ""
+        moments = list(dict.fromkeys(format_name(f) for f in self.moments))
         text = param
         if {param, grad, *moments} != {param}:
             of_moments = f", {' and '.join(moments)} moments" if moments else ""
@@ -52,7 +92,17 @@ class Recipe(NamedTuple):
         optional = RULES[self.rule].optional
         for key in RULES[self.rule].moments[: len(self.moments)]:
             text += f", {optional[key]}" if key in optional else ""
-        return text + (f", {dtype_name(self.ema)} average" if self.ema is not None else "")
+        text += f", {dtype_name(self.ema)} average" if self.ema is not None else ""
+        return text + (f", {dtype_name(self.copy)} copy" if self.copy is not None else "")
+
+
+# What a state calls the residual of a parameter that has one: Transformer Engine's name.
+RESIDUAL = "master_param"
+
+
+def scale_of(moment: str) -> str:
+    """What a state calls the scales of an 8-bit moment."""
+    return f"{moment}_scale"
 
 
 def one_of(choices: tuple[object, ...]) -> str:
@@ -66,16 +116,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def format_name(any_format: AnyFormat) -> str:
+    """The name that kernels have for a format."""
+    return any_format.name if isinstance(any_format, Format) else dtype_name(any_format)
+
+
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the numbers that a tensor is made of: its own, or its real part's."""
     return _REAL_OF_COMPLEX.get(dtype, dtype)
-
-
-def moment_dtype(param: torch.Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a new moment of ``param``; complex parameters have complex moments."""
-    if state_dtype is None or param.is_complex():
-        return param.dtype
-    return state_dtype
 
 
 def ema_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:

@@ -16,11 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from warpstep.codecs import draws, encoded, joined, rounded_stochastic, split
 from warpstep.hypers import decay_form
-from warpstep.recipes import real_dtype
+from warpstep.precision import Precision
+from warpstep.recipes import (
+    BFLOAT16_STOCHASTIC,
+    E4M3,
+    RESIDUAL,
+    UE5M3,
+    AnyFormat,
+    real_dtype,
+    scale_of,
+)
 from warpstep.rules import Rule
 from warpstep.shards import own_part
 from warpstep.state import is_plain
+from warpstep.stored import decode_from, flat_as, shaped_as
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -72,6 +83,58 @@ def _finite_or_zero(x: Tensor) -> Tensor:
     return x.masked_fill(~x.isfinite(), 0)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter and its state are stored, beyond dtypes; and what its random bits are of."""
+
+    precision: Precision = Precision()
+    number: int = 0  # of the parameter among the optimizer's
+    first: int = 0  # where its first element is in the whole tensor, if it is a shard
+    copy: Tensor | None = None  # gets the parameter's value
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes what is stored from numbers. ``step`` is the counter after the step."""
+
+    of: Stored
+    step: Tensor | None
+
+    def _random(self, tensor: Tensor, operand: int) -> Tensor:
+        assert self.step is not None
+        step = self.step.to(tensor.device, torch.float32)
+        numbers = (self.of.number, operand, self.of.first, tensor.numel())
+        return draws(self.of.precision.seed, step, *numbers)
+
+    def rounded(self, tensor: Tensor, numbers: Tensor, one: AnyFormat, operand: int) -> Tensor:
+        """Numbers as ``tensor`` has them, rounded."""
+        if one != BFLOAT16_STOCHASTIC:
+            return numbers.to(real_dtype(tensor.dtype))
+        flat = rounded_stochastic(flat_as(tensor, numbers), self._random(tensor, operand))
+        return shaped_as(tensor, flat)
+
+    def stored_moment(
+        self, state: dict[str, Tensor], key: str, numbers: Tensor, one: AnyFormat, operand: int
+    ) -> dict[str, Tensor]:
+        """What is stored of a moment: itself, or codes and scales."""
+        tensor = state[key]
+        if one not in (E4M3, UE5M3):
+            return {key: self.rounded(tensor, numbers, one, operand)}
+        random = self._random(tensor, operand) if one == UE5M3 else None
+        codes, scales = encoded(flat_as(tensor, numbers), random=random)
+        return {
+            key: shaped_as(tensor, codes),
+            scale_of(key): scales.view(state[scale_of(key)].shape),
+        }
+
+
+def numbers_of(state: dict[str, Tensor], key: str, *, squares: bool) -> Tensor:
+    """The numbers of a moment; of an 8-bit one, decoded."""
+    if state[key].dtype == torch.uint8:
+        return decode_from(state, key, squares=squares)
+    return real_view(state[key].detach())
+
+
 @dataclass
 class Computed:
     """A step of one parameter, worked out and not yet stored."""
@@ -91,6 +154,7 @@ def computed(
     tail: Tail | None = None,
     taken: bool | Tensor = True,
     on_host: bool = True,
+    stored: Stored = Stored(),
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
@@ -115,11 +179,17 @@ def computed(
     """
     tail = tail or Tail()
 
-    new_step = state["step"] + 1 if rule.counts_steps(group) else None
+    has_master, precision = group.get("master") is not None, stored.precision
+    new_step = state["step"] + 1 if precision.counts_steps(rule, group) else None
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
     c, decay = constants_of(group, rule, new_step, param.device, compute, on_host)
-    p, raw = (real_view(t.detach()).to(compute) for t in (param, grad))
-    new = {key: real_view(state[key].detach()).to(compute) for key in rule.moments_of(group)}
+    raw = real_view(grad.detach()).to(compute)
+    before = joined(param.detach(), state[RESIDUAL]) if has_master else real_view(param.detach())
+    p = before.to(compute)
+    new = {
+        key: numbers_of(state, key, squares=key in rule.squares).to(compute)
+        for key in rule.moments_of(group)
+    }
     g = unscaled(raw, tail)
     if group["maximize"]:
         g = -g
@@ -141,19 +211,33 @@ def computed(
         return new if taken else old
 
     # What is stored of it, rounded: the average and the statistics see that.
-    after = chosen((p - update).to(real_dtype(param.dtype)), real_view(param.detach()))
+    encoder = Encoder(stored, new_step)
+    of_param = precision.format_of_param(param, has_master)
+    if has_master:
+        high, low = split(p - update)
+        written = {"param": high, RESIDUAL: low}
+        after = joined(high, low)
+    else:
+        after = encoder.rounded(param, p - update, of_param, operand=0)
+        written = {"param": after}
+    after = chosen(after, before)
+    for index, key in enumerate(rule.moments_of(group)):
+        one = precision.format_of_moment(rule, key, state[key])
+        written |= encoder.stored_moment(state, key, new[key], one, operand=1 + index)
     if group.get("ema_decay") is not None and new_step is not None:
         average = real_view(state["ema"]).to(compute)
         kept = (new_step != 1).double() * group["ema_decay"]  # the first step begins the average
         weight = (1 - kept).to(average.device, compute)
-        new["ema"] = torch.lerp(average, after.to(compute), weight)
+        written["ema"] = torch.lerp(average, after.to(compute), weight)
+    if stored.copy is not None:
+        written["copy"] = after
 
     stores: list[tuple[Tensor, Tensor | None]] = []
     if taken is not False:
-        stores = [(state[key], chosen(new[key], real_view(state[key]))) for key in new]
-        stores = [(param, after), *stores]
+        of = {**state, "param": param, "copy": stored.copy}
         if new_step is not None:
-            stores = [(state["step"], chosen(new_step, state["step"])), *stores]
+            stores = [(state["step"], chosen(new_step, state["step"]))]
+        stores += [(of[key], chosen(value, real_view(of[key]))) for key, value in written.items()]
     if tail.zero_grads:
         stores.append((grad, None))
     elif tail.unscales:

@@ -6,9 +6,11 @@ gradient and its state. Only what is summed over a whole tensor needs the other 
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +35,30 @@ def own_part(tensor: Tensor) -> Tensor:
     sharded = _sharded(tensor)
     part: Tensor = tensor if sharded is None else sharded._local_tensor
     return part
+
+
+def like_shards(tensor: Tensor, part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of ``shape`` whose shards are laid out as those of ``tensor``, from this one's."""
+    if (layout := layout_of(tensor)) is None:
+        return part
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    sharded: Tensor = _module().DTensor.from_local(
+        part, *layout, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return sharded
+
+
+def first_element(tensor: Tensor) -> int:
+    """Where a shard by rows begins in the whole tensor, in elements; 0 for other tensors."""
+    if (layout := layout_of(tensor)) is None or tensor.numel() == 0:
+        return 0
+    if not any(p.is_shard() for p in layout[1]):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, *layout)
+    strides = (math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim()))
+    return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
 
 
 def holds_values(layout: Any) -> bool:

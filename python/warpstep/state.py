@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import dtype_name, ema_dtype, ema_dtypes, moment_dtype
+from warpstep.codecs import BLOCK, split
+from warpstep.precision import Precision, check_has_master
+from warpstep.recipes import RESIDUAL, dtype_name, ema_dtype, ema_dtypes, scale_of
 from warpstep.rules import Rule
-from warpstep.shards import holds_values, layout_of, own_part
+from warpstep.shards import holds_values, layout_of, like_shards, own_part
+from warpstep.stored import decode_from, encode_into
+
+
+# Not of a state: what a parameter is to become, where a float32 master was loaded.
+PARAM = "param"
 
 
 def describe(tensor: Tensor) -> str:
@@ -143,6 +150,24 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
             )
 
 
+def check_copy(name: str, param: Tensor, copy: Tensor | None) -> None:
+    """Raises where ``copy`` cannot hold a copy of ``param``."""
+    if copy is None:
+        return
+    if param.dtype != torch.float32 or copy.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} is {describe(param)}, its copy {describe(copy)}: copies= takes bfloat16 or "
+            "float16 copies of float32 parameters"
+        )
+    if copy.shape != param.shape or copy.device != param.device:
+        raise RuntimeError(
+            f"{name} is {describe(param)}, its copy {describe(copy)}: shape and device must be "
+            "the same"
+        )
+    if is_freed(copy):
+        raise RuntimeError(f"{name}: its copy has no memory, its storage was freed")
+
+
 def check_device_for_fused(name: str, param: Tensor) -> None:
     """Raises, as torch does, where ``fused=True`` is asked for on a device that has no kernels."""
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
@@ -170,16 +195,16 @@ def completed(
     rule: Rule,
     group: dict[str, Any],
     *,
-    state_dtype: torch.dtype | None,
+    precision: Precision,
     step_device: torch.device,
-    wanted_ema_dtype: torch.dtype | None = None,
 ) -> dict[str, Any] | None:
     """The tensors that ``state`` lacks or has in another form than a step needs; None if none.
 
-    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype. In a group with an
-    ``ema_decay`` there is an average of the parameter, which begins as the parameter; one of a
-    dtype that no kernel takes is converted. Raises RuntimeError where a tensor of the state does
-    not fit ``param``, or where a state that was begun has lost one.
+    Moments get ``param``'s strides; what a checkpoint brought keeps its dtype, unless 8 bits are
+    asked for, or a dtype where there are 8 bits. In a group with an ``ema_decay`` there is an
+    average of the parameter, which begins as the parameter; one of a dtype that no kernel takes is
+    converted. A value of None is to be removed. Raises RuntimeError where a tensor of the state
+    does not fit ``param``, or where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
     missing = missing_keys(state, rule, group)
@@ -189,7 +214,7 @@ def completed(
             f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
             "parameter's whole state to begin it anew."
         )
-    if rule.counts_steps(group):
+    if precision.counts_steps(rule, group):
         begun = any(state.get(key) is not None for key in rule.moments)  # and did not count
         anew = any(state.get(key) is None for key in rule.moments_of(group))
         counted = None if anew and rule.needs_count(group) else state.get("step")
@@ -197,46 +222,171 @@ def completed(
         if step is not None:
             new["step"] = step
 
-    ema = group.get("ema_decay") is not None
-    for key in (*rule.moments_of(group), *(("ema",) if ema else ())):
-        moment = state.get(key)
-        if moment is None and key == "ema":
-            with torch.no_grad():
-                average = torch.empty_like(
-                    param, dtype=ema_dtype(param, wanted_ema_dtype), requires_grad=False
-                )
-                new[key] = average.copy_(param)
+    has_master = group.get("master") is not None
+    new |= _completed_master(name, param, state, has_master)
+    for which, key in enumerate(rule.moments_of(group)):
+        dtype = precision.moment_dtype(param, which, has_master)
+        if (moment := state.get(key)) is None:
+            new |= new_moment(param, key, dtype)
             continue
-        if moment is None:
-            new[key] = torch.zeros_like(
-                param,
-                dtype=moment_dtype(param, state_dtype),
-                memory_format=torch.preserve_format,
-                requires_grad=False,
-            )
-            continue
-        if (
-            not isinstance(moment, Tensor)
-            or moment.shape != param.shape
-            or moment.device != param.device
-            or moment.is_complex() != param.is_complex()
-            or moment.is_floating_point() != param.is_floating_point()
-        ):
-            found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
-            raise RuntimeError(
-                f"{name} is {describe(param)}, its state {key!r} is {found}: shape, device and "
-                "kind must be the same. Load a state dict that fits, or move the state."
-            )
-        if is_freed(moment):
-            raise RuntimeError(
-                f"{name}: its state {key!r} has no memory, its storage was freed. Bring it back "
-                "before the step, or load a state dict."
-            )
-        if key == "ema" and moment.dtype not in ema_dtypes(param):
-            moment = new[key] = moment.to(ema_dtype(param, wanted_ema_dtype))
-        if is_plain(moment) and is_dense(param) and not same_layout(moment, param):
+        fits = isinstance(moment, Tensor) and (
+            is_like(moment, param) or (moment.dtype == torch.uint8 and can_be_8bit(param))
+        )
+        if not fits or moment.shape != param.shape or moment.device != param.device:
+            raise _misfit(name, param, key, moment)
+        check_has_memory(name, key, moment)
+        if moment.dtype == torch.uint8:
+            _check_scales(name, param, key, state)
+        wants_8bit, has_8bit = dtype == torch.uint8, moment.dtype == torch.uint8
+        squares = key in rule.squares
+        if wants_8bit and not has_8bit:
+            new |= new_moment(param, key, dtype)
+            encode_into(new, key, own_part(moment), squares=squares)
+        elif has_8bit and not wants_8bit and precision.state_dtype is not None:
+            numbers = decode_from(state, key, squares=squares)
+            new[key] = torch.empty_like(param, dtype=dtype, requires_grad=False)
+            own_part(new[key]).copy_(numbers)
+            new[scale_of(key)] = None
+        elif is_plain(moment) and is_dense(param) and not same_layout(moment, param):
+            if has_8bit:
+                raise _misfit(name, param, key, moment)  # its blocks run in another order
             new[key] = match_layout(param, moment)
+    if group.get("ema_decay") is not None:
+        new |= _completed_average(name, param, state, has_master, precision)
     return new or None
+
+
+def is_like(tensor: Tensor, param: Tensor) -> bool:
+    """Whether a tensor's numbers are of the kind of ``param``'s: real or complex ones."""
+    return (
+        tensor.is_complex() == param.is_complex()
+        and tensor.is_floating_point() == param.is_floating_point()
+    )
+
+
+def can_be_8bit(param: Tensor) -> bool:
+    """Whether there are 8-bit moments of such a parameter."""
+    return param.is_floating_point() and param.dtype != torch.float64
+
+
+def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
+    """Raises where a tensor of a state has been freed."""
+    if is_freed(tensor):
+        raise RuntimeError(
+            f"{name}: its state {key!r} has no memory, its storage was freed. Bring it back "
+            "before the step, or load a state dict."
+        )
+
+
+def _misfit(name: str, param: Tensor, key: str, found: Any) -> RuntimeError:
+    described = describe(found) if isinstance(found, Tensor) else repr(found)
+    return RuntimeError(
+        f"{name} is {describe(param)}, its state {key!r} is {described}: shape, device and "
+        "kind must be the same. Load a state dict that fits, or move the state."
+    )
+
+
+def new_moment(param: Tensor, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A moment of zeros, and of an 8-bit one the scales."""
+    zeros = torch.zeros_like(
+        param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+    )
+    if dtype != torch.uint8:
+        return {key: zeros}
+    part = own_part(param)
+    scales = torch.zeros(_scales_shape(part), dtype=torch.uint8, device=part.device)
+    return {key: zeros, scale_of(key): like_shards(param, scales, _scales_shape(param))}
+
+
+def _scales_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of an 8-bit moment's scales: sharded by rows as the parameter is."""
+    blocks = -(-param.numel() // BLOCK)
+    if param.dim() < 2:
+        return (blocks,)
+    rows = param.shape[0]
+    divides = rows > 0 and param.numel() // rows % BLOCK == 0
+    return (rows, blocks // rows) if divides else (blocks,)
+
+
+def _check_scales(name: str, param: Tensor, key: str, state: dict[str, Any]) -> None:
+    scales, expected = state.get(scale_of(key)), _scales_shape(param)
+    if (
+        not isinstance(scales, Tensor)
+        or scales.dtype != torch.uint8
+        or scales.shape != expected
+        or scales.device != param.device
+    ):
+        found = describe(scales) if isinstance(scales, Tensor) else repr(scales)
+        raise RuntimeError(
+            f"{name}: its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {found}, "
+            f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
+            "the checkpoint of another block size? Load one that fits."
+        )
+    check_has_memory(name, scale_of(key), scales)
+
+
+def _completed_master(
+    name: str, param: Tensor, state: dict[str, Any], has_master: bool
+) -> dict[str, Any]:
+    """The residual that a state lacks. A float32 master becomes the parameter and a residual."""
+    residual = state.get(RESIDUAL)
+    if not has_master:
+        if residual is not None:
+            raise RuntimeError(
+                f"{name}: its state has {RESIDUAL!r}, which a step without a master would leave "
+                "behind. Construct the optimizer with master='residual', or remove it."
+            )
+        return {}
+    check_has_master(name, param)
+    if residual is None:
+        return {RESIDUAL: torch.zeros_like(param, dtype=torch.int16, requires_grad=False)}
+    if (
+        not isinstance(residual, Tensor)
+        or residual.shape != param.shape
+        or residual.device != param.device
+        or residual.dtype not in (torch.int16, torch.float32)
+    ):
+        raise RuntimeError(
+            f"{name} is {describe(param)}, its state {RESIDUAL!r} is "
+            f"{describe(residual) if isinstance(residual, Tensor) else repr(residual)}: expected "
+            "int16 residuals or float32 masters of the parameter's shape, on its device"
+        )
+    check_has_memory(name, RESIDUAL, residual)
+    if residual.dtype == torch.int16:
+        same = not is_plain(residual) or not is_dense(param) or same_layout(residual, param)
+        return {} if same else {RESIDUAL: match_layout(param, residual)}
+    low = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    high = torch.empty_like(param, requires_grad=False)
+    parts = split(own_part(residual).detach())
+    own_part(high).copy_(parts[0])
+    own_part(low).copy_(parts[1])
+    return {RESIDUAL: low, PARAM: high}
+
+
+def _completed_average(
+    name: str, param: Tensor, state: dict[str, Any], has_master: bool, precision: Precision
+) -> dict[str, Any]:
+    average = state.get("ema")
+    if average is None:
+        new = torch.empty_like(
+            param, dtype=ema_dtype(param, precision.ema_dtype), requires_grad=False
+        )
+        with torch.no_grad():
+            return {"ema": new.copy_(param)}
+    if (
+        not isinstance(average, Tensor)
+        or average.shape != param.shape
+        or average.device != param.device
+        or not is_like(average, param)
+    ):
+        raise _misfit(name, param, "ema", average)
+    check_has_memory(name, "ema", average)
+    new = average
+    if average.dtype not in ema_dtypes(param):
+        new = average.to(ema_dtype(param, precision.ema_dtype))
+    if is_plain(new) and is_dense(param) and not same_layout(new, param):
+        new = match_layout(param, new)
+    return {} if new is average else {"ema": new}
 
 
 def _completed_step(name: str, step: Any, device: torch.device, beginning: float) -> Tensor | None:

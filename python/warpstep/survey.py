@@ -14,7 +14,8 @@ from torch import Tensor
 
 from warpstep import backends
 from warpstep.entries import Entry
-from warpstep.recipes import MOMENTS, Recipe, ema_dtype, ema_dtypes, moment_dtype
+from warpstep.precision import Precision
+from warpstep.recipes import MOMENTS, Recipe, ema_dtype, ema_dtypes
 from warpstep.rules import Rule
 from warpstep.state import check_device_for_fused
 
@@ -30,20 +31,20 @@ class Survey:
         rule: Rule,
         *,
         backend: str,
-        state_dtype: torch.dtype | None,
-        wanted_ema_dtype: torch.dtype | None,
+        precision: Precision,
     ) -> None:
         module, _ = backends.native()
         self._native = None if module is None else module.survey
         self._rule = rule
         self._backend = backend
-        self._state_dtype, self._wanted_ema_dtype = state_dtype, wanted_ema_dtype
+        self._precision = precision
         self._fused = bool(group.get("fused"))
         self._moments = rule.moments_of(group)
         self._ema = "ema" if group.get("ema_decay") is not None else None
         self._counter = "step" if rule.counts_steps(group) else None
         none = (None,) * (MOMENTS - len(self._moments))
-        self._keys = (None, *self._moments, *none, self._ema, None)
+        others = (*(None,) * MOMENTS, None, self._ema, None, None)  # no scales, residual or copy
+        self._keys = (None, *self._moments, *none, *others)
         self._found: dict[Any, Sorted | None] = {}
 
     def sorts(self, entry: Entry) -> bool:
@@ -73,24 +74,23 @@ class Survey:
         if is_new and self._fused:
             check_device_for_fused("", param)
         dtypes: list[Any] = [None if name is None else getattr(torch, name) for name in formats]
-        _, *stable, grad = dtypes
-        moments, ema = tuple(stable[: len(self._moments)]), stable[MOMENTS]
+        moments, ema, grad = tuple(dtypes[1 : 1 + len(self._moments)]), dtypes[-3], dtypes[-1]
         if is_new:
-            moments = (moment_dtype(param, self._state_dtype),) * len(self._moments)
-            ema = ema_dtype(param, self._wanted_ema_dtype) if self._ema else None
+            moments = (self._precision.moment_dtype(param, 0, False),) * len(self._moments)
+            ema = ema_dtype(param, self._precision.ema_dtype) if self._ema else None
         recipe = Recipe(self._rule.name, param.dtype, grad, moments, ema, self._counter is not None)
         takes_ema = ema is None or ema in ema_dtypes(param)
         return (chosen, recipe) if takes_ema and backends.has_kernel(chosen, recipe) else None
 
     def _new_state(self, param: Tensor) -> dict[str, Any] | None:
-        dtype = moment_dtype(param, self._state_dtype)
+        dtype = self._precision.moment_dtype(param, 0, False)
         state: dict[str, Any] = {}
         if self._counter is not None:
             state[self._counter] = torch.zeros((), dtype=torch.float32, device=param.device)
         for key in self._moments:
             state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         if self._ema is not None:
-            average = ema_dtype(param, self._wanted_ema_dtype)
+            average = ema_dtype(param, self._precision.ema_dtype)
             state[self._ema] = torch.empty_like(param, dtype=average, requires_grad=False)
             state[self._ema].copy_(param)
         return state or None

@@ -86,4 +86,5 @@ ADAMW: Rule = AdamWRule(
     ),
     moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     optional={"max_exp_avg_sq": "amsgrad"},
+    squares=frozenset({"exp_avg_sq", "max_exp_avg_sq"}),
 )

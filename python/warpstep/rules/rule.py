@@ -45,6 +45,7 @@ class Rule:
         flags: what is true or false in a group.
         moments: what a state has of each parameter beside ``step`` and ``ema``, in kernels' order.
         optional: for moments that there are not always, the key of the group that decides.
+        squares: which of them are never negative, and decay slowly: rounded at random in 16 bits.
         counted_for: the keys of a group with which the rule counts steps, where none of them is
             zero; None where it always does.
         is_whole: whether a state that has anything of it has all.
@@ -56,6 +57,7 @@ class Rule:
     flags: tuple[str, ...]
     moments: tuple[str, ...]
     optional: Mapping[str, str] = field(default_factory=dict, hash=False)
+    squares: frozenset[str] = frozenset()
     counted_for: tuple[str, ...] | None = None
     is_whole: bool = True
 
