@@ -66,9 +66,8 @@ static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of 
 // The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the
 // lower half of the first word.
 WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
-  std::uint32_t c0 = static_cast<std::uint32_t>(index);
-  std::uint32_t c1 = static_cast<std::uint32_t>(index >> 32);
-  std::uint32_t c2 = from.step, c3 = from.operand;
+  // In 64 bits, of which the lower half counts: what a SIMD multiplication takes and gives.
+  std::uint64_t c0 = index, c1 = index >> 32, c2 = from.step, c3 = from.operand;
   std::uint32_t k0 = from.key[0], k1 = from.key[1];
   constexpr int kRounds = 7;
 #ifdef __CUDACC__
@@ -77,19 +76,19 @@ WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&wor
 #pragma GCC unroll 7
 #endif
   for (int round = 0; round < kRounds; ++round) {
-    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * c0;
-    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<std::uint32_t>(product1);
-    c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<std::uint32_t>(product0);
+    const std::uint64_t product0 = (c0 & 0xffffffffu) * 0xD2511F53u;
+    const std::uint64_t product1 = (c2 & 0xffffffffu) * 0xCD9E8D57u;
+    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c3 = product0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+  words[0] = static_cast<std::uint32_t>(c0);
+  words[1] = static_cast<std::uint32_t>(c1);
+  words[2] = static_cast<std::uint32_t>(c2);
+  words[3] = static_cast<std::uint32_t>(c3);
 }
 
 // One element's share of them.
@@ -106,8 +105,9 @@ WARPSTEP_FN void store_stochastic(float x, bfloat16& to, std::uint32_t random) {
 // ---- Numbers of 8 bits
 
 // What e4m3 (signed) and ue5m3 differ in.
-template <bool kSigned>
+template <bool kHasSign>
 struct Code {
+  static constexpr bool kSigned = kHasSign;
   static constexpr std::int32_t kNan = kSigned ? 0x7f : 0xff;
   static constexpr std::int32_t kInfinite = kNan - 1;
   static constexpr std::int32_t kReach = kSigned ? 15 : 31;
@@ -115,17 +115,22 @@ struct Code {
 using E4m3 = Code<true>;
 using Ue5m3 = Code<false>;
 
-// What a number counts for in its block's maximum, from which scale_of makes the scale.
-WARPSTEP_FN std::uint32_t finite_magnitude(float x) {
-  const std::uint32_t bits = bits_as<std::uint32_t>(x) & 0x7fffffffu;
-  return bits < 0x7f800000u ? bits : 0;
+// What a number counts for in its block's maximum, from which scale_of makes the scale: the bits of
+// its magnitude and one exponent more, so that NaNs and infinities are negative and count for
+// nothing, as do negative numbers where there is no sign. A maximum begins as that of zero.
+constexpr std::int32_t kMagnitudeOfZero = 0x00800000;
+template <class C>
+WARPSTEP_FN std::int32_t magnitude_of(float x) {
+  const std::uint32_t bits = bits_as<std::uint32_t>(x);
+  return static_cast<std::int32_t>((C::kSigned ? bits & 0x7fffffffu : bits) + kMagnitudeOfZero);
 }
 
 // The exponent of the largest; the next one where rounding might go beyond the last code that is a
 // number, which is that of 1.625. At least so much that every code is a normal float32.
 template <class C>
-WARPSTEP_FN std::uint32_t scale_of(std::uint32_t largest) {
-  const std::uint32_t exponent = (largest + 0x300000u) >> 23;
+WARPSTEP_FN std::uint32_t scale_of(std::int32_t largest) {
+  const auto magnitude = static_cast<std::uint32_t>(largest - kMagnitudeOfZero);
+  const std::uint32_t exponent = (magnitude + 0x300000u) >> 23;
   constexpr std::uint32_t kLeast = C::kReach + 1;
   return exponent < kLeast ? kLeast : exponent;
 }
@@ -137,39 +142,33 @@ WARPSTEP_FN std::int32_t base_of(std::uint32_t scale) {
   return (base < 1 ? 1 : base) << 23;
 }
 
-template <class C>
+// With `kAllNumbers` the block is known to have no NaN and no infinity.
+template <class C, bool kAllNumbers>
 WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
   const std::int32_t code = from & C::kNan;
   std::int32_t bits = code == 0 ? 0 : (code << 20) + base;
-  bits = code < C::kInfinite ? bits : 0x7f800000 | (code & 1) << 22;
-  return bits_as<float>(bits | (from & ~C::kNan) << 24);
+  if (!kAllNumbers) bits = code < C::kInfinite ? bits : 0x7f800000 | (code & 1) << 22;
+  return bits_as<float>(C::kSigned ? bits | (from & 0x80) << 24 : bits);
 }
 
-// The code of a magnitude, given as bits of a float32. `rounding` is half of what is cut off, or
-// random; without `is_something` a number is zero, and else at least the first code that is not.
-template <class C>
-WARPSTEP_FN std::int32_t encoded(std::int32_t magnitude, std::int32_t base, std::int32_t rounding,
-                                 bool is_something) {
-  const std::int32_t code = (magnitude - base + rounding) >> 20;
-  const std::int32_t number = is_something ? (code < 1 ? 1 : code) : 0;
-  return magnitude < 0x7f800000 ? number : magnitude == 0x7f800000 ? C::kInfinite : C::kNan;
-}
-
-// To nearest, ties away from zero.
-WARPSTEP_FN std::uint8_t encoded_e4m3(float x, std::int32_t base) {
+// To nearest, ties away from zero, or (ue5m3) by 16 random bits for the 20 that are cut off and the
+// middle of what else they might be. With `kAllNumbers` every magnitude_of() the block is positive.
+template <class C, bool kAllNumbers>
+WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t random) {
   const std::int32_t bits = bits_as<std::int32_t>(x);
-  const std::int32_t magnitude = bits & 0x7fffffff;
-  // Half of the least code's number, which is 1.125 times two to the power of `base`.
-  const bool is_something = magnitude - base >= -0x700000;
-  const std::int32_t code = encoded<E4m3>(magnitude, base, 0x80000, is_something);
-  return static_cast<std::uint8_t>(code | (bits >> 24 & 0x80));
-}
-
-// By 16 random bits for the 20 that are cut off, the middle of what they stand for.
-WARPSTEP_FN std::uint8_t encoded_ue5m3(float x, std::int32_t base, std::uint32_t random) {
-  const std::int32_t magnitude = x >= 0 ? bits_as<std::int32_t>(x) & 0x7fffffff : 0x7fffffff;
-  const std::int32_t rounding = static_cast<std::int32_t>(random << 4 | 8);
-  return static_cast<std::uint8_t>(encoded<Ue5m3>(magnitude, base, rounding, magnitude > 0));
+  std::int32_t magnitude = bits & 0x7fffffff;
+  if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
+  const std::int32_t past = magnitude - base;
+  // 1 for what does not become zero: from half of the first code's number on, which is 1.125 times
+  // what `base` stands for; or every positive number.
+  const std::int32_t least = C::kSigned ? 1 + ((past + 0x700000) >> 31) : min_of(magnitude, 1);
+  const std::int32_t rounding = C::kSigned ? 0x80000 : static_cast<std::int32_t>(random << 4 | 8);
+  std::int32_t code = (past + rounding) >> 20;
+  code = code < least ? least : code;
+  if (!kAllNumbers && magnitude >= 0x7f800000) {
+    code = magnitude == 0x7f800000 ? C::kInfinite : C::kNan;
+  }
+  return static_cast<std::uint8_t>(C::kSigned ? code | (bits >> 24 & 0x80) : code);
 }
 
 }  // namespace

@@ -51,37 +51,72 @@ void encode_stochastic(const float* __restrict from, std::int64_t count,
   for (std::int64_t i = 0; i < count; ++i) store_stochastic(from[i], to[i], random[i]);
 }
 
-// Calls block(first element, number of elements) for each block of a tile.
-template <class Block>
-WARPSTEP_FN void for_blocks(std::int64_t count, Block&& block) {
-  constexpr std::int64_t kWhole = kBlock;
-  std::int64_t first = 0;
-  for (; first + kWhole <= count; first += kWhole) block(first, kWhole);
-  if (first < count) block(first, count - first);
+// Of `size` elements; all blocks but a tensor's last have kBlock, which makes better code.
+template <class C, bool kAllNumbers>
+WARPSTEP_FN void decode_run(const std::uint8_t* __restrict from, std::int64_t size,
+                            std::int32_t base, float* __restrict to) {
+  for (std::int64_t i = 0; i < size; ++i) to[i] = decoded<C, kAllNumbers>(from[i], base);
+}
+template <class C>
+WARPSTEP_FN void decode_block(const std::uint8_t* from, std::int64_t size, std::uint8_t scale,
+                              float* to) {
+  std::uint8_t largest = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const auto code = static_cast<std::uint8_t>(from[i] & C::kNan);
+    largest = code > largest ? code : largest;
+  }
+  const std::int32_t base = base_of<C>(scale);
+  if (largest < C::kInfinite) return decode_run<C, true>(from, size, base, to);
+  decode_run<C, false>(from, size, base, to);
+}
+
+// `random`: 16 bits an element; null where none are needed.
+template <class C, bool kAllNumbers>
+WARPSTEP_FN void encode_run(const float* __restrict from, std::int64_t size, std::int32_t base,
+                            const std::uint16_t* __restrict random, std::uint8_t* __restrict to) {
+  for (std::int64_t i = 0; i < size; ++i) {
+    to[i] = encoded<C, kAllNumbers>(from[i], base, C::kSigned ? 0 : random[i]);
+  }
+}
+// Returns the scale.
+template <class C>
+WARPSTEP_FN std::uint8_t encode_block(const float* from, std::int64_t size,
+                                      const std::uint16_t* random, std::uint8_t* to) {
+  std::int32_t largest = kMagnitudeOfZero, signs = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const std::int32_t magnitude = magnitude_of<C>(from[i]);
+    largest = magnitude > largest ? magnitude : largest;
+    signs |= magnitude;
+  }
+  const std::uint32_t scale = scale_of<C>(largest);
+  const std::int32_t base = base_of<C>(scale);
+  if (signs >= 0) {
+    encode_run<C, true>(from, size, base, random, to);
+  } else {
+    encode_run<C, false>(from, size, base, random, to);
+  }
+  return static_cast<std::uint8_t>(scale);
 }
 
 template <class C>
-void decode_blocks(const std::uint8_t* __restrict from, const std::uint8_t* __restrict scales,
-                   std::int64_t count, float* __restrict to) {
-  for_blocks(count, [&](std::int64_t first, std::int64_t size) {
-    const std::int32_t base = base_of<C>(scales[first / kBlock]);
-    for (std::int64_t i = first; i < first + size; ++i) to[i] = decoded<C>(from[i], base);
-  });
+void decode_blocks(const std::uint8_t* from, const std::uint8_t* scales, std::int64_t count,
+                   float* to) {
+  std::int64_t at = 0;
+  for (; at + kBlock <= count; at += kBlock) {
+    decode_block<C>(from + at, kBlock, scales[at / kBlock], to + at);
+  }
+  if (at < count) decode_block<C>(from + at, count - at, scales[at / kBlock], to + at);
 }
-template <class C, class Encoded>
-void encode_blocks(const float* __restrict from, std::int64_t count, std::uint8_t* __restrict to,
-                   std::uint8_t* __restrict scales, Encoded&& encoded_number) {
-  for_blocks(count, [&](std::int64_t first, std::int64_t size) {
-    std::uint32_t largest = 0;
-    for (std::int64_t i = first; i < first + size; ++i) {
-      const std::uint32_t magnitude = finite_magnitude(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const std::uint32_t scale = scale_of<C>(largest);
-    scales[first / kBlock] = static_cast<std::uint8_t>(scale);
-    const std::int32_t base = base_of<C>(scale);
-    for (std::int64_t i = first; i < first + size; ++i) to[i] = encoded_number(i, base);
-  });
+template <class C>
+void encode_blocks(const float* from, std::int64_t count, const std::uint16_t* random,
+                   std::uint8_t* to, std::uint8_t* scales) {
+  std::int64_t at = 0;
+  for (; at + kBlock <= count; at += kBlock) {
+    scales[at / kBlock] = encode_block<C>(from + at, kBlock, random + at, to + at);
+  }
+  if (at < count) {
+    scales[at / kBlock] = encode_block<C>(from + at, count - at, random + at, to + at);
+  }
 }
 
 // One operand's part of a tile.
@@ -124,15 +159,9 @@ struct TileOperand {
       case Format::float16:
         return encode_elements(numbers, count, static_cast<float16*>(elements));
       case Format::e4m3:
-        return encode_blocks<E4m3>(numbers, count, codes(), scales(), [&](auto i, auto base) {
-          return encoded_e4m3(numbers[i], base);
-        });
-      case Format::ue5m3: {
-        const std::uint16_t* const bits = random();
-        return encode_blocks<Ue5m3>(numbers, count, codes(), scales(), [&](auto i, auto base) {
-          return encoded_ue5m3(numbers[i], base, bits[i]);
-        });
-      }
+        return encode_blocks<E4m3>(numbers, count, nullptr, codes(), scales());
+      case Format::ue5m3:
+        return encode_blocks<Ue5m3>(numbers, count, random(), codes(), scales());
       case Format::bfloat16_stochastic:
         return encode_stochastic(numbers, count, random(), halves());
       default:
