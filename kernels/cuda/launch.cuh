@@ -32,10 +32,12 @@ struct Header {
   std::uint32_t groups;  // in the payload: those of its tensors
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;
+  std::uint64_t seed;
+  Format formats[kOperands];  // the step's
   Norm norm_kind;
-  Format ema;  // of the averages; none where none are kept
-  std::uint8_t pad_[2];
+  std::uint8_t pad_[4];
 };
+static_assert(sizeof(Header) % 8 == 0, "the payload follows");
 
 struct Arguments : Header {
   // Hyper[groups] from first_group on, then the gradients' addresses from first_tensor on.

@@ -10,52 +10,10 @@
 #include <utility>
 
 #include "../recipes.h"
-#include "../tail.h"
-#include "launch.cuh"
+#include "block.cuh"
 
 namespace warpstep {
 namespace {
-
-// Reads the step counter; the last of the tensor's blocks to have read it advances it. All of them
-// have read it by then: their reads come before their arrivals, and the last arrival before the
-// write.
-__device__ __forceinline__ float take_step(const TensorRow& row, std::uint32_t* arrivals) {
-  const float step = *row.step;
-  if (row.chunks == 1) {
-    *row.step = step + 1;
-  } else if (atomic_add_acq_rel(arrivals, 1) == row.chunks - 1) {
-    *arrivals = 0;
-    *row.step = step + 1;
-  }
-  return step;
-}
-
-// The addresses of one tensor's operands, null where there is none.
-struct Operands {
-  void* at[kOperands];
-
-  __device__ __forceinline__ Operands(const TensorRow& row, void* grad) {
-#pragma unroll
-    for (std::uint32_t k = 0; k < kStable; ++k) at[k] = in_global_memory<void>(row.operands[k]);
-    at[kGrad] = in_global_memory<void>(grad);
-  }
-  template <class F>
-  __device__ __forceinline__ F* of(std::uint32_t operand) const {
-    return static_cast<F*>(at[operand]);
-  }
-};
-
-// Which operands are at a 16-byte boundary.
-struct Aligned {
-  bool operands[kOperands];
-
-  __device__ __forceinline__ bool all() const {
-    bool all = true;
-#pragma unroll
-    for (bool one : operands) all = all && one;
-    return all;
-  }
-};
 
 // Packets of a tensor's moments, each in its format. `Indices` count them.
 template <std::uint32_t kElements, std::size_t kIndex, class Moment>
@@ -114,9 +72,8 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>, kTail> {
   }
   static constexpr std::uint32_t kElements = kVectorBytes / narrowest();
 
-  // Absent operands are at address 0, and so aligned.
   __device__ __forceinline__ Aligned alignment_at(std::int64_t i) const {
-    Aligned aligned;
+    Aligned aligned = all_aligned();
     aligned.operands[kParam] = is_aligned(operands.template of<Param>(kParam) + i);
     aligned.operands[kGrad] = is_aligned(operands.template of<Grad>(kGrad) + i);
     constexpr std::uint32_t kBytes[kMomentEnd - kMoment] = {sizeof(Moment)...};
@@ -236,73 +193,38 @@ constexpr int resident_blocks() {
 template <class Recipe, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>())
     step_kernel(const __grid_constant__ Arguments args) {
-  using Rule = typename Recipe::Rule;
-  using T = typename Recipe::Compute;
-  const Tail& tail = args.tail;
-  const std::uint32_t chunk_index = args.first_chunk + blockIdx.x;
-  const Chunk chunk = args.chunks[chunk_index];
-  double* const statistics = kTail && tail.statistics != nullptr
-                                 ? tail.statistics + std::uint64_t{chunk_index} * kStatistics
-                                 : nullptr;
-  void* const grad = grad_of(args, chunk.tensor);
-  if (grad == nullptr) {
-    if (statistics != nullptr && threadIdx.x == 0) leave_none(statistics);
-    return;
-  }
-  const bool taken = is_taken(tail);
-  if (!kTail && !taken) return;
-  const TensorRow row = args.rows[chunk.tensor];
-
-  __shared__ Constants<Rule, T> shared_constants;
-  if (threadIdx.x == 0) {
-    const Hyper hyper = hyper_of(args, row.group);  // whole: no load waits for another
-    const bool takes = taken && !tail.steps_advanced;
-    const float step = row.step == nullptr ? kUncounted
-                       : takes             ? take_step(row, args.arrivals + chunk.tensor)
-                                           : *row.step;
-    shared_constants = constants_of<Rule, T>(hyper, step, tail);
-  }
-  __syncthreads();
-  const Constants<Rule, T> constants = shared_constants;
-
   using S = Stepper<Recipe, kTail>;
   constexpr std::uint32_t kElements = S::kElements;
-  const S stepper{Operands(row, grad), args.ema};
+  step_chunk<typename Recipe::Rule, typename Recipe::Compute, kTail>(
+      args, [&](const auto& constants, const BlockChunk& chunk, Sums& sums) {
+        const Tail& tail = args.tail;
+        const S stepper{Operands(chunk.row, chunk.grad), args.formats[kEma]};
+        const std::uint32_t vectors = (chunk.size - chunk.head) / kElements;
+        const std::uint32_t rest = chunk.size - chunk.head - vectors * kElements;
 
-  const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
-  const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
-  const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
-  const std::uint32_t vectors = (size - head) / kElements;
-  const std::uint32_t rest = size - head - vectors * kElements;
-  Sums sums{};
+        // Head and rest, a thread an element.
+        constexpr Aligned kScalar{};
+        if (threadIdx.x < chunk.head + rest) {
+          const std::uint32_t i =
+              threadIdx.x < chunk.head ? threadIdx.x : vectors * kElements + threadIdx.x;
+          stepper.template step<1>(constants, tail, chunk.taken, chunk.begin + i, kScalar, sums);
+        }
 
-  // Head and rest, a thread an element.
-  constexpr Aligned kScalar{};
-  if (threadIdx.x < head + rest) {
-    const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
-    stepper.template step<1>(constants, tail, taken, range.begin + i, kScalar, sums);
-  }
-
-  const std::int64_t body = range.begin + head;
-  const Aligned aligned = stepper.alignment_at(body);
-  if (aligned.all()) {
-    constexpr Aligned kAll{{true, true, true, true, true, true}};
-    static_assert(sizeof(kAll) == 6, "one for each operand");
-    for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      stepper.template step<kElements>(constants, tail, taken, body + i * kElements, kAll, sums);
-    }
-  } else {
-    for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      stepper.template step<kElements>(constants, tail, taken, body + i * kElements, aligned, sums);
-    }
-  }
-
-  if (statistics != nullptr) {
-    const double unscale = shared_constants.tail.unscale;  // in no register until now
-    const Sums totals{sum_block(sums.grad), sum_block(sums.param), sum_block(sums.change),
-                      sum_block(sums.not_finite)};
-    if (threadIdx.x == 0) totals.leave(statistics, unscale);
-  }
+        const std::int64_t body = chunk.begin + chunk.head;
+        const Aligned aligned = stepper.alignment_at(body);
+        if (aligned.all()) {
+          constexpr Aligned kAll = all_aligned();
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+            stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
+                                             kAll, sums);
+          }
+        } else {
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+            stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
+                                             aligned, sums);
+          }
+        }
+      });
 }
 
 // Whether the plain kernel does not do.
@@ -324,21 +246,14 @@ CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device,
   const DeviceGuard guard(device);
   if (guard.error) return {guard.error, 0};
 
-  Arguments args{};
-  args.rows = static_cast<const TensorRow*>(tables.rows);
-  args.chunks = static_cast<const Chunk*>(tables.chunks);
-  args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
-  args.tail = launch.tail;
-  args.ema = launch.recipe.formats[kEma];
-
+  const bool with_tail = needs_tail(launch);
   Kernel kernel = nullptr;
   visit_recipe(launch.recipe, [&](auto recipe) {
     using Recipe = decltype(recipe);
-    kernel = needs_tail(launch) ? step_kernel<Recipe, true> : step_kernel<Recipe, false>;
+    kernel = with_tail ? step_kernel<Recipe, true> : step_kernel<Recipe, false>;
   });
-  if (kernel == nullptr) return {cudaErrorInvalidDeviceFunction, 0};
-  const bool needs_grads = launch.tail.statistics == nullptr;  // else there is none to be noted
-  return launch_all(kernel, args, launch, needs_grads, static_cast<cudaStream_t>(stream));
+  return kernel != nullptr ? launch_step(kernel, launch, tables, stream)
+                           : step_tiles_cuda(launch, tables, with_tail, stream);
 }
 
 const char* cuda_architectures() { return WARPSTEP_CUDA_ARCHITECTURES; }

@@ -1,0 +1,231 @@
+// Eight consecutive elements of an operand of any format, as a thread has them in registers: how
+// they are loaded, decoded, encoded and stored.
+//
+// Formats are compared where they are used. Where they are known at run time only, these are
+// branches that all threads of a launch take the same way; where they are constants, none.
+#pragma once
+
+#include "../blocks.h"
+#include "launch.cuh"
+
+namespace warpstep {
+namespace {
+
+// As many as share one draw of random bits, and as fill a vector of 16-bit elements.
+constexpr std::uint32_t kEight = kDrawn;
+static_assert(kEight == 8 && kEight * 2 == kVectorBytes, "what the name says");
+// A block of 8-bit numbers lies with so many threads, which are neighbours in a warp.
+constexpr std::uint32_t kBlockThreads = kBlock / kEight;
+static_assert(kCudaThreads % 32 == 0 && 32 % kBlockThreads == 0, "all in one warp");
+
+// Which of eight elements there are: all, at a vector's boundary; or the first `count`, anywhere.
+template <bool kAll>
+struct Which {
+  std::uint32_t count;
+  __device__ __forceinline__ bool has(std::uint32_t k) const { return kAll || k < count; }
+};
+
+// The bits of eight elements, the first lowest. What a format needs besides follows: the residuals
+// of bfloat16 masters, the scale of 8-bit numbers.
+constexpr std::uint32_t kResidualWord = 4;
+constexpr std::uint32_t kScaleWord = 2;
+struct Bits {
+  std::uint32_t words[kEight];
+
+  template <bool kAll>
+  __device__ __forceinline__ void load(Format format, const void* from, Which<kAll> which,
+                                       std::uint32_t word = 0) {
+    const std::uint32_t bytes = bytes_of(format);
+    if (bytes == 4) load_of<std::uint32_t>(from, which, words);
+    if (bytes == 2) load_of<std::uint16_t>(from, which, words + word);
+    if (bytes == 1) load_of<std::uint8_t>(from, which, words);
+  }
+  template <bool kAll>
+  __device__ __forceinline__ void store(Format format, void* to, Which<kAll> which,
+                                        std::uint32_t word = 0) const {
+    const std::uint32_t bytes = bytes_of(format);
+    if (bytes == 4) store_of<std::uint32_t>(to, which, words);
+    if (bytes == 2) store_of<std::uint16_t>(to, which, words + word);
+    if (bytes == 1) store_of<std::uint8_t>(to, which, words);
+  }
+
+ private:
+  template <class Element>
+  using Vector = std::conditional_t<sizeof(Element) == 1, uint2, uint4>;
+
+  template <class Element, bool kAll>
+  __device__ __forceinline__ static bool is_vectors(const void* at, Which<kAll> which) {
+    const auto address = reinterpret_cast<std::uintptr_t>(at);
+    return kAll || (which.count == kEight && address % sizeof(Vector<Element>) == 0);
+  }
+  template <class Element, bool kAll>
+  __device__ __forceinline__ static void load_of(const void* from, Which<kAll> which,
+                                                 std::uint32_t* words) {
+    constexpr std::uint32_t kBytes = sizeof(Element);
+    using V = Vector<Element>;
+    if (is_vectors<Element>(from, which)) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kEight * kBytes / sizeof(V); ++i) {
+        const V vector = static_cast<const V*>(from)[i];
+        std::memcpy(words + i * (sizeof(V) / 4), &vector, sizeof(V));
+      }
+    } else {
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) {
+        const std::uint32_t at = k * kBytes / 4, shift = k * kBytes % 4 * 8;
+        const std::uint32_t bits =
+            which.has(k) ? std::uint32_t{static_cast<const Element*>(from)[k]} << shift : 0;
+        words[at] = shift == 0 ? bits : words[at] | bits;
+      }
+    }
+  }
+  template <class Element, bool kAll>
+  __device__ __forceinline__ static void store_of(void* to, Which<kAll> which,
+                                                  const std::uint32_t* words) {
+    constexpr std::uint32_t kBytes = sizeof(Element);
+    using V = Vector<Element>;
+    if (is_vectors<Element>(to, which)) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kEight * kBytes / sizeof(V); ++i) {
+        V vector;
+        std::memcpy(&vector, words + i * (sizeof(V) / 4), sizeof(V));
+        static_cast<V*>(to)[i] = vector;
+      }
+    } else {
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) {
+        const std::uint32_t bits = words[k * kBytes / 4] >> k * kBytes % 4 * 8;
+        if (which.has(k)) static_cast<Element*>(to)[k] = static_cast<Element>(bits);
+      }
+    }
+  }
+};
+
+// Their numbers.
+using Eight = float[kEight];
+using Random = std::uint32_t[kDrawn / 2];
+
+__device__ __forceinline__ std::uint16_t half_of(const std::uint32_t* words, std::uint32_t k) {
+  return static_cast<std::uint16_t>(words[k / 2] >> k % 2 * 16);
+}
+__device__ __forceinline__ void set_half(std::uint32_t* words, std::uint32_t k,
+                                         std::uint32_t half) {
+  words[k / 2] = k % 2 == 0 ? half : words[k / 2] | half << 16;
+}
+
+template <class C>
+__device__ __forceinline__ void decode_codes(const Bits& bits, Eight& x) {
+  const std::int32_t base = base_of<C>(bits.words[kScaleWord]);
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; ++k) {
+    x[k] = decoded<C>(static_cast<std::uint8_t>(bits.words[k / 4] >> k % 4 * 8), base);
+  }
+}
+
+// The largest of the numbers that the threads of a block of 64 have. All of them call it together.
+__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t number) {
+  const std::uint32_t first = threadIdx.x % 32 / kBlockThreads * kBlockThreads;
+  const std::uint32_t mask = ((1u << kBlockThreads) - 1) << first;
+#pragma unroll
+  for (std::uint32_t distance = kBlockThreads / 2; distance > 0; distance /= 2) {
+    const std::uint32_t other = __shfl_xor_sync(mask, number, distance);
+    number = other > number ? other : number;
+  }
+  return number;
+}
+
+template <class C, bool kAll, class Encoded>
+__device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which, Bits& bits,
+                                             Encoded&& encoded_number) {
+  std::uint32_t largest = 0;
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; ++k) {
+    const std::uint32_t magnitude = which.has(k) ? finite_magnitude(x[k]) : 0;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const std::uint32_t scale = scale_of<C>(largest_of_block(largest));
+  const std::int32_t base = base_of<C>(scale);
+  bits.words[kScaleWord] = scale;
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; ++k) {
+    const std::uint32_t code = encoded_number(k, base);
+    bits.words[k / 4] = k % 4 == 0 ? code : bits.words[k / 4] | code << k % 4 * 8;
+  }
+}
+
+__device__ __forceinline__ void decode(Format format, bool has_residual, const Bits& bits,
+                                       Eight& x) {
+  if (format == Format::float32) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) x[k] = bits_as<float>(bits.words[k]);
+  } else if (format == Format::float16) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) x[k] = load(float16{half_of(bits.words, k)});
+  } else if (format == Format::e4m3) {
+    decode_codes<E4m3>(bits, x);
+  } else if (format == Format::ue5m3) {
+    decode_codes<Ue5m3>(bits, x);
+  } else if (has_residual) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      x[k] = joined(bfloat16{half_of(bits.words, k)},
+                    static_cast<std::int16_t>(half_of(bits.words + kResidualWord, k)));
+    }
+  } else {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) x[k] = load(bfloat16{half_of(bits.words, k)});
+  }
+}
+
+// draw(random) fills in what a format that is rounded at random asks for.
+template <bool kAll, class DrawRandom>
+__device__ __forceinline__ void encode(Format format, bool has_residual, const Eight& x,
+                                       Which<kAll> which, DrawRandom&& draw_random, Bits& bits) {
+  Random random;
+  if (is_stochastic(format)) draw_random(random);
+  if (format == Format::float32) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) bits.words[k] = bits_as<std::uint32_t>(x[k]);
+  } else if (format == Format::float16) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      float16 half;
+      store(x[k], half);
+      set_half(bits.words, k, half.bits);
+    }
+  } else if (format == Format::e4m3) {
+    encode_codes<E4m3>(x, which, bits, [&](std::uint32_t k, std::int32_t base) {
+      return std::uint32_t{encoded_e4m3(x[k], base)};
+    });
+  } else if (format == Format::ue5m3) {
+    encode_codes<Ue5m3>(x, which, bits, [&](std::uint32_t k, std::int32_t base) {
+      return std::uint32_t{encoded_ue5m3(x[k], base, drawn(random, k))};
+    });
+  } else if (format == Format::bfloat16_stochastic) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      bfloat16 half;
+      store_stochastic(x[k], half, drawn(random, k));
+      set_half(bits.words, k, half.bits);
+    }
+  } else if (has_residual) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      bfloat16 high;
+      std::int16_t residual;
+      split(x[k], high, residual);
+      set_half(bits.words, k, high.bits);
+      set_half(bits.words + kResidualWord, k, static_cast<std::uint16_t>(residual));
+    }
+  } else {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      bfloat16 half;
+      store(x[k], half);
+      set_half(bits.words, k, half.bits);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace warpstep

@@ -1,0 +1,341 @@
+// The CUDA kernel of the step for operands of any format: those recipes that have no kernel in
+// step.cu (recipes.h, visit_tiled).
+//
+// A thread takes eight elements at a time: decoded to float32, stepped, encoded. Eight neighbouring
+// threads have a block of 64 numbers of 8 bits, whose maximum they find by shuffles.
+#include "../recipes.h"
+#include "block.cuh"
+#include "eight.cuh"
+
+namespace warpstep {
+namespace {
+
+// The formats of a launch: as it says, or constants.
+struct AnyFormats {
+  static constexpr bool kAreConstants = false;
+  __device__ __forceinline__ static Format of(const Arguments& args, std::uint32_t operand) {
+    return args.formats[operand];
+  }
+};
+
+// Parameters (float32 ones in two operands of 16 bits, where there is a residual), gradients, copy,
+// moments.
+template <Format kParamFormat, Format kResidualFormat, Format kGradFormat, Format kCopyFormat,
+          Format... kMomentFormats>
+struct TheseFormats {
+  static constexpr bool kAreConstants = true;
+  WARPSTEP_FN static constexpr Format of(std::uint32_t operand) {
+    constexpr Format kMoments[kMomentEnd - kMoment] = {kMomentFormats...};
+    if (operand >= kMoment && operand < kMomentEnd) return kMoments[operand - kMoment];
+    if (operand >= kScale && operand < kScaleEnd) {
+      return is_in_blocks(kMoments[operand - kScale]) ? Format::uint8 : Format::none;
+    }
+    return operand == kParam      ? kParamFormat
+           : operand == kResidual ? kResidualFormat
+           : operand == kGrad     ? kGradFormat
+           : operand == kCopy     ? kCopyFormat
+                                  : Format::none;
+  }
+  WARPSTEP_FN static constexpr Format of(const Arguments&, std::uint32_t operand) {
+    return of(operand);
+  }
+  static bool are_of(const RecipeKey& key) {
+    bool same = true;
+    for (std::uint32_t k = 0; k < kOperands; ++k) same = same && key.formats[k] == of(k);
+    return same;
+  }
+};
+
+// What a thread needs again in every iteration, and has no registers for.
+struct Addresses {
+  void* operands[kOperands];  // of the chunk's first elements
+  std::int64_t first;         // where that is in the whole tensor
+  std::uint32_t number;
+  float step;
+};
+
+// Offsets `i` count elements of the chunk.
+template <class Rule, class Formats, bool kTail>
+class TileStepper {
+ public:
+  using C = Constants<Rule, float>;
+
+  __device__ __forceinline__ TileStepper(const Arguments& args, const C& constants,
+                                         const BlockChunk& chunk, volatile Addresses& addresses)
+      : args_(args), c_(constants), chunk_(chunk), at_(addresses) {}
+
+  // All elements of the chunk.
+  __device__ __forceinline__ void walk(Sums& sums) const {
+    // First what is in no whole vector, or in none that is aligned in all operands. The threads of
+    // a block of 64 go through it together, those too that have no elements.
+    const std::uint32_t head = chunk_.head, size = chunk_.size;
+    const std::uint32_t unit = has_blocks() ? kBlock : kEight;
+    const std::uint32_t whole = is_aligned_at(head) ? (size - head) / unit * unit : 0;
+    const std::uint32_t after = head + whole;
+    if (whole != size) {
+      const std::uint32_t slots = kBlock + (size - after + kBlock - 1) / kBlock * kBlock;
+      for (std::uint32_t slot = threadIdx.x * kEight; slot < slots; slot += blockDim.x * kEight) {
+        const bool is_head = slot < kBlock;
+        const std::uint32_t i = is_head ? 0 : after + slot - kBlock;
+        const std::uint32_t end = slot == 0 ? head : is_head ? 0 : size;
+        step(i, Which<false>{i < end ? min_of(kEight, end - i) : 0}, sums);
+      }
+    }
+    for (std::uint32_t i = head + threadIdx.x * kEight; i < after; i += blockDim.x * kEight) {
+      step(i, Which<true>{kEight}, sums);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Format format(std::uint32_t operand) const {
+    return Formats::of(args_, operand);
+  }
+  __device__ __forceinline__ bool has(std::uint32_t operand) const {
+    return format(operand) != Format::none;
+  }
+  __device__ __forceinline__ bool has_blocks() const {
+    bool has = false;
+#pragma unroll
+    for (std::uint32_t k = 0; k < Rule::kMoments; ++k) {
+      has = has || is_in_blocks(format(kMoment + k));
+    }
+    return has;
+  }
+  __device__ __forceinline__ char* address(std::uint32_t operand, std::uint32_t i) const {
+    return in_global_memory<char>(at_.operands[operand]) +
+           std::uint64_t{i} * bytes_of(format(operand));
+  }
+  __device__ __forceinline__ std::uint8_t* scale_at(std::uint32_t k, std::uint32_t i) const {
+    return in_global_memory<std::uint8_t>(at_.operands[kScale + k]) + i / kBlock;
+  }
+
+  // Whether vectors begin at an element in every operand, and draws of random bits.
+  __device__ __forceinline__ bool is_aligned_at(std::uint32_t i) const {
+    std::uintptr_t past = 0;
+#pragma unroll
+    for (std::uint32_t k = 0; k < kOperands; ++k) {
+      if (!has(k) || (k >= kScale && k < kScaleEnd)) continue;
+      const auto at = reinterpret_cast<std::uintptr_t>(address(k, i));
+      past |= at % min_of(kVectorBytes, kEight * bytes_of(format(k)));
+      if (is_stochastic(format(k))) past |= (at_.first + i) % kDrawn;
+    }
+    return past == 0;
+  }
+
+  // The random bits of an operand's elements from some element on.
+  template <bool kAll>
+  __device__ __forceinline__ void draw_for(std::uint32_t operand, std::uint32_t i,
+                                           Random& random) const {
+    const Draw from(args_.seed, at_.step, at_.number, operand);
+    const std::uint64_t first = static_cast<std::uint64_t>(at_.first + i);
+    draw(from, first / kDrawn, random);
+    if (kAll) return;
+    // Those of eight elements from the middle of one draw to that of the next.
+    std::uint32_t words[kDrawn];
+    Random next;
+    draw(from, first / kDrawn + 1, next);
+#pragma unroll
+    for (std::uint32_t k = 0; k < kDrawn / 2; ++k) {
+      words[k] = random[k];
+      words[k + kDrawn / 2] = next[k];
+    }
+#pragma unroll
+    for (std::uint32_t ahead = 2; ahead > 0; --ahead) {
+#pragma unroll
+      for (std::uint32_t k = 0; k + ahead < kDrawn; ++k) {
+        if (first & 2 * ahead) words[k] = words[k + ahead];
+      }
+    }
+#pragma unroll
+    for (std::uint32_t k = 0; k < kDrawn / 2; ++k) {
+      random[k] = first & 1 ? words[k] >> 16 | words[k + 1] << 16 : words[k];
+    }
+  }
+
+  template <bool kAll>
+  __device__ __forceinline__ Bits load(std::uint32_t operand, std::uint32_t i,
+                                       Which<kAll> which) const {
+    Bits bits;
+    bits.load(format(operand), address(operand, i), which);
+    return bits;
+  }
+  template <bool kAll>
+  __device__ __forceinline__ void store(std::uint32_t operand, std::uint32_t i, Which<kAll> which,
+                                        const Bits& bits) const {
+    bits.store(format(operand), address(operand, i), which);
+  }
+
+  // Eight elements from `i` on.
+  template <bool kAll>
+  __device__ __forceinline__ void step(std::uint32_t i, Which<kAll> which, Sums& sums) const {
+    const Tail& tail = args_.tail;
+    const bool taken = !kTail || chunk_.taken;
+    const bool has_residual = has(kResidual);
+
+    // All that is loaded, before anything waits for it.
+    Bits param = load(kParam, i, which);
+    if (has_residual) {
+      param.load(Format::int16, address(kResidual, i), which, kResidualWord);
+    }
+    Bits grad = load(kGrad, i, which);
+    Bits moments[Rule::kMoments + 1];
+#pragma unroll
+    for (std::uint32_t k = 0; k < Rule::kMoments; ++k) {
+      moments[k] = load(kMoment + k, i, which);
+      if (is_in_blocks(format(kMoment + k)) && which.count != 0) {
+        moments[k].words[kScaleWord] = *scale_at(k, i);
+      }
+    }
+    const bool averages = kTail && taken && has(kEma);
+    Bits average;
+    if (averages) average = load(kEma, i, which);
+
+    Eight p, g;
+    float m[kEight][Rule::kMoments + 1];
+    decode(format(kParam), has_residual, param, p);
+    decode(format(kGrad), false, grad, g);
+    Eight before;
+    if (kTail) std::memcpy(before, p, sizeof(p));
+    if (taken) {
+#pragma unroll
+      for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
+        Eight numbers;
+        decode(format(kMoment + j), false, moments[j], numbers);
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) m[k][j] = numbers[k];
+      }
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) {
+        constexpr Part kPart = kTail ? Part::whole : Part::uniform;
+        p[k] = stepped<Rule, kPart>(c_, p[k], g[k], m[k]);
+      }
+      encode(
+          format(kParam), has_residual, p, which,
+          [&](Random& random) { draw_for<kAll>(kParam, i, random); }, param);
+      store(kParam, i, which, param);
+      if (has_residual) {
+        param.store(Format::int16, address(kResidual, i), which, kResidualWord);
+      }
+#pragma unroll
+      for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
+        Eight numbers;
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) numbers[k] = m[k][j];
+        encode(
+            format(kMoment + j), false, numbers, which,
+            [&](Random& random) { draw_for<kAll>(kMoment + j, i, random); }, moments[j]);
+        store(kMoment + j, i, which, moments[j]);
+        const bool is_first = threadIdx.x % kBlockThreads == 0;
+        if (is_in_blocks(format(kMoment + j)) && is_first && which.count != 0) {
+          *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
+        }
+      }
+      // From here on the parameter is what is stored.
+      if (kTail || has(kCopy)) decode(format(kParam), has_residual, param, p);
+      if (averages) {
+        Eight numbers;
+        decode(format(kEma), false, average, numbers);
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) numbers[k] = averaged(c_.tail, numbers[k], p[k]);
+        encode(format(kEma), false, numbers, which, [](Random&) {}, average);
+        store(kEma, i, which, average);
+      }
+      if (has(kCopy)) {
+        Bits copy;
+        encode(format(kCopy), false, p, which, [](Random&) {}, copy);
+        store(kCopy, i, which, copy);
+      }
+    }
+    if constexpr (kTail) {
+      if (tail.statistics != nullptr) {
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) {
+          if (which.has(k)) count(sums, before[k], p[k], g[k]);
+        }
+      }
+      const bool zeroes = tail.grads_after == GradsAfter::zeroed;
+      if (zeroes || leaves_unscaled(tail, taken)) {
+        // An infinity, too, becomes zero.
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) g[k] = zeroes ? 0 : g[k] * c_.tail.grad_left;
+        encode(format(kGrad), false, g, which, [](Random&) {}, grad);
+        store(kGrad, i, which, grad);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void count(Sums& sums, double before, double after,
+                                               float gradient) {
+    const double g = gradient;
+    const double change = after - before;
+    sums.grad += g * g;
+    sums.param += after * after;
+    sums.change += change * change;
+    sums.not_finite += is_finite(gradient) ? 0 : 1;
+  }
+
+  const Arguments& args_;
+  const C& c_;
+  const BlockChunk& chunk_;
+  volatile Addresses& at_;
+};
+
+template <class Rule, class Formats, bool kTail>
+__global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
+    tile_kernel(const __grid_constant__ Arguments args) {
+  step_chunk<Rule, float, kTail>(args, [&](const auto& constants, const BlockChunk& chunk,
+                                           Sums& sums) {
+    __shared__ volatile Addresses addresses;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (std::uint32_t k = 0; k < kOperands; ++k) {
+        const bool is_scale = k >= kScale && k < kScaleEnd;
+        char* const first = static_cast<char*>(k == kGrad ? chunk.grad : chunk.row.operands[k]);
+        addresses.operands[k] = first + (is_scale ? chunk.begin / kBlock
+                                                  : chunk.begin * bytes_of(Formats::of(args, k)));
+      }
+      addresses.first = chunk.row.first + chunk.begin;
+      addresses.number = chunk.row.number;
+      addresses.step = chunk.step;
+    }
+    __syncthreads();
+    TileStepper<Rule, Formats, kTail>(args, constants, chunk, addresses).walk(sums);
+  });
+}
+
+// Recipes of AdamW that have a plain kernel each, of fewer registers and instructions.
+template <class... Types>
+struct FormatsList {};
+constexpr Format kNone = Format::none, kFloat32 = Format::float32, kBfloat16 = Format::bfloat16;
+constexpr Format kStochastic = Format::bfloat16_stochastic, kInt16 = Format::int16;
+using UsedMost =
+    FormatsList<TheseFormats<kBfloat16, kInt16, kBfloat16, kNone, kFloat32, kFloat32>,
+                TheseFormats<kBfloat16, kInt16, kBfloat16, kNone, kBfloat16, kStochastic>,
+                TheseFormats<kBfloat16, kInt16, kBfloat16, kNone, Format::e4m3, Format::ue5m3>,
+                TheseFormats<kStochastic, kNone, kBfloat16, kNone, Format::e4m3, Format::ue5m3>,
+                TheseFormats<kFloat32, kNone, kBfloat16, kBfloat16, kFloat32, kFloat32>>;
+
+template <class... Types, class Visit>
+void in_kernel_of_its_own(FormatsList<Types...>, const RecipeKey& key, Visit&& visit) {
+  ((Types::are_of(key) ? visit(Types{}) : void()), ...);
+}
+
+}  // namespace
+
+CudaResult step_tiles_cuda(const Launch& launch, const CudaTables& tables, bool with_tail,
+                           void* stream) {
+  Kernel kernel = nullptr;
+  visit_tiled(launch.recipe, [&](auto rule) {
+    using Rule = decltype(rule);
+    kernel = with_tail ? tile_kernel<Rule, AnyFormats, true> : tile_kernel<Rule, AnyFormats, false>;
+  });
+  if (kernel == nullptr) return {cudaErrorInvalidDeviceFunction, 0};
+  if (!with_tail && launch.recipe.rule == RuleId::adamw) {
+    in_kernel_of_its_own(UsedMost{}, launch.recipe, [&](auto formats) {
+      kernel = tile_kernel<AdamW<false>, decltype(formats), false>;
+    });
+  }
+  return launch_step(kernel, launch, tables, stream);
+}
+
+}  // namespace warpstep
