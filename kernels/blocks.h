@@ -48,18 +48,31 @@ WARPSTEP_FN void split(float x, bfloat16& high, std::int16_t& residual) {
 
 // Elements that share one value of the counter.
 constexpr std::uint32_t kDrawn = 8;
+constexpr std::uint32_t kRounds = 7;
+
+// The seed as each round takes it. Worked out once a launch.
+struct Keys {
+  std::uint32_t words[kRounds][2];
+
+  Keys() = default;
+  explicit Keys(std::uint64_t seed) {
+    for (std::uint32_t round = 0; round < kRounds; ++round) {
+      words[round][0] = static_cast<std::uint32_t>(seed) + round * 0x9E3779B9u;
+      words[round][1] = static_cast<std::uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
+  }
+};
 
 // What the random bits of one operand of one tensor at one step are a function of, beside the
 // element's index.
 struct Draw {
-  std::uint32_t key[2];   // the seed
+  const Keys& keys;       // of the seed
   std::uint32_t step;     // the bits of the step counter after the step
   std::uint32_t operand;  // the parameter's number, and the operand
 
-  WARPSTEP_FN Draw(std::uint64_t seed, float step_after, std::uint32_t number, std::uint32_t of)
-      : key{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
-        step(bits_as<std::uint32_t>(step_after)),
-        operand(number * 8 + of) {}
+  WARPSTEP_FN Draw(const Keys& keys_of_seed, float step_after, std::uint32_t number,
+                   std::uint32_t of)
+      : keys(keys_of_seed), step(bits_as<std::uint32_t>(step_after)), operand(number * 8 + of) {}
 };
 static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of eight numbers");
 
@@ -68,22 +81,18 @@ static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of 
 WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
   // In 64 bits, of which the lower half counts: what a SIMD multiplication takes and gives.
   std::uint64_t c0 = index, c1 = index >> 32, c2 = from.step, c3 = from.operand;
-  std::uint32_t k0 = from.key[0], k1 = from.key[1];
-  constexpr int kRounds = 7;
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 7
 #endif
-  for (int round = 0; round < kRounds; ++round) {
+  for (std::uint32_t round = 0; round < kRounds; ++round) {
     const std::uint64_t product0 = (c0 & 0xffffffffu) * 0xD2511F53u;
     const std::uint64_t product1 = (c2 & 0xffffffffu) * 0xCD9E8D57u;
-    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c0 = (product1 >> 32) ^ c1 ^ from.keys.words[round][0];
     c1 = product1;
-    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c2 = (product0 >> 32) ^ c3 ^ from.keys.words[round][1];
     c3 = product0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   words[0] = static_cast<std::uint32_t>(c0);
   words[1] = static_cast<std::uint32_t>(c1);

@@ -187,7 +187,8 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
       Stepper<Recipe<Rule, float32, float32, std::enable_if_t<kIndex + 1 != 0, float32>...>>;
   using C = Constants<Rule, float>;
 
-  explicit TileStepper(const Launch& launch) : launch_(launch), taken_(is_taken(launch.tail)) {}
+  explicit TileStepper(const Launch& launch)
+      : launch_(launch), keys_(launch.seed), taken_(is_taken(launch.tail)) {}
 
   // `at` is a tile's first element, and in no block's middle.
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
@@ -253,7 +254,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
   auto draws(const ChunkOf& of, std::uint32_t operand, std::int64_t at, std::int64_t count) {
     return [=] {
       const float step_after = launch_.tail.steps_advanced ? of.step : of.step + 1;
-      const Draw from(launch_.seed, step_after, of.row.number, operand);
+      const Draw from(keys_, step_after, of.row.number, operand);
       return random_.fill(from, of.row.first + at, count);
     };
   }
@@ -262,19 +263,21 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
   void leave_copies(const C& c, const ChunkOf& of, const TileOperand& param, float* p,
                     std::int64_t at, std::int64_t count) {
     const bool averages = launch_.recipe.formats[kEma] != Format::none;
-    if (averages || launch_.tail.statistics != nullptr) param.decode(count, p);
+    const bool copies = launch_.recipe.formats[kCopy] != Format::none;
+    if (averages || copies || launch_.tail.statistics != nullptr) param.decode(count, p);
     if (averages) {
       const TileOperand ema = operand(of, kEma, at);
       float* const average = ema.decode(count, average_);
       Numbers::average(c.tail, as_numbers(p), as_numbers(average), count);
       ema.encode(average, count, [] { return nullptr; });
     }
-    if (launch_.recipe.formats[kCopy] != Format::none) {
+    if (copies) {
       operand(of, kCopy, at).encode(p, count, [] { return nullptr; });
     }
   }
 
   const Launch& launch_;
+  const Keys keys_;
   const bool taken_;
   alignas(64) float param_[kTile];
   alignas(64) float grad_[kTile];

@@ -124,7 +124,7 @@ CudaResult launch_step(Kernel kernel, const Launch& launch, const CudaTables& ta
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
   args.tail = launch.tail;
-  args.seed = launch.seed;
+  args.keys = Keys(launch.seed);
   std::memcpy(args.formats, launch.recipe.formats, sizeof(args.formats));
   const bool needs_grads = launch.tail.statistics == nullptr;  // else there is none to be noted
   return launch_all(kernel, args, launch, needs_grads, static_cast<cudaStream_t>(stream));

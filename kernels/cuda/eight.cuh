@@ -5,7 +5,6 @@
 // branches that all threads of a launch take the same way; where they are constants, none.
 #pragma once
 
-#include "../blocks.h"
 #include "launch.cuh"
 
 namespace warpstep {
@@ -113,44 +112,81 @@ __device__ __forceinline__ void set_half(std::uint32_t* words, std::uint32_t k,
   words[k / 2] = k % 2 == 0 ? half : words[k / 2] | half << 16;
 }
 
+__device__ __forceinline__ std::uint8_t byte_of(const std::uint32_t* words, std::uint32_t k) {
+  return static_cast<std::uint8_t>(words[k / 4] >> k % 4 * 8);
+}
+
+// Whether any of four codes stands for what is no number. Bytes of `inverse` are zero for these:
+// a byte that lends to another counts, too, but only beside one of those.
+template <class C>
+__device__ __forceinline__ bool has_no_number(std::uint32_t codes) {
+  const std::uint32_t inverse = ~codes & 0x01010101u * C::kInfinite;
+  return ((inverse - 0x01010101u) & ~inverse & 0x80808080u) != 0;
+}
+
+// What is there for NaNs and infinities is done again where there are any, and else costs nothing.
 template <class C>
 __device__ __forceinline__ void decode_codes(const Bits& bits, Eight& x) {
   const std::int32_t base = base_of<C>(bits.words[kScaleWord]);
 #pragma unroll
-  for (std::uint32_t k = 0; k < kEight; ++k) {
-    x[k] = decoded<C>(static_cast<std::uint8_t>(bits.words[k / 4] >> k % 4 * 8), base);
+  for (std::uint32_t k = 0; k < kEight; ++k) x[k] = decoded<C, true>(byte_of(bits.words, k), base);
+  if (has_no_number<C>(bits.words[0]) || has_no_number<C>(bits.words[1])) {
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      x[k] = decoded<C, false>(byte_of(bits.words, k), base);
+    }
   }
 }
 
 // The largest of the numbers that the threads of a block of 64 have. All of them call it together.
-__device__ __forceinline__ std::uint32_t largest_of_block(std::uint32_t number) {
+__device__ __forceinline__ std::int32_t largest_of_block(std::int32_t number) {
   const std::uint32_t first = threadIdx.x % 32 / kBlockThreads * kBlockThreads;
   const std::uint32_t mask = ((1u << kBlockThreads) - 1) << first;
 #pragma unroll
   for (std::uint32_t distance = kBlockThreads / 2; distance > 0; distance /= 2) {
-    const std::uint32_t other = __shfl_xor_sync(mask, number, distance);
+    const std::int32_t other = __shfl_xor_sync(mask, number, distance);
     number = other > number ? other : number;
   }
   return number;
 }
 
-template <class C, bool kAll, class Encoded>
-__device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which, Bits& bits,
-                                             Encoded&& encoded_number) {
-  std::uint32_t largest = 0;
+template <class C, bool kAllNumbers>
+__device__ __forceinline__ void set_codes(const Eight& x, std::int32_t base, const Random& random,
+                                          Bits& bits) {
 #pragma unroll
   for (std::uint32_t k = 0; k < kEight; ++k) {
-    const std::uint32_t magnitude = which.has(k) ? finite_magnitude(x[k]) : 0;
-    largest = magnitude > largest ? magnitude : largest;
+    const std::uint32_t code =
+        encoded<C, kAllNumbers>(x[k], base, C::kSigned ? 0 : drawn(random, k));
+    bits.words[k / 4] = k % 4 == 0 ? code : bits.words[k / 4] | code << k % 4 * 8;
+  }
+}
+
+template <class C, bool kAll>
+__device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
+                                             const Random& random, Bits& bits) {
+  // As unsigned numbers, the bits of what is no number are above those of all that are; so are
+  // those of negative numbers, which only a code with a sign has.
+  std::uint32_t highest = 0;
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; ++k) {
+    const std::uint32_t found = bits_as<std::uint32_t>(x[k]) & (C::kSigned ? 0x7fffffffu : ~0u);
+    if (which.has(k)) highest = found > highest ? found : highest;
+  }
+  const bool are_numbers = highest < 0x7f800000u;
+  std::int32_t largest = static_cast<std::int32_t>(highest) + kMagnitudeOfZero;
+  if (!are_numbers) {
+    largest = kMagnitudeOfZero;
+#pragma unroll
+    for (std::uint32_t k = 0; k < kEight; ++k) {
+      const std::int32_t magnitude = magnitude_of<C>(x[k]);
+      if (which.has(k)) largest = magnitude > largest ? magnitude : largest;
+    }
   }
   const std::uint32_t scale = scale_of<C>(largest_of_block(largest));
   const std::int32_t base = base_of<C>(scale);
   bits.words[kScaleWord] = scale;
-#pragma unroll
-  for (std::uint32_t k = 0; k < kEight; ++k) {
-    const std::uint32_t code = encoded_number(k, base);
-    bits.words[k / 4] = k % 4 == 0 ? code : bits.words[k / 4] | code << k % 4 * 8;
-  }
+  set_codes<C, true>(x, base, random, bits);
+  if (!are_numbers) set_codes<C, false>(x, base, random, bits);
 }
 
 __device__ __forceinline__ void decode(Format format, bool has_residual, const Bits& bits,
@@ -194,13 +230,9 @@ __device__ __forceinline__ void encode(Format format, bool has_residual, const E
       set_half(bits.words, k, half.bits);
     }
   } else if (format == Format::e4m3) {
-    encode_codes<E4m3>(x, which, bits, [&](std::uint32_t k, std::int32_t base) {
-      return std::uint32_t{encoded_e4m3(x[k], base)};
-    });
+    encode_codes<E4m3>(x, which, random, bits);
   } else if (format == Format::ue5m3) {
-    encode_codes<Ue5m3>(x, which, bits, [&](std::uint32_t k, std::int32_t base) {
-      return std::uint32_t{encoded_ue5m3(x[k], base, drawn(random, k))};
-    });
+    encode_codes<Ue5m3>(x, which, random, bits);
   } else if (format == Format::bfloat16_stochastic) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) {

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../formats.h"
+#include "../blocks.h"
 #include "launch.h"
 
 namespace warpstep {
@@ -32,7 +32,7 @@ struct Header {
   std::uint32_t groups;  // in the payload: those of its tensors
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;
-  std::uint64_t seed;
+  Keys keys;                  // of the seed of random bits
   Format formats[kOperands];  // the step's
   Norm norm_kind;
   std::uint8_t pad_[4];

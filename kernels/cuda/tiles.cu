@@ -126,7 +126,7 @@ class TileStepper {
   template <bool kAll>
   __device__ __forceinline__ void draw_for(std::uint32_t operand, std::uint32_t i,
                                            Random& random) const {
-    const Draw from(args_.seed, at_.step, at_.number, operand);
+    const Draw from(args_.keys, at_.step, at_.number, operand);
     const std::uint64_t first = static_cast<std::uint64_t>(at_.first + i);
     draw(from, first / kDrawn, random);
     if (kAll) return;

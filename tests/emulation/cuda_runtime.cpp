@@ -42,6 +42,10 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
+  // Shuffles: how many this thread has come to, and what it gave in the last two; and those that it
+  // waits for, lanes of its warp, or none.
+  unsigned exchanges = 0, waits_for = 0;
+  std::uint32_t given[2] = {};
   void* fake_stack = nullptr;  // the address sanitizer's
   void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by
 };
@@ -61,7 +65,13 @@ struct Block {
   unsigned barrier = 0;
 };
 thread_local Block block;
-std::atomic<bool> diverged{false};  // some threads of a block left while others waited
+// What some threads of a block did while others waited for them.
+std::atomic<const char*> diverged{nullptr};
+
+[[noreturn]] void abort_diverged() {
+  std::fprintf(stderr, "%s\n", diverged.load());
+  std::abort();
+}
 
 // The sanitizers must be told of every change of stack.
 void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] const void* stack,
@@ -99,6 +109,27 @@ void fiber_main() {
   to_scheduler(fiber);
 }
 
+// Whether all that a thread's shuffle waits for have come to it.
+bool has_met(unsigned thread) {
+  const Fiber& fiber = block.fibers[thread];
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((fiber.waits_for >> lane & 1) == 0) continue;
+    const unsigned other = thread / 32 * 32 + lane;
+    if (other >= block.fibers.size() || block.fibers[other].exchanges < fiber.exchanges) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Runs a thread up to its next barrier, shuffle or end.
+void run_thread(unsigned thread) {
+  block.thread = dim3(thread);
+  block.current = &block.fibers[thread];
+  switch_fibers(block.scheduler, *block.current, block.current->stack.get(), kStack);
+  after_switch(block.scheduler);
+}
+
 void run_block(unsigned index, unsigned threads, const std::function<void()>& body, unsigned seed) {
   std::mt19937 random(seed + index);
   block.index = dim3(index);
@@ -108,6 +139,7 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
   if (finds_races()) block.scheduler.sanitized = __tsan_get_current_fiber();
   for (Fiber& fiber : block.fibers) {
     fiber.done = false;
+    fiber.exchanges = fiber.waits_for = 0;
     fiber.fake_stack = nullptr;
     if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
     if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
@@ -121,16 +153,29 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
   std::iota(order.begin(), order.end(), 0u);
   for (std::size_t done = 0; done < threads; ++block.barrier) {
     std::shuffle(order.begin(), order.end(), random);
+    std::vector<unsigned> running;  // up to the barrier
     for (unsigned thread : order) {
-      block.thread = dim3(thread);
-      block.current = &block.fibers[thread];
-      if (block.current->done) continue;
-      switch_fibers(block.scheduler, *block.current, block.current->stack.get(), kStack);
-      after_switch(block.scheduler);
+      if (!block.fibers[thread].done) running.push_back(thread);
+    }
+    while (!running.empty()) {
+      std::vector<unsigned> waiting;
+      bool any_ran = false;
+      for (unsigned thread : running) {
+        if (has_met(thread)) {
+          run_thread(thread);
+          any_ran = true;
+        }
+        if (block.fibers[thread].waits_for != 0) waiting.push_back(thread);
+      }
+      if (!any_ran) {
+        diverged = "a shuffle waits for threads that do not come to it";
+        abort_diverged();
+      }
+      running = std::move(waiting);
     }
     done = std::count_if(block.fibers.begin(), block.fibers.end(),
                          [](const Fiber& fiber) { return fiber.done; });
-    if (done != 0 && done != threads) diverged = true;
+    if (done != 0 && done != threads) diverged = "some threads of a block left while others waited";
   }
   if (finds_races()) {
     __tsan_acquire(&block.end);
@@ -164,6 +209,22 @@ void synchronize_threads() {
   if (finds_races()) __tsan_acquire(barrier);
 }
 
+// Orders no access to memory: a shuffle does not.
+std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
+  Fiber& fiber = *block.current;
+  const unsigned thread = block.thread.x;
+  const unsigned parity = fiber.exchanges++ % 2;
+  fiber.given[parity] = value;
+  fiber.waits_for = mask;
+  if ((mask >> lane & mask >> thread % 32 & 1) == 0) {
+    diverged = "a shuffle with a thread that its mask lacks";
+    abort_diverged();
+  }
+  if (!has_met(thread)) to_scheduler(fiber);
+  fiber.waits_for = 0;
+  return block.fibers[thread / 32 * 32 + lane].given[parity];
+}
+
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread) {
   static std::mt19937 random(0);
   // A test of a huge tensor looks at its last blocks only.
@@ -183,10 +244,7 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& th
     }
   }
   for (std::thread& one : running) one.join();
-  if (diverged) {  // not before: what the sanitizer has found, it tells first
-    std::fprintf(stderr, "some threads of a block left while others waited\n");
-    std::abort();
-  }
+  if (diverged) abort_diverged();  // not before: what the sanitizer has found, it tells first
 }
 
 }  // namespace emulation

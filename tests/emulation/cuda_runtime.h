@@ -1,9 +1,10 @@
 // Stands in for the CUDA built-ins that the kernels use, so that they compile for the host.
 //
 // Device memory is host memory. A block's threads are fibers, run one at a time, in shuffled order,
-// up to the next __syncthreads(). A block's fibers share a thread of the operating system, and so
-// what is thread_local. Compiled for the thread sanitizer, blocks run at once, and what neither a
-// barrier nor an atomic's memory order keeps apart is a data race.
+// up to the next __syncthreads(), or to a shuffle that waits for others of its mask. A block's
+// fibers share a thread of the operating system, and so what is thread_local. Compiled for the
+// thread sanitizer, blocks run at once, and what neither a barrier nor an atomic's memory order
+// keeps apart is a data race.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,9 @@ struct dim3 {
   unsigned x, y = 1, z = 1;
   explicit dim3(unsigned x_) : x(x_) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -38,6 +42,8 @@ dim3 thread_index();
 dim3 block_index();
 dim3 block_size();
 void synchronize_threads();
+// What the thread with this lane gives, once all threads of the mask, lanes of one warp, are here.
+std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane);
 // Runs `thread` for every thread of every block.
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread);
 // Runs a launch; or, while the stream is being captured, keeps it for the graph's replays.
@@ -57,6 +63,15 @@ void emulated_replay();
 #define blockDim (emulation::block_size())
 
 inline void __syncthreads() { emulation::synchronize_threads(); }
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  static_assert(sizeof(T) == 4, "a register");
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::exchange(mask, bits, threadIdx.x % 32 ^ static_cast<unsigned>(lanes));
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
