@@ -66,7 +66,7 @@ struct Keys {
 // What the random bits of one operand of one tensor at one step are a function of, beside the
 // element's index.
 struct Draw {
-  const Keys& keys;       // of the seed
+  Keys keys;              // of the seed
   std::uint32_t step;     // the bits of the step counter after the step
   std::uint32_t operand;  // the parameter's number, and the operand
 

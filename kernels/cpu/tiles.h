@@ -16,9 +16,10 @@ class TileDraws {
     const std::int64_t past = first % kDrawn;
     const std::uint64_t index = static_cast<std::uint64_t>(first / kDrawn);
     const std::int64_t draws = (past + count + kDrawn - 1) / kDrawn;
+    const Draw own = from;  // which no store changes
     for (std::int64_t i = 0; i < draws; ++i) {
       std::uint32_t words[kDrawn / 2];
-      draw(from, index + static_cast<std::uint64_t>(i), words);
+      draw(own, index + static_cast<std::uint64_t>(i), words);
       for (std::uint32_t k = 0; k < kDrawn / 2; ++k) words_[i * (kDrawn / 2) + k] = words[k];
     }
     return reinterpret_cast<const std::uint16_t*>(words_) + past;  // little-endian: formats.h
@@ -86,7 +87,8 @@ WARPSTEP_FN std::uint8_t encode_block(const float* from, std::int64_t size,
   for (std::int64_t i = 0; i < size; ++i) {
     const std::int32_t magnitude = magnitude_of<C>(from[i]);
     largest = magnitude > largest ? magnitude : largest;
-    signs |= magnitude;
+    // A NaN or infinity with a sign, too, is none of all numbers.
+    signs |= C::kSigned ? magnitude : magnitude | bits_as<std::int32_t>(from[i]);
   }
   const std::uint32_t scale = scale_of<C>(largest);
   const std::int32_t base = base_of<C>(scale);
