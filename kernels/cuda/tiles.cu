@@ -46,12 +46,16 @@ struct TheseFormats {
   }
 };
 
-// What a thread needs again in every iteration, and has no registers for.
-struct Addresses {
-  void* operands[kOperands];  // of the chunk's first elements
+// What threads need in every iteration and have no registers for: in shared memory, and volatile so
+// that the compiler does not keep it in registers all the same.
+template <bool kTail>
+struct Shared {
+  void* operands[kOperands];  // addresses of the chunk's first elements
   std::int64_t first;         // where that is in the whole tensor
   std::uint32_t number;
   float step;
+  double sums[kStatistics][kTail ? kCudaThreads : 1];  // as in Sums
+  float before[kEight][kTail ? kCudaThreads : 1];      // parameters, for the statistics
 };
 
 // Offsets `i` count elements of the chunk.
@@ -61,11 +65,11 @@ class TileStepper {
   using C = Constants<Rule, float>;
 
   __device__ __forceinline__ TileStepper(const Arguments& args, const C& constants,
-                                         const BlockChunk& chunk, volatile Addresses& addresses)
-      : args_(args), c_(constants), chunk_(chunk), at_(addresses) {}
+                                         const BlockChunk& chunk, volatile Shared<kTail>& shared)
+      : args_(args), c_(constants), chunk_(chunk), shared_(shared) {}
 
   // All elements of the chunk.
-  __device__ __forceinline__ void walk(Sums& sums) const {
+  __device__ __forceinline__ void walk() const {
     // First what is in no whole vector, or in none that is aligned in all operands. The threads of
     // a block of 64 go through it together, those too that have no elements.
     const std::uint32_t head = chunk_.head, size = chunk_.size;
@@ -78,11 +82,11 @@ class TileStepper {
         const bool is_head = slot < kBlock;
         const std::uint32_t i = is_head ? 0 : after + slot - kBlock;
         const std::uint32_t end = slot == 0 ? head : is_head ? 0 : size;
-        step(i, Which<false>{i < end ? min_of(kEight, end - i) : 0}, sums);
+        step(i, Which<false>{i < end ? min_of(kEight, end - i) : 0});
       }
     }
     for (std::uint32_t i = head + threadIdx.x * kEight; i < after; i += blockDim.x * kEight) {
-      step(i, Which<true>{kEight}, sums);
+      step(i, Which<true>{kEight});
     }
   }
 
@@ -102,11 +106,11 @@ class TileStepper {
     return has;
   }
   __device__ __forceinline__ char* address(std::uint32_t operand, std::uint32_t i) const {
-    return in_global_memory<char>(at_.operands[operand]) +
+    return in_global_memory<char>(shared_.operands[operand]) +
            std::uint64_t{i} * bytes_of(format(operand));
   }
   __device__ __forceinline__ std::uint8_t* scale_at(std::uint32_t k, std::uint32_t i) const {
-    return in_global_memory<std::uint8_t>(at_.operands[kScale + k]) + i / kBlock;
+    return in_global_memory<std::uint8_t>(shared_.operands[kScale + k]) + i / kBlock;
   }
 
   // Whether vectors begin at an element in every operand, and draws of random bits.
@@ -117,7 +121,7 @@ class TileStepper {
       if (!has(k) || (k >= kScale && k < kScaleEnd)) continue;
       const auto at = reinterpret_cast<std::uintptr_t>(address(k, i));
       past |= at % min_of(kVectorBytes, kEight * bytes_of(format(k)));
-      if (is_stochastic(format(k))) past |= (at_.first + i) % kDrawn;
+      if (is_stochastic(format(k))) past |= (shared_.first + i) % kDrawn;
     }
     return past == 0;
   }
@@ -126,8 +130,8 @@ class TileStepper {
   template <bool kAll>
   __device__ __forceinline__ void draw_for(std::uint32_t operand, std::uint32_t i,
                                            Random& random) const {
-    const Draw from(args_.keys, at_.step, at_.number, operand);
-    const std::uint64_t first = static_cast<std::uint64_t>(at_.first + i);
+    const Draw from(args_.keys, shared_.step, shared_.number, operand);
+    const std::uint64_t first = static_cast<std::uint64_t>(shared_.first + i);
     draw(from, first / kDrawn, random);
     if (kAll) return;
     // Those of eight elements from the middle of one draw to that of the next.
@@ -167,8 +171,7 @@ class TileStepper {
 
   // Eight elements from `i` on.
   template <bool kAll>
-  __device__ __forceinline__ void step(std::uint32_t i, Which<kAll> which, Sums& sums) const {
-    const Tail& tail = args_.tail;
+  __device__ __forceinline__ void step(std::uint32_t i, Which<kAll> which) const {
     const bool taken = !kTail || chunk_.taken;
     const bool has_residual = has(kResidual);
 
@@ -188,14 +191,20 @@ class TileStepper {
     }
     const bool averages = kTail && taken && has(kEma);
     Bits average;
-    if (averages) average = load(kEma, i, which);
+    if (averages && kAll) average = load(kEma, i, which);
 
     Eight p, g;
     float m[kEight][Rule::kMoments + 1];
     decode(format(kParam), has_residual, param, p);
     decode(format(kGrad), false, grad, g);
-    Eight before;
-    if (kTail) std::memcpy(before, p, sizeof(p));
+    if constexpr (kTail) leave_gradients(i, which, g);
+    const bool counts = kTail && args_.tail.statistics != nullptr;
+    if constexpr (kTail) {
+      if (counts) {
+#pragma unroll
+        for (std::uint32_t k = 0; k < kEight; ++k) shared_.before[k][threadIdx.x] = p[k];
+      }
+    }
     if (taken) {
 #pragma unroll
       for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
@@ -233,6 +242,7 @@ class TileStepper {
       // From here on the parameter is what is stored.
       if (kTail || has(kCopy)) decode(format(kParam), has_residual, param, p);
       if (averages) {
+        if (!kAll) average = load(kEma, i, which);
         Eight numbers;
         decode(format(kEma), false, average, numbers);
 #pragma unroll
@@ -247,60 +257,86 @@ class TileStepper {
       }
     }
     if constexpr (kTail) {
-      if (tail.statistics != nullptr) {
+      if (!counts) return;
+      double params = 0, changes = 0;
 #pragma unroll
-        for (std::uint32_t k = 0; k < kEight; ++k) {
-          if (which.has(k)) count(sums, before[k], p[k], g[k]);
-        }
+      for (std::uint32_t k = 0; k < kEight; ++k) {
+        const double after = p[k], change = after - shared_.before[k][threadIdx.x];
+        params += which.has(k) ? after * after : 0;
+        changes += which.has(k) ? change * change : 0;
       }
-      const bool zeroes = tail.grads_after == GradsAfter::zeroed;
-      if (zeroes || leaves_unscaled(tail, taken)) {
-        // An infinity, too, becomes zero.
-#pragma unroll
-        for (std::uint32_t k = 0; k < kEight; ++k) g[k] = zeroes ? 0 : g[k] * c_.tail.grad_left;
-        encode(format(kGrad), false, g, which, [](Random&) {}, grad);
-        store(kGrad, i, which, grad);
-      }
+      add_up(1, params);
+      add_up(2, changes);
     }
   }
 
-  __device__ __forceinline__ static void count(Sums& sums, double before, double after,
-                                               float gradient) {
-    const double g = gradient;
-    const double change = after - before;
-    sums.grad += g * g;
-    sums.param += after * after;
-    sums.change += change * change;
-    sums.not_finite += is_finite(gradient) ? 0 : 1;
+  // The gradients' part of the tail.
+  template <bool kAll>
+  __device__ __forceinline__ void leave_gradients(std::uint32_t i, Which<kAll> which,
+                                                  const Eight& g) const {
+    const Tail& tail = args_.tail;
+    if (tail.statistics != nullptr) {
+      double grads = 0;
+      std::uint32_t not_finite = 0;
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) {
+        const double gradient = g[k];
+        grads += which.has(k) ? gradient * gradient : 0;
+        not_finite += which.has(k) && !is_finite(g[k]);
+      }
+      add_up(0, grads);
+      add_up(3, not_finite);
+    }
+    const bool zeroes = tail.grads_after == GradsAfter::zeroed;
+    if (zeroes || leaves_unscaled(tail, chunk_.taken)) {
+      Eight left;
+      Bits grad;
+      // An infinity, too, becomes zero.
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) left[k] = zeroes ? 0 : g[k] * c_.tail.grad_left;
+      encode(format(kGrad), false, left, which, [](Random&) {}, grad);
+      store(kGrad, i, which, grad);
+    }
+  }
+
+  __device__ __forceinline__ void add_up(std::uint32_t sum, double more) const {
+    shared_.sums[sum][threadIdx.x] = shared_.sums[sum][threadIdx.x] + more;
   }
 
   const Arguments& args_;
   const C& c_;
   const BlockChunk& chunk_;
-  volatile Addresses& at_;
+  volatile Shared<kTail>& shared_;
 };
 
 template <class Rule, class Formats, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
     tile_kernel(const __grid_constant__ Arguments args) {
-  step_chunk<Rule, float, kTail>(args, [&](const auto& constants, const BlockChunk& chunk,
-                                           Sums& sums) {
-    __shared__ volatile Addresses addresses;
-    if (threadIdx.x == 0) {
+  step_chunk<Rule, float, kTail>(
+      args, [&](const auto& constants, const BlockChunk& chunk, Sums& sums) {
+        __shared__ volatile Shared<kTail> shared;
+        if (threadIdx.x == 0) {
 #pragma unroll
-      for (std::uint32_t k = 0; k < kOperands; ++k) {
-        const bool is_scale = k >= kScale && k < kScaleEnd;
-        char* const first = static_cast<char*>(k == kGrad ? chunk.grad : chunk.row.operands[k]);
-        addresses.operands[k] = first + (is_scale ? chunk.begin / kBlock
-                                                  : chunk.begin * bytes_of(Formats::of(args, k)));
-      }
-      addresses.first = chunk.row.first + chunk.begin;
-      addresses.number = chunk.row.number;
-      addresses.step = chunk.step;
-    }
-    __syncthreads();
-    TileStepper<Rule, Formats, kTail>(args, constants, chunk, addresses).walk(sums);
-  });
+          for (std::uint32_t k = 0; k < kOperands; ++k) {
+            const bool is_scale = k >= kScale && k < kScaleEnd;
+            char* const first = static_cast<char*>(k == kGrad ? chunk.grad : chunk.row.operands[k]);
+            shared.operands[k] = first + (is_scale ? chunk.begin / kBlock
+                                                   : chunk.begin * bytes_of(Formats::of(args, k)));
+          }
+          shared.first = chunk.row.first + chunk.begin;
+          shared.number = chunk.row.number;
+          shared.step = chunk.step;
+        }
+        if constexpr (kTail) {
+          for (std::uint32_t k = 0; k < kStatistics; ++k) shared.sums[k][threadIdx.x] = 0;
+        }
+        __syncthreads();
+        TileStepper<Rule, Formats, kTail>(args, constants, chunk, shared).walk();
+        if constexpr (kTail) {
+          sums = {shared.sums[0][threadIdx.x], shared.sums[1][threadIdx.x],
+                  shared.sums[2][threadIdx.x], shared.sums[3][threadIdx.x]};
+        }
+      });
 }
 
 // Recipes of AdamW that have a plain kernel each, of fewer registers and instructions.
