@@ -110,7 +110,7 @@ __device__ __forceinline__ void step_chunk(const Arguments& args, Walk&& walk) {
 
   if (statistics != nullptr) {
     const double unscale = shared_constants.tail.unscale;  // in no register until now
-    if (!taken) sums.change = 0;  // and not infinity less itself
+    if (!taken) sums.change = 0;                           // and not infinity less itself
     const Sums totals{sum_block(sums.grad), sum_block(sums.param), sum_block(sums.change),
                       sum_block(sums.not_finite)};
     if (threadIdx.x == 0) totals.leave(statistics, unscale);

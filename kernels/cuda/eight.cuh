@@ -138,10 +138,14 @@ __device__ __forceinline__ void decode_codes(const Bits& bits, Eight& x) {
   }
 }
 
+// Those of a warp that have this thread's block of 64 numbers, as a mask.
+__device__ __forceinline__ std::uint32_t threads_of_block() {
+  return ((1u << kBlockThreads) - 1) << threadIdx.x % 32 / kBlockThreads * kBlockThreads;
+}
+
 // The largest of the numbers that the threads of a block of 64 have. All of them call it together.
 __device__ __forceinline__ std::int32_t largest_of_block(std::int32_t number) {
-  const std::uint32_t first = threadIdx.x % 32 / kBlockThreads * kBlockThreads;
-  const std::uint32_t mask = ((1u << kBlockThreads) - 1) << first;
+  const std::uint32_t mask = threads_of_block();
 #pragma unroll
   for (std::uint32_t distance = kBlockThreads / 2; distance > 0; distance /= 2) {
     const std::int32_t other = __shfl_xor_sync(mask, number, distance);

@@ -234,9 +234,15 @@ class TileStepper {
             format(kMoment + j), false, numbers, which,
             [&](Random& random) { draw_for<kAll>(kMoment + j, i, random); }, moments[j]);
         store(kMoment + j, i, which, moments[j]);
+      }
+      if (has_blocks()) {
+        __syncwarp(threads_of_block());  // which have read the scales that one of them overwrites
         const bool is_first = threadIdx.x % kBlockThreads == 0;
-        if (is_in_blocks(format(kMoment + j)) && is_first && which.count != 0) {
-          *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
+#pragma unroll
+        for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
+          if (is_in_blocks(format(kMoment + j)) && is_first && which.count != 0) {
+            *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
+          }
         }
       }
       // From here on the parameter is what is stored.

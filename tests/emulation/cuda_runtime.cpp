@@ -225,6 +225,15 @@ std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
   return block.fibers[thread / 32 * 32 + lane].given[parity];
 }
 
+void synchronize_warp(unsigned mask) {
+  const unsigned thread = block.thread.x, warp = thread / 32 * 32;
+  Fiber& first = block.fibers[warp + static_cast<unsigned>(__builtin_ctz(mask))];
+  void* const barrier = &first.given[block.fibers[thread].exchanges % 2];
+  if (finds_races()) __tsan_release(barrier);
+  exchange(mask, 0, thread % 32);
+  if (finds_races()) __tsan_acquire(barrier);
+}
+
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread) {
   static std::mt19937 random(0);
   // A test of a huge tensor looks at its last blocks only.

@@ -44,6 +44,7 @@ dim3 block_size();
 void synchronize_threads();
 // What the thread with this lane gives, once all threads of the mask, lanes of one warp, are here.
 std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane);
+void synchronize_warp(unsigned mask);
 // Runs `thread` for every thread of every block.
 void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& thread);
 // Runs a launch; or, while the stream is being captured, keeps it for the graph's replays.
@@ -63,6 +64,7 @@ void emulated_replay();
 #define blockDim (emulation::block_size())
 
 inline void __syncthreads() { emulation::synchronize_threads(); }
+inline void __syncwarp(unsigned mask) { emulation::synchronize_warp(mask); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   static_assert(sizeof(T) == 4, "a register");

@@ -20,16 +20,23 @@ constexpr std::uint32_t kChunk = kCudaChunkLeast;
 
 struct Tensor {
   explicit Tensor(std::int64_t numel, std::uint32_t offset = 0)
-      : param(offset + numel, 1), grad(param), exp_avg(param), exp_avg_sq(param), ema(param) {
+      : param(offset + numel, 1),
+        grad(param),
+        exp_avg(param),
+        exp_avg_sq(param),
+        ema(param),
+        scales(2, std::vector<std::uint8_t>(numel / kBlock + 1, 100)) {
     row.operands[kParam] = param.data() + offset;
     row.operands[kMoment] = exp_avg.data() + offset;
     row.operands[kMoment + 1] = exp_avg_sq.data() + offset;
     row.operands[kEma] = ema.data() + offset;
+    for (std::uint32_t i = 0; i < 2; ++i) row.operands[kScale + i] = scales[i].data();
     row.numel = numel;
     row.chunks = count_chunks(numel, 0, kChunk);
     grad_address = grad.data() + offset;
   }
   std::vector<float> param, grad, exp_avg, exp_avg_sq, ema;
+  std::vector<std::vector<std::uint8_t>> scales;
   TensorRow row{};
   void* grad_address;
 };
@@ -62,8 +69,8 @@ int run() {
   RecipeKey recipe{RuleId::adamw, {}};
   for (Operand operand : {kParam, kMoment, kGrad}) recipe.formats[operand] = Format::float32;
   recipe.formats[kMoment + 1] = Format::float32;
-  Launch launch{recipe, {}, rows.data(),   grads.data(), kTensors,
-                &hyper, 1,  chunks.data(), count,        kChunk};
+  Launch launch{recipe, {}, rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(), count,
+                kChunk, 0};
 
   for (int step = 0; step < 2; ++step) EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
   std::vector<double> statistics(kStatistics * count, 0);
@@ -75,6 +82,17 @@ int run() {
   double squares = 0;
   for (std::uint32_t chunk = 0; chunk < count; ++chunk) squares += statistics[4 * chunk];
   EXPECT(squares == kElements);
+
+  // The same through tiles. Of the moments' memory, 8-bit codes take a quarter.
+  launch.recipe.formats[kMoment] = Format::e4m3;
+  launch.recipe.formats[kMoment + 1] = Format::ue5m3;
+  for (std::uint32_t i = 0; i < 2; ++i) launch.recipe.formats[kScale + i] = Format::uint8;
+  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  launch.tail.statistics = nullptr;
+  launch.recipe.formats[kEma] = Format::none;
+  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  EXPECT(steps == std::vector<float>{5, 5, 5, 0});
+  EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
 
   std::vector<double> norm(2 + count, 0);
   EXPECT(grad_norm_cuda(Norm::l2, launch, tables, norm.data(), 0, nullptr).error == 0);

@@ -263,7 +263,9 @@ std::string compare(const RecipeKey& key) {
         const double a = sums[0][i][k], b = sums[1][i][k];
         // float32 sums of the CPU's tiles: some twenty roundings.
         const bool close = std::fabs(a - b) <= 1e-5 * std::fabs(a) || (a != a && b != b) || a == b;
-        if (!close || (k == 3 && a != b)) return "statistics " + std::to_string(k) + ": " + std::to_string(a) + ", " + std::to_string(b);
+        if (!close || (k == 3 && a != b))
+          return "statistics " + std::to_string(k) + ": " + std::to_string(a) + ", " +
+                 std::to_string(b);
       }
     }
   }
