@@ -19,6 +19,32 @@ from pathlib import Path as File
 from typing import NamedTuple
 
 FORMAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Of the kernels through tiles, by their number in kernels/layout.h.
+FORMATS = [
+    "none",
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "int16",
+    "uint8",
+    "bfloat16_stochastic",
+    "e4m3",
+    "ue5m3",
+]
+TILED_BYTES = {
+    **FORMAT_BYTES,
+    "none": 0,
+    "int16": 2,
+    "bfloat16_stochastic": 2,
+    "e4m3": 1,
+    "ue5m3": 1,
+}
+BLOCK = 64  # numbers of 8 bits that share a byte of scale
+# Of an H200: instructions of a thread a second, four schedulers of 132 multiprocessors giving 32
+# threads one each at 1.98 GHz; and bytes a second.
+INSTRUCTIONS = 132 * 4 * 32 * 1.98e9
+BYTES = 4.3e12
 THREADS = 256  # kCudaThreads
 REGISTERS = 65536  # of a multiprocessor, of any GPU since 5.0
 WARPS = {"sm_75": 32, "sm_86": 48, "sm_89": 48, "sm_120": 48}  # of a multiprocessor, where not 64
@@ -184,6 +210,11 @@ class Kernel:
         return "step_kernel" in self.name
 
     @property
+    def is_tiled(self) -> bool:
+        """Whether it is a kernel of the step through tiles."""
+        return "tile_kernel" in self.name
+
+    @property
     def is_norm(self) -> bool:
         """Whether it is a kernel of the gradients' norm."""
         return "grad_norm_kernel" in self.name
@@ -198,6 +229,69 @@ class Kernel:
         rule, _, formats, tail = match.groups()
         param, grad, *moments = [part.split("::")[-1] for part in formats.split(", ")]
         return Recipe(rule, param, grad, tuple(moments), tail in ("true", "1"))
+
+    @cached_property
+    def tiled(self) -> Tiled:
+        """What a kernel through tiles is built for, by its name."""
+        flag = r"\(?(?:bool\))?(true|false|0|1)"
+        found = rf"tile_kernel<.*?(\w+)<{flag}>, .*?(Any|These)Formats(?:<(.+?)>)?, {flag}>"
+        match = re.search(found, self.name)
+        assert match is not None, self.name
+        rule, more, _, numbers, tail = match.groups()
+        formats = [FORMATS[int(n)] for n in re.findall(r"\)(\d+)", numbers or "")]
+        moments = tuple(formats[4:])
+        return Tiled(
+            rule,
+            more in ("true", "1"),
+            *(formats[:4] or [None] * 4),
+            moments,
+            tail in ("true", "1"),
+        )
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """What a kernel through tiles is built for: any formats (None), or these. ``more``: AMSGrad of
+    AdamW, momentum of Sgd.
+    """
+
+    rule: str
+    more: bool
+    param: str | None
+    residual: str | None
+    grad: str | None
+    copy: str | None
+    moments: tuple[str, ...]
+    tail: bool
+
+    @property
+    def label(self) -> str:
+        """As the table names it."""
+        if self.param is None:
+            more = {"AdamW": ", amsgrad", "Sgd": ", momentum"}[self.rule] if self.more else ""
+            return f"{self.rule} of any formats{more}" + ("; tail" if self.tail else "")
+        text = self.param + (" with a residual" if self.residual == "int16" else "")
+        text += f", {self.grad} gradients" if self.grad != self.param.split("_")[0] else ""
+        text += f", {' and '.join(dict.fromkeys(self.moments))} moments"
+        return text + (f", {self.copy} copy" if self.copy != "none" else "")
+
+    @property
+    def bytes(self) -> float:
+        """Bytes an element that the plain step reads and writes."""
+        kept = (self.param, self.residual, *self.moments)
+        bytes_kept = sum(TILED_BYTES[f or "none"] for f in kept)
+        scales = sum(f in ("e4m3", "ue5m3") for f in self.moments) / BLOCK
+        read, written = (TILED_BYTES[f or "none"] for f in (self.grad, self.copy))
+        return 2 * (bytes_kept + scales) + read + written
+
+    @property
+    def accesses(self) -> tuple[int, int]:
+        """16-byte loads and stores of eight elements: of operands that have so many bytes."""
+        stored = (self.param, self.residual, *self.moments)
+        kept = sum(TILED_BYTES[f or "none"] // 2 for f in stored)
+        return kept + TILED_BYTES[self.grad or "none"] // 2, kept + TILED_BYTES[
+            self.copy or "none"
+        ] // 2
 
 
 @dataclass(frozen=True)
@@ -224,6 +318,12 @@ class Recipe:
         """So many are stepped at a time: a vector of the narrowest operand."""
         return 16 // min(FORMAT_BYTES[f] for f in (self.param, self.grad, *self.moments))
 
+    @property
+    def bytes(self) -> int:
+        """Bytes an element that the plain step reads and writes."""
+        kept = sum(FORMAT_BYTES[f] for f in (self.param, *self.moments))
+        return 2 * kept + FORMAT_BYTES[self.grad]
+
     def vectors(self, *formats: str) -> int:
         """16-byte accesses that so many elements take in each of the formats."""
         return sum(self.elements * FORMAT_BYTES[f] // 16 for f in formats)
@@ -238,6 +338,10 @@ def instructions(kernel: Kernel) -> dict[str, float]:
         (vectors,) = {sum(c.moves_16_bytes for c in loop.code)}
         grad = next(name for name in FORMAT_BYTES if f"::{name}>" in kernel.name)
         return {"norm": min(loop.paths.values()) * FORMAT_BYTES[grad] / 16 / vectors}
+    if kernel.is_tiled:
+        if kernel.tiled.param is None:  # the way through depends on the launch
+            return {}
+        return {"step": loop.shortest(*kernel.tiled.accesses, False) / 8}
     recipe = kernel.recipe
     if recipe.param == "float64":
         return {}
@@ -281,11 +385,23 @@ def read(path: str | File) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """Registers, warps a multiprocessor and instructions an element, as Markdown."""
+    """Registers, warps a multiprocessor, instructions an element and of plain kernels bytes, as
+    Markdown; and how often an H200 could give the instructions while its memory moves the bytes.
+    """
     lines = [
-        "| kernel | registers | warps | instructions an element |",
-        "| --- | --: | --: | :-- |",
+        "| kernel | registers | warps | instructions an element | bytes | issue / memory |",
+        "| --- | --: | --: | :-- | --: | --: |",
     ]
+
+    def line(kernel: Kernel, label: str, moved: float | None) -> str:
+        found = instructions(kernel)
+        counts = ", ".join(f"{what} {n:.0f}" for what, n in found.items())
+        sides = "- | -"
+        if moved is not None and found:
+            (count,) = found.values()
+            sides = f"{moved:.4g} | {INSTRUCTIONS / count / (BYTES / moved):.2f}"
+        return f"| {label} | {kernel.registers} | {kernel.warps} | {counts or '-'} | {sides} |"
+
     order = {name: i for i, name in enumerate(("float32", "bfloat16", "float16", "float64"))}
     steps = [k for k in kernels if k.is_step]
 
@@ -296,13 +412,15 @@ def table(kernels: list[Kernel]) -> str:
 
     for kernel in sorted(steps, key=place):
         label = kernel.recipe.label + ("; tail" if kernel.recipe.tail else "")
-        counts = ", ".join(f"{what} {n:.0f}" for what, n in instructions(kernel).items())
-        lines.append(f"| {label} | {kernel.registers} | {kernel.warps} | {counts or '-'} |")
+        lines.append(line(kernel, label, None if kernel.recipe.tail else kernel.recipe.bytes))
+    tiled = [(k.tiled, k) for k in kernels if k.is_tiled]
+    for what, kernel in sorted(tiled, key=lambda pair: (pair[0].param is None, pair[0].label)):
+        lines.append(line(kernel, what.label, None if what.param is None else what.bytes))
     for kernel in (k for k in kernels if k.is_norm):
         name = re.search(r"::(\w+)>", kernel.name)
         count = instructions(kernel)["norm"]
         label = f"norm, {name.group(1) if name else kernel.name}"
-        lines.append(f"| {label} | {kernel.registers} | {kernel.warps} | {count:.1f} |")
+        lines.append(f"| {label} | {kernel.registers} | {kernel.warps} | {count:.1f} | - | - |")
     return "\n".join(lines)
 
 
