@@ -38,9 +38,14 @@ WARPSTEP_FN float joined(bfloat16 high, std::int16_t residual) {
                         static_cast<std::uint32_t>(static_cast<std::int32_t>(residual)));
 }
 
+constexpr std::uint32_t kHalfOfLast = 0x8000;  // of a bfloat16's last place
+// What is split, of a number or a NaN.
+WARPSTEP_FN std::uint32_t bits_of_master(float x) {
+  return x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x);
+}
 WARPSTEP_FN void split(float x, bfloat16& high, std::int16_t& residual) {
-  const std::uint32_t bits = x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x);
-  high.bits = static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+  const std::uint32_t bits = bits_of_master(x);
+  high.bits = static_cast<std::uint16_t>((bits + kHalfOfLast) >> 16);
   residual = static_cast<std::int16_t>(bits & 0xffffu);
 }
 
@@ -79,20 +84,25 @@ static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of 
 // The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the
 // lower half of the first word.
 WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
-  // In 64 bits, of which the lower half counts: what a SIMD multiplication takes and gives.
-  std::uint64_t c0 = index, c1 = index >> 32, c2 = from.step, c3 = from.operand;
+#ifdef __CUDA_ARCH__
+  using Lane = std::uint32_t;
+#else
+  using Lane = std::uint64_t;  // of which the lower half counts: as SIMD multiplications have it
+#endif
+  Lane c0 = static_cast<Lane>(index), c1 = static_cast<Lane>(index >> 32);
+  Lane c2 = from.step, c3 = from.operand;
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 7
 #endif
   for (std::uint32_t round = 0; round < kRounds; ++round) {
-    const std::uint64_t product0 = (c0 & 0xffffffffu) * 0xD2511F53u;
-    const std::uint64_t product1 = (c2 & 0xffffffffu) * 0xCD9E8D57u;
-    c0 = (product1 >> 32) ^ c1 ^ from.keys.words[round][0];
-    c1 = product1;
-    c2 = (product0 >> 32) ^ c3 ^ from.keys.words[round][1];
-    c3 = product0;
+    const std::uint64_t product0 = std::uint64_t{c0 & 0xffffffffu} * 0xD2511F53u;
+    const std::uint64_t product1 = std::uint64_t{c2 & 0xffffffffu} * 0xCD9E8D57u;
+    c0 = static_cast<Lane>(product1 >> 32) ^ c1 ^ from.keys.words[round][0];
+    c1 = static_cast<Lane>(product1);
+    c2 = static_cast<Lane>(product0 >> 32) ^ c3 ^ from.keys.words[round][1];
+    c3 = static_cast<Lane>(product0);
   }
   words[0] = static_cast<std::uint32_t>(c0);
   words[1] = static_cast<std::uint32_t>(c1);
@@ -106,9 +116,12 @@ WARPSTEP_FN std::uint32_t drawn(const std::uint32_t (&words)[kDrawn / 2], std::u
 }
 
 // To one of the two neighbours, by 16 random bits; exact in the mean.
+// In the upper half.
+WARPSTEP_FN std::uint32_t rounded_stochastically(float x, std::uint32_t random) {
+  return x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x) + random;
+}
 WARPSTEP_FN void store_stochastic(float x, bfloat16& to, std::uint32_t random) {
-  const std::uint32_t bits = bits_as<std::uint32_t>(x) + random;
-  to.bits = x != x ? 0x7fff : static_cast<std::uint16_t>(bits >> 16);
+  to.bits = static_cast<std::uint16_t>(rounded_stochastically(x, random) >> 16);
 }
 
 // ---- Numbers of 8 bits
@@ -167,12 +180,13 @@ WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t rando
   const std::int32_t bits = bits_as<std::int32_t>(x);
   std::int32_t magnitude = bits & 0x7fffffff;
   if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
-  const std::int32_t past = magnitude - base;
   // 1 for what does not become zero: from half of the first code's number on, which is 1.125 times
   // what `base` stands for; or every positive number.
-  const std::int32_t least = C::kSigned ? 1 + ((past + 0x700000) >> 31) : min_of(magnitude, 1);
-  const std::int32_t rounding = C::kSigned ? 0x80000 : static_cast<std::int32_t>(random << 4 | 8);
-  std::int32_t code = (past + rounding) >> 20;
+  const std::int32_t least =
+      C::kSigned ? 1 + ((magnitude + (0x700000 - base)) >> 31) : min_of(magnitude, 1);
+  const std::int32_t beyond =
+      C::kSigned ? magnitude : magnitude + static_cast<std::int32_t>(random << 4);
+  std::int32_t code = (beyond + ((C::kSigned ? 0x80000 : 8) - base)) >> 20;
   code = code < least ? least : code;
   if (!kAllNumbers && magnitude >= 0x7f800000) {
     code = magnitude == 0x7f800000 ? C::kInfinite : C::kNan;

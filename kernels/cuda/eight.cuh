@@ -15,7 +15,8 @@ constexpr std::uint32_t kEight = kDrawn;
 static_assert(kEight == 8 && kEight * 2 == kVectorBytes, "what the name says");
 // A block of 8-bit numbers lies with so many threads, which are neighbours in a warp.
 constexpr std::uint32_t kBlockThreads = kBlock / kEight;
-static_assert(kCudaThreads % 32 == 0 && 32 % kBlockThreads == 0, "all in one warp");
+constexpr std::uint32_t kWarp = 32;
+static_assert(kCudaThreads % kWarp == 0 && kWarp % kBlockThreads == 0, "all in one warp");
 
 // Which of eight elements there are: all, at a vector's boundary; or the first `count`, anywhere.
 template <bool kAll>
@@ -107,9 +108,18 @@ using Random = std::uint32_t[kDrawn / 2];
 __device__ __forceinline__ std::uint16_t half_of(const std::uint32_t* words, std::uint32_t k) {
   return static_cast<std::uint16_t>(words[k / 2] >> k % 2 * 16);
 }
-__device__ __forceinline__ void set_half(std::uint32_t* words, std::uint32_t k,
-                                         std::uint32_t half) {
-  words[k / 2] = k % 2 == 0 ? half : words[k / 2] | half << 16;
+// Of two, four.
+__device__ __forceinline__ std::uint32_t lower_halves(std::uint32_t a, std::uint32_t b) {
+  return __byte_perm(a, b, 0x5410);
+}
+__device__ __forceinline__ std::uint32_t upper_halves(std::uint32_t a, std::uint32_t b) {
+  return __byte_perm(a, b, 0x7632);
+}
+__device__ __forceinline__ std::uint32_t lowest_bytes(const std::uint32_t* x) {
+  return lower_halves(__byte_perm(x[0], x[1], 0x40), __byte_perm(x[2], x[3], 0x40));
+}
+__device__ __forceinline__ std::uint32_t highest_bytes(const std::uint32_t* x) {
+  return lower_halves(__byte_perm(x[0], x[1], 0x73), __byte_perm(x[2], x[3], 0x73));
 }
 
 __device__ __forceinline__ std::uint8_t byte_of(const std::uint32_t* words, std::uint32_t k) {
@@ -138,14 +148,17 @@ __device__ __forceinline__ void decode_codes(const Bits& bits, Eight& x) {
   }
 }
 
-// Those of a warp that have this thread's block of 64 numbers, as a mask.
+// Those of a warp that go together where blocks of 64 are whole, or else have this thread's block.
+template <bool kAll>
 __device__ __forceinline__ std::uint32_t threads_of_block() {
-  return ((1u << kBlockThreads) - 1) << threadIdx.x % 32 / kBlockThreads * kBlockThreads;
+  if (kAll) return ~0u;
+  return ((1u << kBlockThreads) - 1) << threadIdx.x % kWarp / kBlockThreads * kBlockThreads;
 }
 
 // The largest of the numbers that the threads of a block of 64 have. All of them call it together.
+template <bool kAll>
 __device__ __forceinline__ std::int32_t largest_of_block(std::int32_t number) {
-  const std::uint32_t mask = threads_of_block();
+  const std::uint32_t mask = threads_of_block<kAll>();
 #pragma unroll
   for (std::uint32_t distance = kBlockThreads / 2; distance > 0; distance /= 2) {
     const std::int32_t other = __shfl_xor_sync(mask, number, distance);
@@ -158,10 +171,17 @@ template <class C, bool kAllNumbers>
 __device__ __forceinline__ void set_codes(const Eight& x, std::int32_t base, const Random& random,
                                           Bits& bits) {
 #pragma unroll
-  for (std::uint32_t k = 0; k < kEight; ++k) {
-    const std::uint32_t code =
-        encoded<C, kAllNumbers>(x[k], base, C::kSigned ? 0 : drawn(random, k));
-    bits.words[k / 4] = k % 4 == 0 ? code : bits.words[k / 4] | code << k % 4 * 8;
+  for (std::uint32_t word = 0; word < kEight / 4; ++word) {
+    std::uint32_t codes[4], signs[4];
+#pragma unroll
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      const std::uint32_t k = word * 4 + i;
+      signs[i] = bits_as<std::uint32_t>(x[k]);
+      const float magnitude = C::kSigned ? bits_as<float>(signs[i] & 0x7fffffffu) : x[k];
+      codes[i] = encoded<C, kAllNumbers>(magnitude, base, C::kSigned ? 0 : drawn(random, k));
+    }
+    bits.words[word] = lowest_bytes(codes);
+    if (C::kSigned) bits.words[word] |= highest_bytes(signs) & 0x80808080u;
   }
 }
 
@@ -186,7 +206,7 @@ __device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
       if (which.has(k)) largest = magnitude > largest ? magnitude : largest;
     }
   }
-  const std::uint32_t scale = scale_of<C>(largest_of_block(largest));
+  const std::uint32_t scale = scale_of<C>(largest_of_block<kAll>(largest));
   const std::int32_t base = base_of<C>(scale);
   bits.words[kScaleWord] = scale;
   set_codes<C, true>(x, base, random, bits);
@@ -228,10 +248,11 @@ __device__ __forceinline__ void encode(Format format, bool has_residual, const E
     for (std::uint32_t k = 0; k < kEight; ++k) bits.words[k] = bits_as<std::uint32_t>(x[k]);
   } else if (format == Format::float16) {
 #pragma unroll
-    for (std::uint32_t k = 0; k < kEight; ++k) {
-      float16 half;
-      store(x[k], half);
-      set_half(bits.words, k, half.bits);
+    for (std::uint32_t k = 0; k < kEight; k += 2) {
+      float16 pair[2];
+      store(x[k], pair[0]);
+      store(x[k + 1], pair[1]);
+      bits.words[k / 2] = lower_halves(pair[0].bits, pair[1].bits);
     }
   } else if (format == Format::e4m3) {
     encode_codes<E4m3>(x, which, random, bits);
@@ -239,26 +260,24 @@ __device__ __forceinline__ void encode(Format format, bool has_residual, const E
     encode_codes<Ue5m3>(x, which, random, bits);
   } else if (format == Format::bfloat16_stochastic) {
 #pragma unroll
-    for (std::uint32_t k = 0; k < kEight; ++k) {
-      bfloat16 half;
-      store_stochastic(x[k], half, drawn(random, k));
-      set_half(bits.words, k, half.bits);
+    for (std::uint32_t k = 0; k < kEight; k += 2) {
+      bits.words[k / 2] = upper_halves(rounded_stochastically(x[k], drawn(random, k)),
+                                       rounded_stochastically(x[k + 1], drawn(random, k + 1)));
     }
   } else if (has_residual) {
 #pragma unroll
-    for (std::uint32_t k = 0; k < kEight; ++k) {
-      bfloat16 high;
-      std::int16_t residual;
-      split(x[k], high, residual);
-      set_half(bits.words, k, high.bits);
-      set_half(bits.words + kResidualWord, k, static_cast<std::uint16_t>(residual));
+    for (std::uint32_t k = 0; k < kEight; k += 2) {
+      const std::uint32_t a = bits_of_master(x[k]), b = bits_of_master(x[k + 1]);
+      bits.words[k / 2] = upper_halves(a + kHalfOfLast, b + kHalfOfLast);
+      bits.words[kResidualWord + k / 2] = lower_halves(a, b);
     }
   } else {
 #pragma unroll
-    for (std::uint32_t k = 0; k < kEight; ++k) {
-      bfloat16 half;
-      store(x[k], half);
-      set_half(bits.words, k, half.bits);
+    for (std::uint32_t k = 0; k < kEight; k += 2) {
+      bfloat16 pair[2];
+      store(x[k], pair[0]);
+      store(x[k + 1], pair[1]);
+      bits.words[k / 2] = lower_halves(pair[0].bits, pair[1].bits);
     }
   }
 }

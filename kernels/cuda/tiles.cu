@@ -70,10 +70,11 @@ class TileStepper {
 
   // All elements of the chunk.
   __device__ __forceinline__ void walk() const {
-    // First what is in no whole vector, or in none that is aligned in all operands. The threads of
-    // a block of 64 go through it together, those too that have no elements.
+    // First what is in no whole vector (in blocks: in none that a whole warp has), or in none that
+    // is aligned in all operands. The threads of a block of 64 go through it together, those too
+    // that have no elements.
     const std::uint32_t head = chunk_.head, size = chunk_.size;
-    const std::uint32_t unit = has_blocks() ? kBlock : kEight;
+    const std::uint32_t unit = has_blocks() ? kWarp * kEight : kEight;
     const std::uint32_t whole = is_aligned_at(head) ? (size - head) / unit * unit : 0;
     const std::uint32_t after = head + whole;
     if (whole != size) {
@@ -236,7 +237,8 @@ class TileStepper {
         store(kMoment + j, i, which, moments[j]);
       }
       if (has_blocks()) {
-        __syncwarp(threads_of_block());  // which have read the scales that one of them overwrites
+        __syncwarp(
+            threads_of_block<kAll>());  // which have read the scales that one of them overwrites
         const bool is_first = threadIdx.x % kBlockThreads == 0;
 #pragma unroll
         for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {

@@ -74,6 +74,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
+// Four of the eight bytes of two registers, as four hexadecimal digits choose.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+  const std::uint64_t bytes = std::uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (chosen >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
