@@ -13,7 +13,8 @@
 //   e4m3       yes    0 to 127   15      to nearest   exp_avg
 //   ue5m3      no     0 to 255   31      at random    exp_avg_sq
 //
-// Code 0 is zero. The last code is NaN and the one before it infinity, so that neither becomes a
+// Code 0 is zero, which in e4m3 is every magnitude below 1.0 at the least exponent: rounded to the
+// first code, 1.125, it might be twice what it was, and the update with it. The last code is NaN and the one before it infinity, so that neither becomes a
 // number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an exp_avg that is
 // none would make the update explode.
 //
@@ -159,9 +160,8 @@ WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t rando
   std::int32_t magnitude = bits & 0x7fffffff;
   if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
   const std::int32_t past = magnitude - base;
-  // 1 for what does not become zero: from half of the first code's number on, which is 1.125 times
-  // what `base` stands for; or every positive number.
-  const std::int32_t least = C::kSigned ? 1 + ((past + 0x700000) >> 31) : min_of(magnitude, 1);
+  // 1 for what does not become zero: from what `base` stands for on, or every positive number.
+  const std::int32_t least = C::kSigned ? 1 + (past >> 31) : min_of(magnitude, 1);
   const std::int32_t rounding = C::kSigned ? 0x80000 : static_cast<std::int32_t>(random << 4 | 8);
   std::int32_t code = (past + rounding) >> 20;
   code = code < least ? least : code;

@@ -91,7 +91,7 @@ def encoded(numbers: Tensor, *, random: Tensor | None) -> tuple[Tensor, Tensor]:
     scales = ((largest + 0x300000) >> 23).clamp(min=reach + 1)
     base = ((scales - reach) << 23).repeat_interleave(BLOCK)[: len(magnitude)]
     if random is None:
-        code, is_something = magnitude - base + 0x80000 >> 20, magnitude - base >= -0x700000
+        code, is_something = magnitude - base + 0x80000 >> 20, magnitude >= base
     else:
         code, is_something = magnitude - base + (random << 4 | 8) >> 20, magnitude > 0
     code = torch.where(is_something, code.clamp(min=1), 0)

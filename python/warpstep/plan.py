@@ -18,7 +18,15 @@ from torch.optim.optimizer import Optimizer
 from warpstep import backends, reference
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.clipping import Clipping, RememberedGrad
-from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
+from warpstep.entries import (
+    Entry,
+    WithGrad,
+    place_of,
+    publish,
+    version_of,
+    was_written,
+    with_grads,
+)
 from warpstep.hypers import check_group
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.precision import Precision
@@ -286,7 +294,7 @@ class Plan:
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
-            if any(param._version != self._versions.get(e, param._version) for e, param, _ in stepped):
+            if any(e in self._versions and was_written(p, self._versions[e]) for e, p, _ in stepped):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
             for bucket in self._by_python:
@@ -295,7 +303,7 @@ class Plan:
             reference.store(computed)
             for entry, param, _ in stepped:
                 if optimizer.param_groups[entry.group].get("master"):
-                    self._versions[entry] = param._version
+                    self._versions[entry] = version_of(param)
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
             self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
             for mention in with_grads(optimizer, self.repeated):
@@ -367,7 +375,7 @@ class Plan:
         written: list[Tensor] = self._bound.written_params(optimizer.param_groups)
         for entry, version in self._versions.items():
             param = place_of(optimizer, entry)
-            if param is not None and param._version != version:
+            if param is not None and was_written(param, version):
                 written.append(param)
         return written
 
@@ -376,7 +384,7 @@ class Plan:
         self._bound.note_versions(optimizer.param_groups)
         for entry in self._versions:
             if (param := place_of(optimizer, entry)) is not None:
-                self._versions[entry] = param._version
+                self._versions[entry] = version_of(param)
 
     def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""
