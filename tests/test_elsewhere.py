@@ -26,6 +26,7 @@ SUITE = [
     "test_sgd.py",
     "test_tail.py",
     "test_tail_edges.py",
+    "test_decay_min.py",
     "test_unscaled_grads.py",
     "test_bits.py",
     "test_formats.py",

@@ -2,6 +2,7 @@
 // the copy. launch.cpp chooses one.
 #include "grad_norm.h"
 #include "launch.h"
+#include "least_magnitude.h"
 #include "step.h"
 #include "touch.h"
 
@@ -13,7 +14,7 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
             return kernel;
           },
-          chunk_norm, touch_arrays};
+          chunk_norm, chunk_least, touch_arrays};
 }
 
 }  // namespace warpstep

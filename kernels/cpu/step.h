@@ -201,6 +201,7 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
   Constants<Rule, T> constants{};
   std::uint32_t group = ~0u;  // of which `constants` are
   float step = 0;
+  double least = 0;
 
   for (std::uint32_t i = first; i < last; ++i) {
     const Chunk chunk = launch.chunks[i];
@@ -213,10 +214,12 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
     }
     const TensorRow& row = launch.rows[chunk.tensor];
     const float row_step = row.step != nullptr ? *row.step : kUncounted;
-    if (row.group != group || row_step != step) {
+    const double row_least = launch.least != nullptr ? launch.least[chunk.tensor] : 0;
+    if (row.group != group || row_step != step || row_least != least) {
       group = row.group;
       step = row_step;
-      constants = constants_of<Rule, T>(launch.hypers[group], step, tail);
+      least = row_least;
+      constants = constants_of<Rule, T>(launch.hypers[group], step, least, tail);
     }
     const ChunkRange range = chunk_range(row, chunk.index, kCpuChunk);
     const auto operands_at = [&](std::int64_t element) {

@@ -16,8 +16,8 @@ from warpstep.rules import Rule
 from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rules/decay.h has the formulas), in the order of Decay in layout.h.
-DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious", "l1l2")
-DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious", "l1l2"]
+DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious", "l1l2", "min")
+DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious", "l1l2", "min"]
 
 
 def check_arguments(params: Any, **numbers: Any) -> None:

@@ -18,7 +18,7 @@ from warpstep import backends, reference
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
-from warpstep.hypers import check_group
+from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import Recipe, real_dtype
@@ -114,12 +114,16 @@ class Plan:
         self._reference_sums: dict[Entry, Tensor] = {}
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
+        of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
             bucket.bind(self._bound, index)
+            if of_min and any(entry.group in of_min for entry in bucket.entries):
+                bucket.keep_least()
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
             entry.param, entry.state, entry.new_state = None, _NOTHING, None
         self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
+        self._finding_least = [b for b in self.buckets if b.finds_least_apart]
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
         """What holds the tensors of the buckets, looks at them at each step and launches."""
@@ -223,7 +227,7 @@ class Plan:
 
     def is_one_call(self, tail: Tail) -> bool:
         """Whether the native module takes the whole step, so that no signal can come between."""
-        others = self.python_only or self.repeated or self._by_python
+        others = self.python_only or self.repeated or self._by_python or self._finding_least
         return self.lasts and not others and not tail.unscales
 
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
@@ -266,6 +270,8 @@ class Plan:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
+            for bucket in self._finding_least:
+                bucket.find_least()
             for bucket in self._by_python:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)

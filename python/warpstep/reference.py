@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from warpstep.hypers import decay_form
 from warpstep.recipes import real_dtype
 from warpstep.rules import Rule
-from warpstep.shards import own_part
+from warpstep.shards import holds_values, layout_of, own_part, smallest, whole
 from warpstep.state import is_plain
 from warpstep.tail import Tail
 
@@ -55,8 +55,9 @@ def constants_of(
     constants = rule.constants(numbers, t, compute)
     lr, weight_decay = numbers[:2]
     form = decay_form(group)
-    decay = (lr / group["base_lr"] if form == "independent" else lr) * weight_decay
-    decay = decay / 2 if form == "l1l2" else decay
+    decay = lr / group["base_lr"] if form == "independent" else lr
+    if form != "min":  # of which `computed` knows the other factor
+        decay = decay * (weight_decay / 2 if form == "l1l2" else weight_decay)
     if stays:
         return constants, decay
     return type(constants)(*(c.item() for c in constants)), decay.item()
@@ -70,6 +71,20 @@ def real_view(tensor: Tensor) -> Tensor:
 
 def _finite_or_zero(x: Tensor) -> Tensor:
     return x.masked_fill(~x.isfinite(), 0)
+
+
+def least_magnitude(param: Tensor, layout: Any = None) -> Tensor:
+    """The smallest magnitude of the numbers that a tensor is made of, NaN if any is; inf of none.
+
+    Of a sharded tensor, or of one's own part with its ``layout``, that of the whole.
+    """
+    if layout is None and holds_values(layout_of(param)):
+        param, layout = own_part(param), layout_of(param)
+    numbers = real_view(whole(param).detach())
+    compute = torch.promote_types(numbers.dtype, torch.float32)
+    if numbers.numel() == 0:
+        return smallest(numbers.new_full((), torch.inf, dtype=compute), layout)
+    return smallest(numbers.abs().amin().to(compute), layout)
 
 
 @dataclass
@@ -91,12 +106,14 @@ def computed(
     tail: Tail | None = None,
     taken: bool | Tensor = True,
     on_host: bool = True,
+    layout: Any = None,
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
     ``state`` holds the rule's moments, ``step`` where steps are counted, and ``ema`` where there is
     an average; ``group`` torch's hyper-parameters. With ``capturable``, or without ``on_host``, no
     value is read on the host, nor is that of a tensor that has none (on the meta device, or fake).
+    ``layout``: of the sharded parameter that ``param`` is this process's part of.
     ::
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
@@ -128,7 +145,9 @@ def computed(
         g = g + weight_decay * p
     update = rule.update(c, g, new)
     if weight_decay != 0 and form != "coupled":
-        d = p.sign() if form == "l1" else _finite_or_zero(p)
+        d = p.sign() if form in ("l1", "min") else _finite_or_zero(p)
+        if form == "min":
+            decay = decay * least_magnitude(param, layout)
         if form == "l1l2":
             d = d + p.sign()
         if form == "cautious":

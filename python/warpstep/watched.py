@@ -83,7 +83,8 @@ class WatchedPlan(Plan):
             if by_parts and self._is_for_operator(group, tensors, tail):
                 calls[entry.group, param.device].append(tensors)
                 continue
-            one = _computed(tensors, group, rule, tail, on_host=not by_parts)
+            own_layout = layout if by_parts else None
+            one = _computed(tensors, group, rule, tail, own_layout, on_host=not by_parts)
             computed.append(one)
             if one.sums is not None:
                 sums[entry] = summed(one.sums, layout) if by_parts else one.sums
@@ -149,7 +150,12 @@ def _call_operator(
 
 
 def _computed(
-    tensors: Tensors, group: dict[str, Any], rule: Rule, tail: Tail, on_host: bool
+    tensors: Tensors,
+    group: dict[str, Any],
+    rule: Rule,
+    tail: Tail,
+    layout: Any,
+    on_host: bool,
 ) -> reference.Computed:
     """One parameter's step by the reference; whether it is taken is not read on the host."""
     taken: bool | Tensor = True
@@ -158,5 +164,13 @@ def _computed(
         taken = bool(taken) if on_host else taken
     state = {key: tensor for key, tensor in tensors.items() if key not in ("param", "grad")}
     return reference.computed(
-        tensors["param"], tensors["grad"], state, group, rule, tail, taken, on_host=on_host
+        tensors["param"],
+        tensors["grad"],
+        state,
+        group,
+        rule,
+        tail,
+        taken,
+        on_host=on_host,
+        layout=layout,
     )
