@@ -39,7 +39,7 @@ def least_magnitude_kernel(
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The smallest magnitude of each tensor; the last of its programs picks it from their shares."""
+    """The smallest magnitude of each tensor; the last of its programs picks it from shares."""
     program = tl.program_id(0)
     chunk = chunks + CHUNK_HALVES * program
     tensor = tl.load(chunk + CHUNK_TENSOR)
