@@ -107,13 +107,15 @@ def computed(
     taken: bool | Tensor = True,
     on_host: bool = True,
     layout: Any = None,
+    counts_steps: bool | None = None,
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
     ``state`` holds the rule's moments, ``step`` where steps are counted, and ``ema`` where there is
     an average; ``group`` torch's hyper-parameters. With ``capturable``, or without ``on_host``, no
     value is read on the host, nor is that of a tensor that has none (on the meta device, or fake).
-    ``layout``: of the sharded parameter that ``param`` is this process's part of.
+    ``layout``: of the sharded parameter that ``param`` is this process's part of. ``counts_steps``:
+    whether the state has a counter, where that is not the group's to say.
     ::
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
@@ -132,7 +134,8 @@ def computed(
     """
     tail = tail or Tail()
 
-    new_step = state["step"] + 1 if rule.counts_steps(group) else None
+    counts_steps = rule.counts_steps(group) if counts_steps is None else counts_steps
+    new_step = state["step"] + 1 if counts_steps else None
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
     c, decay = constants_of(group, rule, new_step, param.device, compute, on_host)
     p, raw = (real_view(t.detach()).to(compute) for t in (param, grad))

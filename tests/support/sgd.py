@@ -113,7 +113,7 @@ def step(
         "l1": lr * decay * np.sign(p),
         "cautious": lr * decay * p * (np.sign(update) * np.sign(p) >= 0),
         "l1l2": lr * decay / 2 * (p + np.sign(p)),
-        "min": lr * (decay != 0) * np.abs(p).min(initial=np.inf) * np.sign(p),
+        "min": lr * (decay != 0) * (np.abs(p).min() if p.size else 0) * np.sign(p),
     }[options.decay_form]
     after = p - decayed - update
     off_param = off + 4 * np.abs(decayed) + np.abs(decayed + update) + np.abs(after)
