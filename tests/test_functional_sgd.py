@@ -8,6 +8,8 @@ from torch.nn import Parameter
 
 import warpstep
 from support import sgd
+from support.bits import assert_same_bits
+from support.modes import Dispatched
 from support.oracle import ROUNDOFF, TINY, stored, wide
 from support.sgd import Options, Streams
 from warpstep.functional import sgd_, sgdw_
@@ -309,7 +311,6 @@ def test_every_written_list_is_declared(function):
 @both
 def test_compiled_and_seen(function):
     """Whole under fullgraph=True, and of the eager call's bits; one operator under a mode."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     def step(*lists):
         halves = [grad * 0.5 for grad in lists[1]]
@@ -322,17 +323,10 @@ def test_compiled_and_seen(function):
         assert all(map(torch.equal, compiled(*lists), step(*others)))
     assert_same(lists, others)
 
-    seen = []
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, called, types, args=(), kwargs=None):
-            seen.append(str(called))
-            return called(*args, **(kwargs or {}))
-
-    with Watching():
+    with Dispatched() as mode:
         function(*lists, **hypers_of(MOMENTUM))
     function(*others, **hypers_of(MOMENTUM))
-    assert seen == [f"warpstep.{function.__name__}.default"]
+    assert mode.seen == [f"warpstep.{function.__name__}.default"]
     assert_same(lists, others)
 
 
@@ -378,3 +372,27 @@ def test_vmap_says_what_it_cannot_do():
     vmapped(sgd_, stacked, (0, 0, 0, 0), **options)
     with pytest.raises(RuntimeError, match=r"writes to momentum_buffers\[0\]"):
         vmapped(sgd_, one, (0, 0, None, 0), **options)
+
+
+@each_options
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_under_a_mode_is_the_operators(options, scaled):
+    """And gives the bits of a launch; dampened momentum counts its steps."""
+    watched, launched = [], []
+    for params in (watched, launched):
+        params += [Parameter(p) for p in lists_of()[0]]
+    kinds = {"decay_form": options.decay_form} if options.decay_form != "coupled" else {}
+    ours, theirs = (warpstep.SGD(p, **hypers_of(options), **kinds) for p in (watched, launched))
+    for step in range(3):
+        for optimizer, params in ((ours, watched), (theirs, launched)):
+            for param, grad in zip(params, lists_of(seed=step + 1)[1], strict=True):
+                param.grad = grad
+            if scaled:
+                optimizer.grad_scale = torch.tensor(4.0)
+                optimizer.found_inf = torch.tensor(float(step == 1))
+        with Dispatched() as mode:
+            ours.step()
+        theirs.step()
+        name = FUNCTIONS[options.decay_form].__name__
+        assert [f for f in mode.seen if f.startswith("warpstep.")] == [f"warpstep.{name}.default"]
+    assert_same_bits(ours, theirs)

@@ -15,17 +15,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from warpstep import backends, functional, reference
 from warpstep.entries import Entry, WithGrad, with_grads
 from warpstep.hypers import decay_form
+from warpstep.lists import OPERATORS
 from warpstep.plan import Plan
 from warpstep.python_plan import PythonPlan
-from warpstep.rules import ADAMW, Rule
+from warpstep.rules import Rule
 from warpstep.shards import holds_values, layout_of, own_part, summed
 from warpstep.tail import Tail
 
 # By rule and form of decay.
-OPERATORS = {
-    (ADAMW, "decoupled"): functional.adamw_,
-    (ADAMW, "coupled"): functional.adam_,
-}
+OF_FORM = {(o.rule, "coupled" if o.coupled else "decoupled"): o for o in OPERATORS.values()}
 
 Tensors = dict[str, Tensor]  # one parameter's: param, grad and its state
 
@@ -105,8 +103,8 @@ class WatchedPlan(Plan):
             or tail.clip_coef is not None
             or tail.statistics
             or group.get("ema_decay") is not None
-            or (self.options.rule, decay_form(group)) not in OPERATORS
-            or any(isinstance(beta, Tensor) for beta in group["betas"])
+            or (self.options.rule, decay_form(group)) not in OF_FORM
+            or any(isinstance(n.of(group), Tensor) for n in self.options.rule.numbers[2:])
             or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors.values())
         )
 
@@ -126,23 +124,20 @@ def _call_operator(
     def stream(key: str) -> list[Tensor]:
         return [of_param[key] for of_param in tensors]
 
-    amsgrad = bool(group["amsgrad"])
-    beta1, beta2 = group["betas"]
+    operator = OF_FORM[rule, decay_form(group)]
+    own: dict[str, Any] = {flag: bool(group[flag]) for flag in operator.flags}
+    for name, number in zip(operator.numbers, rule.numbers[1:], strict=True):
+        own.setdefault(name, float(number.of(group)))
+    moments = rule.moments_of(group)
     grad_scale, found_inf, _ = tail.on(device)
     with torch.no_grad():
-        OPERATORS[rule, decay_form(group)](
+        getattr(functional, operator.name)(
             stream("param"),
             stream("grad"),
-            stream("exp_avg"),
-            stream("exp_avg_sq"),
-            stream("max_exp_avg_sq") if amsgrad else [],
-            stream("step"),
+            *(stream(key) if key in moments else [] for key in rule.moments),
+            stream("step") if rule.counts_steps(group) else [],
             lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            weight_decay=float(group["weight_decay"]),
-            eps=float(group["eps"]),
-            amsgrad=amsgrad,
+            **own,
             maximize=bool(group["maximize"]),
             grad_scale=grad_scale,
             found_inf=found_inf,
