@@ -34,12 +34,15 @@ enum class Part {
 
 template <class T>
 struct DecayConstants {
-  T coupled;         // weight_decay if coupled, else 0
-  T decay;           // of the table above
-  T sign;            // 1 where d is sign(p), else 0
-  T cautious, l1l2;  // 1 where that is the form, else 0
+  T coupled;   // weight_decay if coupled, else 0
+  T decay;     // of the table above
+  T kept;      // 1 where d has p, else 0
+  T sign;      // 1 where d has sign(p), else -0: what it adds then changes no zero
+  T cautious;  // 1 where that is the form, else 0
 
-  WARPSTEP_FN bool is_usual() const { return coupled == 0 && sign + cautious + l1l2 == 0; }
+  WARPSTEP_FN bool is_usual() const {
+    return coupled == 0 && kept == 1 && sign == 0 && cautious == 0;
+  }
 };
 
 // A number of a group: its own, or what stands at its address.
@@ -76,9 +79,10 @@ WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper, double least) {
                         : hyper.decay == Decay::min ? least
                                                     : weight_decay;
   c.decay = static_cast<T>(decays ? read(hyper, kLr) * factor : 0);
-  c.sign = hyper.decay == Decay::l1 || hyper.decay == Decay::min ? 1 : 0;
+  const bool is_sign = hyper.decay == Decay::l1 || hyper.decay == Decay::min;
+  c.kept = is_sign ? 0 : 1;
+  c.sign = is_sign || hyper.decay == Decay::l1l2 ? T(1) : T(-0.0);
   c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
-  c.l1l2 = hyper.decay == Decay::l1l2 ? 1 : 0;
   return c;
 }
 
@@ -89,15 +93,15 @@ WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
   return c.coupled != 0 ? coupled : grad;
 }
 
-// The parameter after the step. No branches, so that loops become SIMD code.
+// The parameter after the step. No branches, and no choice by a constant, which compilers make one:
+// loops become SIMD code. Products with 1 and 0 are exact.
 template <Part kPart, class T>
 WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
   T d = finite_or_zero(param);
   if (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
     const T kept = c.cautious * sign * update < 0 ? T(0) : d;
-    const T both = kept + sign;
-    d = c.sign != 0 ? sign : c.l1l2 != 0 ? both : kept;
+    d = fma_of(c.sign, sign, c.kept * kept);
   }
   return param - fma_of(c.decay, d, update);
 }
