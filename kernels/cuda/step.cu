@@ -260,7 +260,9 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
     const float step = row.step == nullptr ? kUncounted
                        : takes             ? take_step(row, args.arrivals + chunk.tensor)
                                            : *row.step;
-    shared_constants = constants_of<Rule, T>(hyper, step, tail);
+    const bool has_least = kTail && args.least != nullptr;
+    const double least = has_least ? args.least[chunk.tensor] : 0;
+    shared_constants = constants_of<Rule, T>(hyper, step, least, tail);
   }
   __syncthreads();
   const Constants<Rule, T> constants = shared_constants;

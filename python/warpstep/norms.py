@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from warpstep.reference import real_view
+from warpstep.stored import real_view
 from warpstep.shards import whole
 
 _summed_in = {torch.float16: torch.float32, torch.bfloat16: torch.float32}

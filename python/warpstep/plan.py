@@ -27,7 +27,7 @@ from warpstep.entries import (
     was_written,
     with_grads,
 )
-from warpstep.hypers import check_group
+from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.precision import Precision
 from warpstep.python_plan import PythonPlan
@@ -127,12 +127,16 @@ class Plan:
         self._versions: dict[Entry, int] = {}
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
+        of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
             bucket.bind(self._bound, index)
+            if of_min and any(entry.group in of_min for entry in bucket.entries):
+                bucket.keep_least()
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
             entry.param, entry.state, entry.new_state = None, _NOTHING, None
         self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
+        self._finding_least = [b for b in self.buckets if b.finds_least_apart]
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
         """What holds the tensors of the buckets, looks at them at each step and launches."""
@@ -252,7 +256,7 @@ class Plan:
 
     def is_one_call(self, tail: Tail) -> bool:
         """Whether the native module takes the whole step, so that no signal can come between."""
-        others = self.python_only or self.repeated or self._by_python
+        others = self.python_only or self.repeated or self._by_python or self._finding_least
         return self.lasts and not others and not tail.unscales
 
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
@@ -294,9 +298,13 @@ class Plan:
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
-            if any(e in self._versions and was_written(p, self._versions[e]) for e, p, _ in stepped):
+            if any(
+                e in self._versions and was_written(p, self._versions[e]) for e, p, _ in stepped
+            ):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
+            for bucket in self._finding_least:
+                bucket.find_least()
             for bucket in self._by_python:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)
@@ -360,7 +368,17 @@ class Plan:
             copy = None if copy is None else own_part(copy)
         stored = reference.Stored(self.options.precision, entry.number, first, copy)
         rule = self.options.rule
-        one = reference.computed(param, grad, state, group, rule, tail, taken, stored=stored)
+        one = reference.computed(
+            param,
+            grad,
+            state,
+            group,
+            rule,
+            tail,
+            taken,
+            layout=layout if by_parts else None,
+            stored=stored,
+        )
         if by_parts and one.sums is not None:
             one.sums = summed(one.sums, layout)
         return one
