@@ -13,8 +13,9 @@
 //   e4m3       yes    0 to 127   15      to nearest   exp_avg
 //   ue5m3      no     0 to 255   31      at random    exp_avg_sq
 //
-// Code 0 is zero, which in e4m3 is every magnitude below 1.0 at the least exponent: rounded to the
-// first code, 1.125, it might be twice what it was, and the update with it. The last code is NaN and the one before it infinity, so that neither becomes a
+// Code 0, which would be 1.0, is zero. So in e4m3 every magnitude is zero that is nearer to 1.0 than
+// to the first code's 1.125, or smaller: raised to that, it could be many times what it was, and the
+// update with it. The last code is NaN and the one before it infinity, so that neither becomes a
 // number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an exp_avg that is
 // none would make the update explode.
 //
@@ -157,13 +158,14 @@ WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
 template <class C, bool kAllNumbers>
 WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t random) {
   const std::int32_t bits = bits_as<std::int32_t>(x);
-  std::int32_t magnitude = bits & 0x7fffffff;
+  std::int32_t magnitude = kAllNumbers && !C::kSigned ? bits : bits & 0x7fffffff;
   if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
-  const std::int32_t past = magnitude - base;
-  // 1 for what does not become zero: from what `base` stands for on, or every positive number.
-  const std::int32_t least = C::kSigned ? 1 + (past >> 31) : min_of(magnitude, 1);
-  const std::int32_t rounding = C::kSigned ? 0x80000 : static_cast<std::int32_t>(random << 4 | 8);
-  std::int32_t code = (past + rounding) >> 20;
+  // No positive number of ue5m3 becomes zero.
+  const std::int32_t least = C::kSigned ? 0 : min_of(magnitude, 1);
+  const std::int32_t rounded =
+      C::kSigned ? magnitude - (base - 0x80000)
+                 : magnitude - (base - 8) + static_cast<std::int32_t>(random << 4);
+  std::int32_t code = rounded >> 20;
   code = code < least ? least : code;
   if (!kAllNumbers && magnitude >= 0x7f800000) {
     code = magnitude == 0x7f800000 ? C::kInfinite : C::kNan;

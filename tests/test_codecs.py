@@ -160,7 +160,7 @@ def test_a_number_becomes_one_of_its_two_neighbours(signed, reach, decades):
             assert found in (below, above)
             if signed:
                 if magnitude < 1.125 * (least := 2.0 ** (scale - reach - 127)):
-                    assert found == (0 if magnitude < least else 1.125 * least)
+                    assert found == (0 if magnitude < 1.0625 * least else 1.125 * least)
                 else:
                     assert abs(found - magnitude) <= min(magnitude - below, above - magnitude)
                 assert number == 0 or found == 0 or (int(code) > 0x7F) == (number < 0)

@@ -1,4 +1,4 @@
-"""Low-precision recipes: each step is the float32 step between decoding and encoding, bit for bit."""
+"""Low-precision recipes: a step is the float32 step between decoding and encoding, bit for bit."""
 
 import math
 
@@ -163,7 +163,7 @@ def test_exp_avg_sq_decays_where_nothing_comes(backend, device):
 
     One rounding at random has a variance of at most a quarter of a squared unit in the last place,
     2^-8 of the number in bfloat16 (2^-4 in ue5m3) at most: the mean of k numbers after n steps is
-    within 5 standard deviations, 5 * 2^-8 / 2 * sqrt(n / k), of what it is to be, as relative error.
+    within 5 standard deviations of what it is to be: relatively, 5 * 2^-8 / 2 * sqrt(n / k).
     """
     count, steps = 65_536, 2000 if backend == "cpu" else 200
     for state_dtype, unit in ((BF16, 2.0**-8), ("8bit", 2.0**-4)):

@@ -16,6 +16,7 @@ from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
 from warpstep.rules import Rule
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
+from warpstep.stored import real_view
 from warpstep.tail import Tail
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
@@ -218,7 +219,7 @@ def _compute(
     computed = reference.computed(param, grad, state, group, rule, tail, taken, counts_steps=counts)
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
-            unscaled = reference.real_view(grad) * (1 / options.grad_scale)
+            unscaled = real_view(grad) * (1 / options.grad_scale)
             computed.stores.append((grad, unscaled))
     return computed
 

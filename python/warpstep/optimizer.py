@@ -74,8 +74,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
     ) -> None:
         self.precision = Precision(state_dtype, ema_dtype, rounding, seed)
         self.precision.check()
-        ours = {"state_dtype": state_dtype, "rounding": rounding, "stats": stats or None}
-        ours["copies"] = copies
+        ours: dict[str, Any] = {"state_dtype": state_dtype, "rounding": rounding, "copies": copies}
+        ours["stats"] = stats or None
         given = {"decay_form": decay_form, "ema_decay": ema_decay, "master": master}
         for group in (given, *self.param_groups):
             ours |= {key: group[key] for key in given if group.get(key)}

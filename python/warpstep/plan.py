@@ -44,6 +44,7 @@ from warpstep.state import (
     parameter_name,
 )
 from warpstep.statistics import Statistics, statistics_of
+from warpstep.stored import Stored
 from warpstep.survey import Survey
 from warpstep.tail import Tail
 
@@ -60,7 +61,7 @@ class Options:
 
     rule: Rule
     backend: str = "auto"
-    precision: Precision = Precision()
+    precision: Precision = field(default_factory=Precision)
     copies: Mapping[Tensor, Tensor] = field(default_factory=dict)  # by parameter
 
 
@@ -366,7 +367,7 @@ class Plan:
             state = {key: own_part(tensor) for key, tensor in state.items()}
             param, grad = own_part(param), own_part(grad)
             copy = None if copy is None else own_part(copy)
-        stored = reference.Stored(self.options.precision, entry.number, first, copy)
+        stored = Stored(self.options.precision, entry.number, first, copy)
         rule = self.options.rule
         one = reference.computed(
             param,

@@ -104,7 +104,7 @@ def computed(
     on_host: bool = True,
     layout: Any = None,
     counts_steps: bool | None = None,
-    stored: Stored = Stored(),
+    stored: Stored | None = None,
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
@@ -129,7 +129,7 @@ def computed(
     (https://arxiv.org/abs/1711.05101); cautious decay: Chen et al.
     (https://arxiv.org/abs/2510.12402).
     """
-    tail = tail or Tail()
+    tail, stored = tail or Tail(), stored or Stored()
 
     has_master, precision = group.get("master") is not None, stored.precision
     counts_steps = precision.counts_steps(rule, group) if counts_steps is None else counts_steps
@@ -189,7 +189,7 @@ def computed(
 
     stores: list[tuple[Tensor, Tensor | None]] = []
     if taken is not False:
-        of = {**state, "param": param, "copy": stored.copy}
+        of: dict[str, Any] = {**state, "param": param, "copy": stored.copy}
         if new_step is not None:
             stores = [(state["step"], chosen(new_step, state["step"]))]
         stores += [(of[key], chosen(value, real_view(of[key]))) for key, value in written.items()]

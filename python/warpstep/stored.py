@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def encode_into(state: dict[str, Any], key: str, numbers: Tensor, *, squares: bo
 class Stored:
     """How a parameter and its state are stored, beyond dtypes; and what its random bits are of."""
 
-    precision: Precision = Precision()
+    precision: Precision = field(default_factory=Precision)
     number: int = 0  # of the parameter among the optimizer's
     first: int = 0  # where its first element is in the whole tensor, if it is a shard
     copy: Tensor | None = None  # gets the parameter's value
