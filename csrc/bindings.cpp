@@ -179,6 +179,9 @@ PYBIND11_MODULE(_native, m) {
             plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
           },
           py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
+      .def("set_least", &Plan::set_least, py::arg("bucket"), py::kw_only(), py::arg("least"),
+           py::arg("shared"))
+      .def("find_least", &Plan::find_least, py::arg("bucket"), py::kw_only(), py::arg("threads"))
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
 

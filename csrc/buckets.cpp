@@ -86,7 +86,8 @@ Launch Bucket::launch_of(const Tail& tail, const Hyper* hypers, std::size_t grou
           chunks.data(),
           static_cast<std::uint32_t>(chunks.size()),
           chunk_size,
-          seed};
+          seed,
+          least};
 }
 
 void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads) {
@@ -98,6 +99,11 @@ void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads) {
 void step_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
                   void* stream) {
   count_cuda(step_cuda(launch, tables, bucket.device.index, stream));
+}
+
+void least_magnitudes_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
+                              void* stream) {
+  count_cuda(least_magnitudes_cuda(launch, tables, bucket.device.index, stream));
 }
 
 void grad_norm_on_cuda(const Bucket& bucket, Norm kind, const CudaTables& tables, double* out,

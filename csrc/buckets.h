@@ -20,6 +20,7 @@ struct Bucket {
   std::vector<Chunk> chunks;  // in row order
   std::uint32_t chunk_size = 0;
   std::uint64_t seed = 0;              // of random bits
+  double* least = nullptr;             // Launch::least
   std::vector<std::uint32_t> batches;  // of chunks, for the CPU's threads (kernels/cpu/launch.h)
 
   // Adds a row of which all but `chunks` and `head` is there, and its gradient.
@@ -39,6 +40,9 @@ void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads);
 // On a stream of the bucket's device. Throws std::runtime_error for an error of CUDA's.
 void step_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
                   void* stream);
+// Fills in launch.least, as least_magnitudes_cpu() does.
+void least_magnitudes_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
+                              void* stream);
 // The norm of the gradients, to `out`: double[2 + chunks] on the bucket's device.
 void grad_norm_on_cuda(const Bucket& bucket, Norm kind, const CudaTables& tables, double* out,
                        void* stream);

@@ -21,10 +21,13 @@ const Names& names() {
 
 // By the word that groups hold; warpstep/hypers.py has the same.
 std::optional<Decay> decay_named(PyObject* name) {
-  static constexpr std::pair<const char*, Decay> kForms[] = {
-      {"coupled", Decay::coupled},         {"decoupled", Decay::decoupled},
-      {"independent", Decay::independent}, {"l1", Decay::l1},
-      {"cautious", Decay::cautious},       {"l1l2", Decay::l1l2}};
+  static constexpr std::pair<const char*, Decay> kForms[] = {{"coupled", Decay::coupled},
+                                                             {"decoupled", Decay::decoupled},
+                                                             {"independent", Decay::independent},
+                                                             {"l1", Decay::l1},
+                                                             {"cautious", Decay::cautious},
+                                                             {"l1l2", Decay::l1l2},
+                                                             {"min", Decay::min}};
   for (const auto& [form, decay] : kForms) {
     if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, form) == 0) return decay;
   }
@@ -111,6 +114,8 @@ BoundGroup::BoundGroup(const py::dict& group, const GroupKeys& keys) {
   count_ = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr()));
   for (const py::str& key : keys.switches) switches_.push_back(py::bool_(group[key]));
   has_ema_ = group.contains("ema_decay") && !group["ema_decay"].is_none();
+  is_min_ = group.contains("decay_form") &&
+            decay_named(py::object(group["decay_form"]).ptr()) == Decay::min;
   for (const py::str& key : keys.flags) flags_.push_back(group[key]);
 }
 
@@ -179,6 +184,7 @@ const char* BoundGroup::read(PyObject* group, std::uint32_t index, const GroupKe
     if (!decay) return kInvalid;
     hyper.decay = *decay;
   }
+  if ((hyper.decay == Decay::min) != is_min_) return "a group's decay_form became 'min', or was it";
   if (hyper.decay == Decay::independent) {
     double base_lr = 0;
     if (!values.read_number(values.get(names().base_lr), base_lr) || !(base_lr > 0)) {

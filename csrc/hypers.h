@@ -61,6 +61,7 @@ class BoundGroup {
   std::size_t count_;
   std::vector<bool> switches_;
   bool has_ema_;
+  bool is_min_;  // whether its decay is Decay::min, for which a bucket has a table
   std::vector<py::object> flags_;
   // The group's items when it was last read: while the same objects are there, so are their values.
   std::vector<PyObject*> items_;

@@ -53,7 +53,8 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   const std::size_t count = lists.params.size();
   bool same = lists.grads.size() == count;
   for (const py::list& moments : lists.moments) same &= moments.size() == count;
-  const bool counts = !lists.state_steps.empty();
+  // SGD, whose steps are alike but for a first one with dampening, does without counters.
+  const bool counts = !lists.state_steps.empty() || options.rule != RuleId::sgd;
   if (!same || (counts && lists.state_steps.size() != count)) return "lists of different lengths";
   const TensorReader& reader = tensor_reader();
   const auto readable = [&](PyObject* object, TensorView& view) {

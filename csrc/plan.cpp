@@ -216,9 +216,10 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     }
     const std::vector<Hyper>& hypers = hypers_for(bucket);
     const Launch launch = bucket.launch_of(tail, hypers.data(), hypers.size());
+    std::optional<py::gil_scoped_release> release;
+    if (bucket.backend == Backend::cpu && !brief) release.emplace();
+    if (bucket.least != nullptr && !bucket.is_least_shared) launch_least(bucket, launch, threads);
     if (bucket.backend == Backend::cpu) {
-      std::optional<py::gil_scoped_release> release;
-      if (!brief) release.emplace();
       step_on_cpu(bucket, launch, threads);
     } else {
       void* const stream = tensor_reader().current_stream(bucket.device);
@@ -226,6 +227,30 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     }
   }
   for (const py::object& grad : zeroed_after) grad.attr("detach")().attr("zero_")();
+}
+
+void Plan::launch_least(const PlanBucket& bucket, const Launch& launch, int threads) {
+  if (bucket.backend == Backend::cpu) {
+    least_magnitudes_cpu(launch, threads);
+  } else {
+    void* const stream = tensor_reader().current_stream(bucket.device);
+    least_magnitudes_on_cuda(bucket, launch, bucket.tables, stream);
+  }
+}
+
+void Plan::find_least(std::size_t index, int threads) {
+  PlanBucket& bucket = buckets_.at(index);
+  const std::vector<Hyper>& hypers = hypers_for(bucket);
+  const Launch launch = bucket.launch_of({}, hypers.data(), hypers.size());
+  std::optional<py::gil_scoped_release> release;
+  if (bucket.backend == Backend::cpu) release.emplace();
+  launch_least(bucket, launch, threads);
+}
+
+void Plan::set_least(std::size_t index, std::uintptr_t least, bool shared) {
+  PlanBucket& bucket = buckets_.at(index);
+  bucket.least = reinterpret_cast<double*>(least);
+  bucket.is_least_shared = shared;
 }
 
 void Plan::grad_norm(std::size_t index, Norm kind, int threads, py::handle out) {

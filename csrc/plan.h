@@ -122,6 +122,10 @@ class Plan {
   // Python has put them.
   py::dict host_tables(std::size_t bucket) const;
   void set_device_tables(std::size_t bucket, const CudaTables& tables);
+  // Where Launch::least of a bucket is: float64[tensors + chunks]. `shared`: the tensors are parts,
+  // and Python has each least magnitude found (below) and made that of the whole before a launch.
+  void set_least(std::size_t bucket, std::uintptr_t least, bool shared);
+  void find_least(std::size_t bucket, int threads);
   // For external buckets: what changed with this step.
   py::bytes grad_table(std::size_t bucket) const;
   py::bytes hyper_table(std::size_t bucket);
@@ -139,6 +143,7 @@ class Plan {
     std::vector<std::uint32_t> groups;  // the optimizer's that it has rows of: theirs index this
     std::vector<Hyper> hypers;          // of this step, one for each of them
     CudaTables tables{};
+    bool is_least_shared = false;  // see set_least
   };
 
   struct BoundParam {
@@ -188,6 +193,7 @@ class Plan {
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   std::vector<Hyper>& hypers_for(PlanBucket& bucket);
   bool is_brief() const;  // see kBriefElements
+  static void launch_least(const PlanBucket& bucket, const Launch& launch, int threads);
   void increment_versions(bool grads_too);
   bool has_grad(const BoundParam& bound) const;
   static const void* address_of_grad(PyObject* grad, const BoundParam& bound);

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "layout.h"
 
@@ -46,6 +47,8 @@ WARPSTEP_FN T lerp(T from, T to, T weight, T complement, bool is_near) {
   return is_near ? fma_of(weight, difference, from) : fma_of(-complement, difference, to);
 }
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 template <class T>
 WARPSTEP_FN bool is_finite(T x) {
   return std::fabs(x) <= (sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308));
@@ -61,6 +64,12 @@ WARPSTEP_FN T finite_or_zero(T x) {
 template <class T>
 WARPSTEP_FN T maximum(T a, T b) {
   return a > b || a != a ? a : b;
+}
+
+// The smaller, NaN if either is (as torch.minimum).
+template <class T>
+WARPSTEP_FN T minimum(T a, T b) {
+  return a < b || a != a ? a : b;
 }
 
 // bases^exponent as pow() has it: whole exponents by squaring, parts of one by roots. Products and

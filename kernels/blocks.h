@@ -13,9 +13,11 @@
 //   e4m3       yes    0 to 127   15      to nearest   exp_avg
 //   ue5m3      no     0 to 255   31      at random    exp_avg_sq
 //
-// Code 0 is zero. The last code is NaN and the one before it infinity, so that neither becomes a
-// number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an exp_avg that is
-// none would make the update explode.
+// Code 0, which would be 1.0, is zero. So in e4m3 every magnitude is zero that is nearer to 1.0
+// than to the first code's 1.125, or smaller: raised to that, it could be many times what it was,
+// and the update with it. The last code is NaN and the one before it infinity, so that neither
+// becomes a number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an
+// exp_avg that is none would make the update explode.
 //
 // NOTE [random bits]
 // Rounding at random, up with the probability of what is cut off, is right in the mean: exp_avg_sq
@@ -178,15 +180,14 @@ WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
 template <class C, bool kAllNumbers>
 WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t random) {
   const std::int32_t bits = bits_as<std::int32_t>(x);
-  std::int32_t magnitude = bits & 0x7fffffff;
+  std::int32_t magnitude = kAllNumbers && !C::kSigned ? bits : bits & 0x7fffffff;
   if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
-  // 1 for what does not become zero: from half of the first code's number on, which is 1.125 times
-  // what `base` stands for; or every positive number.
-  const std::int32_t least =
-      C::kSigned ? 1 + ((magnitude + (0x700000 - base)) >> 31) : min_of(magnitude, 1);
-  const std::int32_t beyond =
-      C::kSigned ? magnitude : magnitude + static_cast<std::int32_t>(random << 4);
-  std::int32_t code = (beyond + ((C::kSigned ? 0x80000 : 8) - base)) >> 20;
+  // No positive number of ue5m3 becomes zero.
+  const std::int32_t least = C::kSigned ? 0 : min_of(magnitude, 1);
+  const std::int32_t rounded =
+      C::kSigned ? magnitude - (base - 0x80000)
+                 : magnitude - (base - 8) + static_cast<std::int32_t>(random << 4);
+  std::int32_t code = rounded >> 20;
   code = code < least ? least : code;
   if (!kAllNumbers && magnitude >= 0x7f800000) {
     code = magnitude == 0x7f800000 ? C::kInfinite : C::kNan;

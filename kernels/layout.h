@@ -102,7 +102,7 @@ struct Scalar {
 };
 
 // How weight decay acts; rules/decay.h has the formulas.
-enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious, l1l2 };
+enum class Decay : std::uint8_t { coupled, decoupled, independent, l1, cautious, l1l2, min };
 
 // The numbers of every rule; from kOfRule on they are what the rule says.
 enum Number : std::uint32_t { kLr, kWeightDecay, kOfRule, kNumbers = kOfRule + 3 };
@@ -195,6 +195,9 @@ struct Launch {
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;  // in elements
   std::uint64_t seed;        // of random bits
+  // double[tensors + chunk_count] on the device: the least magnitude of each row that needs_least()
+  // (rules/decay.h), before the step; then scratch. Null where no group's decay is Decay::min.
+  double* least;
 };
 
 }  // namespace warpstep

@@ -40,16 +40,17 @@ WARPSTEP_FN bool leaves_unscaled(const Tail& tail, bool taken) {
          (tail.grads_after == GradsAfter::unscaled_if_taken && taken);
 }
 
-// `step` is what the tensor's counter says: any float32.
+// `step` is what the tensor's counter says: any float32. `least` as decay_of() takes it.
 template <class Rule, class T>
-WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, const Tail& tail) {
+WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, double least,
+                                            const Tail& tail) {
   const float t = tail.steps_advanced ? step : step + 1;
   const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
   const double clip_coef = tail.clip_coef != nullptr ? *tail.clip_coef : 1;
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;
 
   Constants<Rule, T> c;
-  c.decay = decay_of<T>(hyper);
+  c.decay = decay_of<T>(hyper, least);
   c.tail.grad_left = static_cast<T>(clip_coef * unscale);
   c.tail.grad_factor = hyper.maximize ? -c.tail.grad_left : c.tail.grad_left;
   c.tail.unscale = static_cast<T>(unscale);

@@ -34,7 +34,7 @@ def main(pairs: Sequence[tuple[str, str]] = BOTH) -> None:
     """Compares the steps of two backends, each on its device."""
     sizes = (0, 1, 3, 64, 1000, 16_385)
     for name, recipe in RECIPES.items():
-        for options in (OPTIONS["default"], OPTIONS["adam-amsgrad-maximize"]):
+        for options in (OPTIONS["default"], OPTIONS["adam-amsgrad-maximize"], OPTIONS["min-decay"]):
             assert_same_bits(*(train(recipe, options, *pair, 2, sizes) for pair in pairs))
         # The tail, and the norm's own kernel.
         assert_same_bits(*(train_tail(recipe, *pair) for pair in pairs))

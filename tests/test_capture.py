@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support.bits import assert_same_bits
 from support.environment import EMULATED
 from support.lists import HYPERS, assert_same_lists, clones, streams
 from warpstep import backends
@@ -77,6 +78,26 @@ def test_a_replay_repeats_the_numbers_of_the_capture(backend, device, capture, g
         assert torch.equal(param.detach().cpu(), other.detach())
         for key, state in optimizer.state[param].items():
             assert torch.equal(state.cpu(), twin.state[other][key]), key
+
+
+def test_a_replay_finds_smallest_magnitudes_anew(backend, device, capture):
+    optimizers = []
+    for where, kind in ((device, backend), ("cpu", "cpu")):
+        generator = torch.Generator().manual_seed(0)
+        params = [Parameter(torch.randn(n, generator=generator).to(where)) for n in (3, 20_000)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizers.append(
+            warpstep.AdamW(params, lr=0.1, capturable=True, decay_form="min", backend=kind)
+        )
+    optimizer, twin = optimizers
+    optimizer.step()
+    replay = capture(optimizer.step)
+    for _ in range(3):
+        replay()
+    for _ in range(4):
+        twin.step()
+    assert_same_bits(optimizer, twin)
 
 
 def test_a_capture_refuses_what_it_would_have_to_upload(backend, device, capture):

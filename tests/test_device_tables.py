@@ -6,6 +6,7 @@ import torch
 from support.lists import HYPERS, assert_same_lists, clones, streams
 from warpstep import lists as native_lists
 from warpstep.functional import adamw_
+from warpstep.rules import ADAMW
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def step(lists, always=True):
         advance_steps=True,
         unscale_grads=False,
     )
-    given = native_lists.adam_lists(lists, amsgrad=False)
+    given = native_lists.lists_of(ADAMW, lists, {"amsgrad": False})
     return native_lists.stepper().step(
         given.rule.name,
         given.tensors,

@@ -8,7 +8,7 @@ import torch
 
 import warpstep
 from support.environment import EMULATED
-from warpstep import adam, backends, functional, hypers, report, statistics
+from warpstep import adam, backends, functional, hypers, lists, report, statistics
 
 CLASSES = [warpstep.AdamW, warpstep.Adam]
 
@@ -33,7 +33,7 @@ def test_the_error_can_be_caught_by_its_public_name():
         warpstep.AdamW([param], backend="cuda").step()
 
 
-@pytest.mark.parametrize("name", ["adamw_", "adam_"])
+@pytest.mark.parametrize("name", lists.OPERATORS)
 def test_operators_have_the_functions_docstrings(name):
     operator = getattr(torch.ops.warpstep, name)
     for documented in (operator, operator.default, operator.tensor_lr):

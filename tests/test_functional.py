@@ -280,6 +280,7 @@ def freed():
 
 BAD = {
     "shorter list": (lambda ls: ls[2].pop(), ValueError, r"exp_avgs has 2 tensors and params 3"),
+    "no counters": (lambda ls: ls[5].clear(), ValueError, r"state_steps has 0 tensors"),
     "no maxima": (lambda ls: ls[4].clear(), ValueError, r"max_exp_avg_sqs has 0"),
     "no tensor": (
         lambda ls: change(ls, "grads", 1, 3.0),

@@ -47,7 +47,7 @@ def test_capture_and_replay_give_the_bits_of_eager_steps(gpu_backend, scaled, ta
     lr = torch.tensor(1e-2, device="cuda")
     arguments = {"lr": lr, "capturable": True, "backend": gpu_backend}
     if tail:
-        arguments |= {"ema_decay": 0.9, "stats": True}
+        arguments |= {"ema_decay": 0.9, "stats": True, "decay_form": "min"}
 
     def step(optimizer):
         if tail:

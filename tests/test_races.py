@@ -77,6 +77,18 @@ RACES = {
         "finish",
     ),
     "no barrier before the norm's end": ("cuda/grad_norm.cu", BARRIER, "", "finish"),
+    "the least magnitudes' shares relaxed": (
+        "cuda/least_magnitude.cu",
+        r"atomic_add_acq_rel\(arrivals, 1\)",
+        "atomicAdd(arrivals, 1u)",
+        "least_magnitude_kernel",
+    ),
+    "no barrier before a least magnitude's end": (
+        "cuda/least_magnitude.cu",
+        BARRIER,
+        "",
+        "least_magnitude_kernel",
+    ),
     "no barrier within a sum": ("cuda/launch.cuh", f"  {BARRIER}", "", "combine_block"),
     "no barrier after a sum": (
         "cuda/launch.cuh",
@@ -114,6 +126,7 @@ def build(tmp_path_factory):
             folder / "cuda/step.cu": of_cuda,
             folder / "cuda/tiles.cu": of_cuda,
             folder / "cuda/grad_norm.cu": of_cuda,
+            folder / "cuda/least_magnitude.cu": of_cuda,
         }
         compiled = {source.name: folder / f"{source.stem}.o" for source in units} | objects
         for source, flags in units.items():

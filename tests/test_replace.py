@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from support.parameters import new_params, take_steps
+from support.parameters import new_params, set_grads, take_steps
 
 SIZES = [(3,), (4, 5), (), (600,)]
 CLASSES = [torch.optim.AdamW, torch.optim.Adam]
@@ -154,6 +154,90 @@ def test_checkpoint_goes_back():
     assert {s["step"].item() for s in fresh.state.values()} == {4.0}
 
 
+SGD_OPTIONS = [
+    *({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    *({"momentum": 0.9, "dampening": 0.4}, {"maximize": True, "weight_decay": 0.1}),
+    *({"momentum": 0.9, "fused": True}, {"momentum": 0.9, "foreach": False}),
+]
+
+
+def sgd_pair(steps=3, **options):
+    """As `pair`: two groups, of which the second has other hyper-parameters."""
+    lists = [new_params(SIZES), new_params(SIZES)]
+    optimizers = []
+    for params in lists:
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.03, "mine": "kept"}]
+        optimizers.append(torch.optim.SGD(groups, lr=0.02, **options))
+        take_steps(optimizers[-1], range(steps))
+    return optimizers, lists
+
+
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_sgd_goes_on(options, steps):
+    """After one step a dampened momentum has begun: the next is not taken for the first."""
+    (old, kept), (mine, theirs) = sgd_pair(steps, **options)
+    held = {p: dict(old.state[p]) for p in mine if p in old.state}
+    groups = list(old.param_groups)
+    new = warpstep.replace(old)
+    assert new is old
+    assert type(new) is warpstep.SGD
+    assert all(a is b for a, b in zip(new.param_groups, groups, strict=True))
+    take_steps(new, range(10, 13))
+    take_steps(kept, range(10, 13))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        buffers = [o.state[p].get("momentum_buffer") for o, p in ((new, a), (kept, b))]
+        assert (buffers[0] is None) == (buffers[1] is None)
+        if buffers[0] is not None:
+            torch.testing.assert_close(*buffers, rtol=1e-5, atol=1e-6)
+            if steps:
+                assert buffers[0] is held[a]["momentum_buffer"]
+    assert new.plan.buckets
+    assert new.param_groups[1]["mine"] == "kept"
+    fresh = torch.optim.SGD([{"params": g["params"]} for g in groups], lr=0.1)
+    fresh.load_state_dict(copy.deepcopy(new.state_dict()))
+    assert [g["lr"] for g in fresh.param_groups] == [0.02, 0.03]
+
+
+def test_sgd_under_a_scheduler_and_a_scaler():
+    """Both go on with the optimizer that they hold."""
+    found = []
+    for replaces in (False, True):
+        params = new_params(SIZES)
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+        for seed in range(6):
+            if replaces and seed == 3:
+                assert type(warpstep.replace(optimizer)) is warpstep.SGD
+            set_grads(params, seed, scale=scaler.get_scale())
+            if seed == 4:
+                params[1].grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+        assert scaler.get_scale() == 2.0
+        found.append([*params, torch.tensor(optimizer.param_groups[0]["lr"])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def sgd_with_state(**state):
+    params = new_params(SIZES)
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    take_steps(optimizer, range(1))
+    optimizer.state[params[1]].update(state)
+    return optimizer
+
+
+def sgd_with_group(**values):
+    optimizer = torch.optim.SGD(new_params(SIZES), lr=0.1)
+    optimizer.param_groups[0].update(values)
+    return optimizer
+
+
 class Derived(torch.optim.AdamW):
     def step(self, closure=None):
         raise NotImplementedError
@@ -186,7 +270,7 @@ def with_group(**values):
 
 
 CANNOT = {
-    "SGD": (lambda: torch.optim.SGD(new_params(SIZES)), "torch.optim.sgd.SGD"),
+    "RMSprop": (lambda: torch.optim.RMSprop(new_params(SIZES)), "torch.optim.rmsprop.RMSprop"),
     "NAdam": (lambda: torch.optim.NAdam(new_params(SIZES)), "NAdam"),
     "derived": (lambda: Derived(new_params(SIZES)), "Derived"),
     "ours": (lambda: warpstep.AdamW(new_params(SIZES)), "warpstep's already"),
@@ -205,6 +289,13 @@ CANNOT = {
         lambda: with_state(exp_avg=torch.ones(4, 5, dtype=torch.complex64)),
         "'exp_avg' is complex64",
     ),
+    "ours, SGD": (lambda: warpstep.SGD(new_params(SIZES)), "warpstep's already"),
+    "SGD's shape": (
+        lambda: sgd_with_state(momentum_buffer=torch.ones(2)),
+        "parameter 1 of group 0.*'momentum_buffer'",
+    ),
+    "SGD's step": (lambda: sgd_with_state(step="third"), "'step' is 'third'"),
+    "SGD's hyper": (lambda: sgd_with_group(momentum="high"), "momentum value"),
     "hyper": (lambda: with_group(lr="fast"), "learning rate"),
 }
 

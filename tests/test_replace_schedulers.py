@@ -63,8 +63,11 @@ def test_every_scheduler_of_torch_is_here():
 
 def new(kind):
     params = [Parameter(torch.linspace(-1, 1, 5)), Parameter(torch.ones(3))]
-    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03, "betas": (0.8, 0.98)}]
-    return kind(groups, lr=LR, betas=BETAS)
+    momenta = [{"betas": BETAS}, {"betas": (0.8, 0.98)}]
+    if kind is torch.optim.SGD:
+        momenta = [{"momentum": 0.9}, {"momentum": 0.8}]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.03, **momenta[1]}]
+    return kind(groups, lr=LR, **momenta[0])
 
 
 def set_equal_grads(optimizer):
@@ -80,7 +83,7 @@ def step_all(optimizer, scheduler):
 
 
 def schedule(optimizer):
-    return [(g["lr"], g["betas"], g.get("momentum")) for g in optimizer.param_groups]
+    return [(g["lr"], g.get("betas"), g.get("momentum")) for g in optimizer.param_groups]
 
 
 def restored(make, optimizer, scheduler):
@@ -111,7 +114,7 @@ def run(kind, make, at=None, anew=False):
     return seen, warned, [p for group in optimizer.param_groups for p in group["params"]]
 
 
-CLASSES = [torch.optim.AdamW, torch.optim.Adam]
+CLASSES = [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD]
 
 
 @pytest.mark.parametrize("anew", [False, True], ids=["same", "anew"])
@@ -129,9 +132,14 @@ def test_the_rates_are_those_of_a_run_that_was_not_replaced(name, at, anew):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_of_adam():
-    make = SCHEDULERS["OneCycleLR"]
-    assert run(CLASSES[1], make, 5)[:2] == run(CLASSES[1], make)[:2]
+@pytest.mark.parametrize("kind", CLASSES[1:])
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR", "SequentialLR"])
+def test_of_the_others(kind, name):
+    *found, ours = run(kind, SCHEDULERS[name], 5)
+    *expected, theirs = run(kind, SCHEDULERS[name])
+    assert found == expected
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_rate_that_is_a_tensor():

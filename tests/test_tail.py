@@ -25,6 +25,7 @@ from support.recipes import (
     optimizer_for,
     set_grad,
 )
+from warpstep.hypers import DECAY_FORMS
 from warpstep.recipes import real_dtype
 
 U = ROUNDOFF[F32]
@@ -279,7 +280,7 @@ def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
         before = [streams_of(optimizer, p) for p in params]
 
 
-@pytest.mark.parametrize("form", ["coupled", "decoupled", "independent", "l1", "cautious", "l1l2"])
+@pytest.mark.parametrize("form", DECAY_FORMS)
 def test_forms_of_decay_by_group(backend, device, form):
     """Each group has its own; Adam and AdamW take any."""
     params = [Parameter(torch.randn(40, device=device)) for _ in range(2)]

@@ -22,6 +22,10 @@ from support.tolerance import assert_same_params, bound
 OURS_ONLY = {
     "backend": "auto",
     "state_dtype": None,
+    "master": None,
+    "rounding": None,
+    "seed": 0,
+    "copies": None,
     "decay_form": None,
     "ema_decay": None,
     "ema_dtype": None,

@@ -71,6 +71,7 @@ def test_compiled_code_with_the_tail(recipe: Recipe, target: str) -> None:
         for tail in (whole, whole._replace(zero_grads=False, unscale_grads=True))
     ]
     codes += [kernel.compile_grad_norm_for(gpu, recipe, largest) for largest in (False, True)]
+    codes.append(kernel.compile_least_magnitude_for(gpu, recipe))
     for code in codes:
         if gpu.backend == "hip":
             text = code.asm["amdgcn"]

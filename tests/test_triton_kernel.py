@@ -210,7 +210,9 @@ extern "C" void run(const Hyper* hyper, float step, float grad_scale, long numel
                     FORMAT* const* moments, const FORMAT* grad) {
   Tail tail{};
   tail.grad_scale = &grad_scale;
-  const auto c = constants_of<RULE, float>(*hyper, step, tail);
+  float least = kInfinity;
+  for (long i = 0; i < numel; ++i) least = minimum(least, std::fabs(load(param[i])));
+  const auto c = constants_of<RULE, float>(*hyper, step, least, tail);
   for (long i = 0; i < numel; ++i) {
     float numbers[RULE::kMoments + 1];
     for (std::uint32_t k = 0; k < RULE::kMoments; ++k) numbers[k] = load(moments[k][i]);

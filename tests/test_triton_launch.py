@@ -11,7 +11,7 @@ import warpstep
 
 pytest.importorskip("triton")
 from support.fake_triton_gpu import FakeGpu, variant_of
-from support.triton_model import L1, SGD, AdamW, adamw, kernel, sgd
+from support.triton_model import L1, MIN, SGD, AdamW, adamw, kernel, sgd
 
 pytestmark = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
 
@@ -52,6 +52,14 @@ class Training:
         out = self.gpu.tensor([0.0] * (2 + self.table.programs), dtype=f64)
         kernel.grad_norm(self.table, self.grads.clone(), out, recipe=self.recipe, largest=largest)
         return self.number(f64)
+
+    def find_least(self) -> Tensor:
+        """As for decay_form="min"."""
+        least = self.gpu.tensor([0.0] * (len(self.grads) + self.table.programs), dtype=f64)
+        hypers = AdamW(lr=self.lr, decay=MIN).pack() * self.groups
+        grads = self.grads.clone()
+        kernel.least_magnitudes(self.table, grads, hypers, least, recipe=self.recipe)
+        return least
 
     def clip_and_step(self) -> None:
         self.step(clip_coef=self.clip())
@@ -298,11 +306,13 @@ def test_code_is_compiled_ahead_as_at_a_launch(monkeypatch: pytest.MonkeyPatch) 
     gpu = FakeGpu(monkeypatch, kernel, compiles=False)
     training = Training(gpu)
     training.clip()
+    least = training.find_least()
     numbers = {name: training.number(dtype) for name, dtype in TAILS["all"].items()}
-    training.step(**numbers)
+    training.step(**numbers, least=least)
     monkeypatch.setattr(kernel.triton, "compile", lambda source, target, options: source)
     target = kernel.GPUTarget("cuda", 90, 32)
     norm = kernel.compile_grad_norm_for(target, training.recipe, largest=False)
     tail = kernel.NO_TAIL._replace(statistics=True, skippable=True)
     step = kernel.compile_for(target, training.recipe, tail)
-    assert gpu.variants == [variant_of(norm), variant_of(step)]
+    ahead = [norm, kernel.compile_least_magnitude_for(target, training.recipe), step]
+    assert gpu.variants == [variant_of(code) for code in ahead]

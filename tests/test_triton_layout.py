@@ -58,6 +58,7 @@ int main() {
   print("L1", static_cast<std::size_t>(Decay::l1));
   print("CAUTIOUS", static_cast<std::size_t>(Decay::cautious));
   print("L1L2", static_cast<std::size_t>(Decay::l1l2));
+  print("MIN", static_cast<std::size_t>(Decay::min));
   print("STATISTICS", kStatistics);
   print("adamw.BETA1", AdamW<true>::kBeta1);
   print("adamw.BETA2", AdamW<true>::kBeta2);

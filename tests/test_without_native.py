@@ -20,6 +20,7 @@ CASES = {
     "zeroed": {"zero_grads": True},
     "unscaled": {"clips": True, "unscale_grads": True},
     "statistics": {"stats": True},
+    "min": {"decay_form": "min"},
 }
 
 

@@ -22,6 +22,7 @@ void for_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last, S
   Constants<Rule, T> constants{};
   std::uint32_t group = ~0u;  // of which `constants` are
   float step = 0;
+  double least = 0;
 
   for (std::uint32_t i = first; i < last; ++i) {
     const Chunk chunk = launch.chunks[i];
@@ -34,10 +35,12 @@ void for_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last, S
     }
     const TensorRow& row = launch.rows[chunk.tensor];
     const float row_step = row.step != nullptr ? *row.step : kUncounted;
-    if (row.group != group || row_step != step) {
+    const double row_least = launch.least != nullptr ? launch.least[chunk.tensor] : 0;
+    if (row.group != group || row_step != step || row_least != least) {
       group = row.group;
       step = row_step;
-      constants = constants_of<Rule, T>(launch.hypers[group], step, tail);
+      least = row_least;
+      constants = constants_of<Rule, T>(launch.hypers[group], step, least, tail);
     }
     Sums sums;
     step_chunk(constants, ChunkOf{row, grad, chunk_range(row, chunk.index, kCpuChunk), step}, sums);

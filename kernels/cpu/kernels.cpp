@@ -2,6 +2,7 @@
 // the copy. launch.cpp chooses one.
 #include "grad_norm.h"
 #include "launch.h"
+#include "least_magnitude.h"
 #include "tiles.h"
 #include "touch.h"
 
@@ -14,7 +15,7 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
             visit_tiled(key, [&](auto rule) { kernel = step_tiles<decltype(rule)>; });
             return kernel;
           },
-          chunk_norm, touch_arrays};
+          chunk_norm, chunk_least, touch_arrays};
 }
 
 }  // namespace warpstep

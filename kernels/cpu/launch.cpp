@@ -47,6 +47,18 @@ const CpuKernels& kernels() {
   return chosen;
 }
 
+// Calls of(i) for each chunk, and leaves what it returns in results[i].
+template <class Of>
+void each_chunk(const Launch& launch, double* results, int threads, Sharing& sharing, Of&& of) {
+  // As many elements as a batch of the step has at most.
+  constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
+  const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
+  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
+    const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
+    for (std::uint32_t i = run * kRun; i < last; ++i) results[i] = of(i);
+  });
+}
+
 }  // namespace
 
 const char* cpu_instruction_set() { return instruction_set().name; }
@@ -78,22 +90,27 @@ void step_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t 
 }
 
 double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int threads) {
-  // As many elements as a batch of the step has at most.
-  constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
-  const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
   static Sharing sharing;
-  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
-    const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
-    for (std::uint32_t i = run * kRun; i < last; ++i) {
-      partials[i] = kernels().chunk_norm(kind, launch, i);
-    }
-  });
+  each_chunk(launch, partials, threads, sharing,
+             [&](std::uint32_t i) { return kernels().chunk_norm(kind, launch, i); });
   double norm = 0;
   for (std::uint32_t i = 0; i < launch.chunk_count; ++i) {
     const double part = partials[i];
-    norm = kind == Norm::l2 ? norm + part : part > norm || part != part ? part : norm;
+    norm = kind == Norm::l2 ? norm + part : maximum(norm, part);
   }
   return norm;
+}
+
+void least_magnitudes_cpu(const Launch& launch, int threads) {
+  double* const shares = launch.least + launch.tensors;
+  static Sharing sharing;
+  each_chunk(launch, shares, threads, sharing,
+             [&](std::uint32_t i) { return kernels().chunk_least(launch, i); });
+  for (std::uint32_t i = 0; i < launch.chunk_count; ++i) {
+    const Chunk chunk = launch.chunks[i];
+    double& least = launch.least[chunk.tensor];
+    least = chunk.index == 0 ? shares[i] : minimum(least, shares[i]);
+  }
 }
 
 void touch_cpu(const std::vector<TouchedArrays>& tensors, int threads) {

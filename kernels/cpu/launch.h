@@ -29,6 +29,9 @@ void step_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t 
 // whatever the threads. `partials` has room for a number a chunk.
 double grad_norm_cpu(Norm kind, const Launch& launch, double* partials, int threads);
 
+// Fills in launch.least. The same bits whatever the threads.
+void least_magnitudes_cpu(const Launch& launch, int threads);
+
 bool has_cpu_recipe(const RecipeKey& key);
 
 // The instruction set that was chosen on this machine.
@@ -51,6 +54,7 @@ using StepChunks = void (*)(const Launch& launch, std::uint32_t first, std::uint
 struct CpuKernels {
   StepChunks (*find)(const RecipeKey& key);  // null where there is no such recipe
   double (*chunk_norm)(Norm kind, const Launch& launch, std::uint32_t index);
+  double (*chunk_least)(const Launch& launch, std::uint32_t index);
   void (*touch)(float*, const float*, float*, float*, std::int64_t);
 };
 

@@ -22,6 +22,38 @@ WARPSTEP_FN const auto* numbers_of(const F* elements, std::int64_t count,
   }
 }
 
+// Calls of(format) with the codec of a format.
+template <class Of>
+double in_format(Format format, Of&& of) {
+  switch (lies_as(format)) {
+    case Format::float64:
+      return of(float64{});
+    case Format::float32:
+      return of(float32{});
+    case Format::bfloat16:
+      return of(bfloat16{});
+    default:
+      return of(float16{});
+  }
+}
+
+// The largest or smallest magnitude, as `pick` has it of two; `from` where there is none.
+template <class T, class Pick>
+T extreme_magnitude(const T* numbers, std::int64_t count, T from, Pick&& pick) {
+  constexpr std::int64_t kLanes = 64;
+  T lanes[kLanes];
+  for (T& lane : lanes) lane = from;
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::int64_t k = 0; k < kLanes; ++k) {
+      lanes[k] = pick(lanes[k], std::fabs(numbers[i + k]));
+    }
+  }
+  for (; i < count; ++i) lanes[0] = pick(lanes[0], std::fabs(numbers[i]));
+  for (T lane : lanes) from = pick(from, lane);
+  return from;
+}
+
 // The sum of squares in float64. Kept as many sums side by side, spelled as vectors, so that it is
 // SIMD code with the same bits on every machine.
 template <class T>

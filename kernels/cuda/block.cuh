@@ -96,7 +96,9 @@ __device__ __forceinline__ void step_chunk(const Arguments& args, Walk&& walk) {
     const float step = row.step == nullptr ? kUncounted
                        : takes             ? take_step(row, args.arrivals + chunk.tensor)
                                            : *row.step;
-    shared_constants = constants_of<Rule, T>(hyper, step, tail);
+    const bool has_least = kTail && args.least != nullptr;
+    const double least = has_least ? args.least[chunk.tensor] : 0;
+    shared_constants = constants_of<Rule, T>(hyper, step, least, tail);
     shared_step = tail.steps_advanced ? step : step + 1;
   }
   __syncthreads();

@@ -18,21 +18,7 @@ __device__ __forceinline__ void finish(const Arguments& args, double share, Comb
   }
   __syncthreads();
   if (!is_last) return;  // else every share is there to be read
-  // Eight loads under way at a time, since each waits for memory. In the same order whatever their
-  // number; the zeros beyond the end change neither a sum nor a largest magnitude.
-  constexpr std::uint32_t kAtOnce = 8;
-  double total = 0;
-  for (std::uint64_t first = threadIdx.x; first < args.chunk_count; first += kAtOnce * blockDim.x) {
-    double next[kAtOnce];
-#pragma unroll
-    for (std::uint32_t k = 0; k < kAtOnce; ++k) {
-      const std::uint64_t i = first + k * blockDim.x;
-      next[k] = i < args.chunk_count ? shares[i] : 0;
-    }
-#pragma unroll
-    for (std::uint32_t k = 0; k < kAtOnce; ++k) total = combine(total, next[k]);
-  }
-  total = combine_block(total, combine);
+  const double total = combined(shares, args.chunk_count, 0, combine);
   if (threadIdx.x == 0) args.norm[0] = total;
 }
 
@@ -44,28 +30,9 @@ __device__ __forceinline__ void norm_of_chunk(const Arguments& args, Term&& term
   void* const grad = grad_of(args, chunk.tensor);
   double share = 0;
   if (grad != nullptr) {
-    constexpr std::uint32_t kElements = kVectorBytes / sizeof(Grad);
     const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
     const Grad* const at = in_global_memory<const Grad>(grad) + range.begin;
-    const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
-    // Elements up to the gradient's own 16-byte boundary.
-    const std::uint32_t past = reinterpret_cast<std::uintptr_t>(at) % kVectorBytes;
-    const std::uint32_t head =
-        min_of<std::uint32_t>((kVectorBytes - past) % kVectorBytes / sizeof(Grad), size);
-    const std::uint32_t vectors = (size - head) / kElements;
-    const std::uint32_t rest = size - head - vectors * kElements;
-    if (threadIdx.x < head + rest) {
-      const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
-      share = combine(share, term(load(at[i])));
-    }
-    for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
-      Packet<Grad, kElements> g;
-      g.load(at + head + i * kElements, true);
-#pragma unroll
-      for (std::uint32_t k = 0; k < kElements; ++k) {
-        share = combine(share, term(load(g.elements[k])));
-      }
-    }
+    share = share_of(at, static_cast<std::uint32_t>(range.end - range.begin), share, term, combine);
   }
   finish(args, combine_block(share, combine), combine);
 }

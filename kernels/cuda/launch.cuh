@@ -25,11 +25,13 @@ struct Header {
   const Chunk* chunks;
   std::uint32_t* arrivals;  // a zero for each tensor: blocks that have read its step counter
   Tail tail;
-  double* norm;  // grad_norm.cu: the result, a counter of blocks done, a number for each chunk
+  double* norm;   // grad_norm.cu: the result, a counter of blocks done, a number for each chunk
+  double* least;  // Launch::least
   std::uint32_t first_chunk;
   std::uint32_t first_tensor;
   std::uint32_t first_group;
   std::uint32_t groups;  // in the payload: those of its tensors
+  std::uint32_t tensors;
   std::uint32_t chunk_count;
   std::uint32_t chunk_size;
   Keys keys;                  // of the seed of random bits
@@ -145,6 +147,53 @@ __device__ __forceinline__ double sum_block(double value) {
   return combine_block(value, [](double a, double b) { return a + b; });
 }
 
+// Combines term(number) of each of a run of elements into this thread's share, which begins as
+// `share`: together the block's threads have met all. 16 bytes at a time, from the elements' own
+// boundary on.
+template <class F, class T, class Term, class Combine>
+__device__ __forceinline__ T share_of(const F* at, std::uint32_t size, T share, Term&& term,
+                                      Combine&& combine) {
+  constexpr std::uint32_t kElements = kVectorBytes / sizeof(F);
+  const std::uint32_t past = reinterpret_cast<std::uintptr_t>(at) % kVectorBytes;
+  const std::uint32_t head =
+      min_of<std::uint32_t>((kVectorBytes - past) % kVectorBytes / sizeof(F), size);
+  const std::uint32_t vectors = (size - head) / kElements;
+  const std::uint32_t rest = size - head - vectors * kElements;
+  if (threadIdx.x < head + rest) {
+    const std::uint32_t i = threadIdx.x < head ? threadIdx.x : vectors * kElements + threadIdx.x;
+    share = combine(share, term(load(at[i])));
+  }
+  for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+    Packet<F, kElements> packet;
+    packet.load(at + head + i * kElements, true);
+#pragma unroll
+    for (std::uint32_t k = 0; k < kElements; ++k) {
+      share = combine(share, term(load(packet.elements[k])));
+    }
+  }
+  return share;
+}
+
+// The same of numbers in the whole run, `none` where there are none: eight loads under way at a
+// time, since each waits for memory. In the same order whatever their number.
+template <class Combine>
+__device__ __forceinline__ double combined(const double* numbers, std::uint32_t count, double none,
+                                           Combine&& combine) {
+  constexpr std::uint32_t kAtOnce = 8;
+  double total = none;
+  for (std::uint64_t first = threadIdx.x; first < count; first += kAtOnce * blockDim.x) {
+    double next[kAtOnce];
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) {
+      const std::uint64_t i = first + k * blockDim.x;
+      next[k] = i < count ? numbers[i] : none;
+    }
+#pragma unroll
+    for (std::uint32_t k = 0; k < kAtOnce; ++k) total = combine(total, next[k]);
+  }
+  return combine_block(total, combine);
+}
+
 using Kernel = void (*)(Arguments);
 
 // Makes a device current, and the previous one again.
@@ -170,6 +219,8 @@ CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool
                       cudaStream_t stream) {
   CudaResult result{cudaSuccess, 0};
   args.chunk_size = launch.chunk_size;
+  args.tensors = launch.tensors;
+  args.least = launch.least;
   for (std::uint32_t first = 0, first_chunk = 0; first < launch.tensors && !result.error;) {
     const std::uint32_t limit = min_of(first + kTensorsPerLaunch, launch.tensors);
     const std::uint32_t first_group = launch.rows[first].group;

@@ -42,6 +42,10 @@ CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device,
 CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
                           int device, void* stream);
 
+// Enqueues what fills in launch.least.
+CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables, int device,
+                                 void* stream);
+
 // What the kernels were compiled for ("90-real 120"), and the type of the devices they run on:
 // "cuda"; "cpu" in the tests' build for the host. Null without kernels; then there is a reason why.
 const char* cuda_architectures();

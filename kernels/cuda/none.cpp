@@ -19,5 +19,8 @@ CudaResult step_cuda(const Launch&, const CudaTables&, int, void*) { return {kNo
 CudaResult grad_norm_cuda(Norm, const Launch&, const CudaTables&, double*, int, void*) {
   return {kNoKernels, 0};
 }
+CudaResult least_magnitudes_cuda(const Launch&, const CudaTables&, int, void*) {
+  return {kNoKernels, 0};
+}
 
 }  // namespace warpstep

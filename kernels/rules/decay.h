@@ -10,6 +10,10 @@
 //   l1             lr * weight_decay              sign(p)
 //   cautious       lr * weight_decay              p, or 0 where u and p differ in sign
 //   l1l2           lr * weight_decay / 2          p + sign(p)
+//   min            lr * least                     sign(p)
+//
+// where least is the smallest magnitude in p's tensor before the step, NaN if any element is. With
+// any form a weight_decay of 0 means no decay, and that is all that `min` asks of weight_decay.
 //
 // NOTE [why the decay joins the update]
 // In one subtraction, because 1 - lr * weight_decay in float32 is 1 for lr * weight_decay below
@@ -30,11 +34,15 @@ enum class Part {
 
 template <class T>
 struct DecayConstants {
-  T coupled;             // weight_decay if coupled, else 0
-  T decay;               // of the table above
-  T l1, cautious, l1l2;  // 1 where that is the form, else 0
+  T coupled;   // weight_decay if coupled, else 0
+  T decay;     // of the table above
+  T kept;      // 1 where d has p, else 0
+  T sign;      // 1 where d has sign(p), else -0: what it adds then changes no zero
+  T cautious;  // 1 where that is the form, else 0
 
-  WARPSTEP_FN bool is_usual() const { return coupled == 0 && l1 + cautious + l1l2 == 0; }
+  WARPSTEP_FN bool is_usual() const {
+    return coupled == 0 && kept == 1 && sign == 0 && cautious == 0;
+  }
 };
 
 // A number of a group: its own, or what stands at its address.
@@ -50,21 +58,31 @@ WARPSTEP_FN double read(const Hyper& hyper, std::uint32_t number) {
 }
 
 WARPSTEP_FN bool is_selective(Decay decay) {
-  return decay == Decay::l1 || decay == Decay::cautious || decay == Decay::l1l2;
+  return decay == Decay::l1 || decay == Decay::cautious || decay == Decay::l1l2 ||
+         decay == Decay::min;
 }
 
+// Whether the tensors' smallest magnitudes have to be found before the step.
+WARPSTEP_FN bool needs_least(const Hyper& hyper) {
+  return hyper.decay == Decay::min && read(hyper, kWeightDecay) != 0;
+}
+
+// `least`: of the tensor, where the group needs_least().
 template <class T>
-WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper) {
+WARPSTEP_FN DecayConstants<T> decay_of(const Hyper& hyper, double least) {
   const double weight_decay = read(hyper, kWeightDecay);
   const bool is_coupled = hyper.decay == Decay::coupled;
   const bool decays = !is_coupled && weight_decay != 0;  // no inf * 0
   DecayConstants<T> c;
   c.coupled = static_cast<T>(is_coupled ? weight_decay : 0);
-  const double halved = hyper.decay == Decay::l1l2 ? weight_decay / 2 : weight_decay;
-  c.decay = static_cast<T>(decays ? read(hyper, kLr) * halved : 0);
-  c.l1 = hyper.decay == Decay::l1 ? 1 : 0;
+  const double factor = hyper.decay == Decay::l1l2  ? weight_decay / 2
+                        : hyper.decay == Decay::min ? least
+                                                    : weight_decay;
+  c.decay = static_cast<T>(decays ? read(hyper, kLr) * factor : 0);
+  const bool is_sign = hyper.decay == Decay::l1 || hyper.decay == Decay::min;
+  c.kept = is_sign ? 0 : 1;
+  c.sign = is_sign || hyper.decay == Decay::l1l2 ? T(1) : T(-0.0);
   c.cautious = hyper.decay == Decay::cautious ? 1 : 0;
-  c.l1l2 = hyper.decay == Decay::l1l2 ? 1 : 0;
   return c;
 }
 
@@ -75,15 +93,15 @@ WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
   return c.coupled != 0 ? coupled : grad;
 }
 
-// The parameter after the step. No branches, so that loops become SIMD code.
+// The parameter after the step. No branches, and no choice by a constant, which compilers make one:
+// loops become SIMD code. Products with 1 and 0 are exact.
 template <Part kPart, class T>
 WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
   T d = finite_or_zero(param);
   if (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
     const T kept = c.cautious * sign * update < 0 ? T(0) : d;
-    const T both = kept + sign;
-    d = c.l1 != 0 ? sign : c.l1l2 != 0 ? both : kept;
+    d = fma_of(c.sign, sign, c.kept * kept);
   }
   return param - fma_of(c.decay, d, update);
 }

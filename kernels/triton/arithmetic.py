@@ -78,3 +78,9 @@ def finite_or_zero(x):
 def maximum(a, b):
     """The larger, NaN if either is (as torch.maximum)."""
     return tl.where((a > b) | (a != a), a, b)
+
+
+@device_function
+def minimum(a, b):
+    """The smaller, NaN if either is (as torch.minimum)."""
+    return tl.where((a < b) | (a != a), a, b)

@@ -16,6 +16,7 @@ from .layout import (
     L1,
     L1L2,
     LR,
+    MIN,
     NUMBERS,
     WEIGHT_DECAY,
 )
@@ -56,15 +57,28 @@ def read(hyper, NUMBER: tl.constexpr):
 
 
 @device_function
-def decay_of(hyper, T: tl.constexpr, SELECTIVE: tl.constexpr):
-    """The constants of a tensor's decay. SELECTIVE: some group's decay is l1, cautious or l1l2."""
+def needs_least(hyper):
+    """Whether the tensors' smallest magnitudes have to be found before the step."""
+    return (flag(hyper, DECAY) == MIN) & (read(hyper, WEIGHT_DECAY) != 0)
+
+
+@device_function
+def decay_of(hyper, least, T: tl.constexpr, SELECTIVE: tl.constexpr):
+    """The constants of a tensor's decay.
+
+    SELECTIVE: some group's decay is l1, cautious, l1l2 or min. `least`: the tensor's smallest
+    magnitude, float64, or None where no group's decay is min.
+    """
     weight_decay = read(hyper, WEIGHT_DECAY)
     form = flag(hyper, DECAY)
     coupled = tl.where(form == COUPLED, weight_decay, 0.0).to(T)
     decays = (form != COUPLED) & (weight_decay != 0)  # no inf * 0
-    decay = tl.where(decays, read(hyper, LR) * weight_decay, 0.0)
+    factor = weight_decay
     if SELECTIVE:
-        decay = tl.where(form == L1L2, decay / 2, decay)
+        factor = tl.where(form == L1L2, weight_decay / 2, weight_decay)
+    if least is not None:
+        factor = tl.where(form == MIN, least, factor)
+    decay = tl.where(decays, read(hyper, LR) * factor, 0.0)
     return DecayConstants(coupled, decay.to(T), form)
 
 
@@ -82,5 +96,6 @@ def decayed(c, param, update, SELECTIVE: tl.constexpr):
         sign = tl.where(param > 0, 1.0, tl.where(param < 0, -1.0, 0.0)).to(param.dtype)
         opposed = (c.form == CAUTIOUS) & (sign * update < 0)
         kept = tl.where(opposed, 0.0, d).to(param.dtype)
-        d = tl.where(c.form == L1, sign, tl.where(c.form == L1L2, kept + sign, kept))
+        is_sign = (c.form == L1) | (c.form == MIN)
+        d = tl.where(is_sign, sign, tl.where(c.form == L1L2, kept + sign, kept))
     return param - tl.fma(c.decay, d, update)

@@ -13,7 +13,8 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from .arithmetic import INTERPRETED
 from .grad_norm import grad_norm_kernel
-from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, L1L2, STABLE
+from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, L1L2, MIN, STABLE
+from .least_magnitude import least_magnitude_kernel
 from .step import Recipe, step_kernel
 from .tail import NO_TAIL, Tail
 
@@ -87,6 +88,12 @@ class TensorTable:
         """The stream that a launch goes to; None in the interpreter."""
         return None if INTERPRETED else self.device_module.current_stream(self.device)
 
+    def all_with(self, hypers: bytes, grads: Tensor, stream: Any) -> tuple[Tensor, ...]:
+        """All tables that kernels of the step read, for a launch on `stream`."""
+        words = torch.frombuffer(bytearray(hypers), dtype=torch.int64)
+        uploaded = (self.hypers.send(words, stream), self.grads.send(grads, stream))
+        return (self.rows, self.chunks, self.arrivals, *uploaded)
+
     def use_on(self, stream: Any, *others: Tensor | None) -> None:
         """Keeps these tables, and `others`, from being freed before `stream` is done with them."""
         for tensor in (self.rows, self.chunks, self.arrivals, *others):
@@ -158,9 +165,9 @@ def recipe_of(recipe: Any) -> Recipe:
 
 
 def is_selective(hypers: bytes) -> bool:
-    """Whether some group's decay is l1, cautious or l1l2."""
+    """Whether some group's decay is l1, cautious, l1l2 or min."""
     forms = hypers[8 * FLAGS.value + DECAY.value :: 8 * HYPER_WORDS.value]
-    return any(form in (L1.value, CAUTIOUS.value, L1L2.value) for form in forms)
+    return any(form in (L1.value, CAUTIOUS.value, L1L2.value, MIN.value) for form in forms)
 
 
 def launch(
@@ -173,6 +180,7 @@ def launch(
     found_inf: Tensor | None = None,
     clip_coef: Tensor | None = None,
     statistics: Tensor | None = None,
+    least: Tensor | None = None,
     zero_grads: bool = False,
     unscale_grads: bool = False,
 ) -> None:
@@ -189,6 +197,8 @@ def launch(
         found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
         clip_coef: float64[1] on the device; the unscaled gradients are multiplied by it.
         statistics: float64[table.programs, 4] on the device: Tail::statistics of layout.h.
+        least: float64[tensors + table.programs] on the device, of `least_magnitudes`, where some
+            group's decay is min.
         zero_grads: the gradients are left zero.
         unscale_grads: they are left unscaled and clipped. One of the two at most.
     """
@@ -201,13 +211,37 @@ def launch(
     tail = Tail(*parts, is_selective(hypers), skippable)
     with nullcontext() if INTERPRETED else table.device_module.device(table.device):
         stream = table.current_stream()
-        words = torch.frombuffer(bytearray(hypers), dtype=torch.int64)
-        uploaded = (table.hypers.send(words, stream), table.grads.send(grads, stream))
-        tables = (table.rows, table.chunks, table.arrivals, *uploaded)
-        scalars = (grad_scale, found_inf, clip_coef, statistics)
+        tables = table.all_with(hypers, grads, stream)
+        scalars = (grad_scale, found_inf, clip_coef, statistics, least)
         table.use_on(stream, *scalars)
         constants = (recipe_of(recipe), tail, table.block)
         step_kernel[(table.programs,)](*tables, *scalars, table.chunk, *constants, **OPTIONS)
+    launches += 1
+
+
+def least_magnitudes(
+    table: TensorTable, grads: Tensor, hypers: bytes, least: Tensor, *, recipe: Any
+) -> None:
+    """The smallest magnitude of each parameter with a gradient and decay min, before the step.
+
+    One kernel on the current stream, nothing waited for. Without an element it is infinite.
+
+    Args:
+        table, grads, hypers, recipe: as `launch` takes them.
+        least: float64[tensors + table.programs] on the device: what is found comes first; the rest
+            is scratch.
+    """
+    global launches
+    if not grads.any():
+        return
+    with nullcontext() if INTERPRETED else table.device_module.device(table.device):
+        stream = table.current_stream()
+        tables = table.all_with(hypers, grads, stream)
+        table.use_on(stream, least)
+        found_and_shares = least.split([len(grads), table.programs])
+        constants = (recipe_of(recipe).param, table.block)
+        arguments = (*tables, *found_and_shares, table.chunk, *constants)
+        least_magnitude_kernel[(table.programs,)](*arguments, **OPTIONS)
     launches += 1
 
 
@@ -235,8 +269,8 @@ def grad_norm(
 def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> CompiledKernel:
     """The step's kernel compiled ahead of time, for a target that need not be present."""
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
-    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64", "i32"]
-    types += ["constexpr"] * 3
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64", "*fp64"]
+    types += ["i32", *["constexpr"] * 3]
     signature = dict(zip(step_kernel.arg_names, types, strict=True))
     constants = {
         "RECIPE": recipe_of(recipe),
@@ -252,6 +286,14 @@ def compile_grad_norm_for(target: GPUTarget, recipe: Any, largest: bool) -> Comp
     signature = dict(zip(grad_norm_kernel.arg_names, types, strict=True))
     constants = {"FORMAT": recipe_of(recipe).grad, "LARGEST": largest, "BLOCK": block_of(target)}
     return _compiled(grad_norm_kernel, signature, constants, target)
+
+
+def compile_least_magnitude_for(target: GPUTarget, recipe: Any) -> CompiledKernel:
+    """The kernel of smallest magnitudes compiled ahead of time, as the others."""
+    types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp64", "*fp64", "i32", *["constexpr"] * 2]
+    signature = dict(zip(least_magnitude_kernel.arg_names, types, strict=True))
+    constants = {"FORMAT": recipe_of(recipe).param, "BLOCK": block_of(target)}
+    return _compiled(least_magnitude_kernel, signature, constants, target)
 
 
 def _compiled(

@@ -28,6 +28,6 @@ DECAY, MAXIMIZE = (tl.constexpr(byte) for byte in (5, 6))
 # Scalar::Kind: how a number is given.
 FLOAT32_ADDRESS, FLOAT64_ADDRESS = (tl.constexpr(kind) for kind in (1, 2))
 # Decay: the forms that a rule asks after.
-COUPLED, L1, CAUTIOUS, L1L2 = (tl.constexpr(form) for form in (0, 3, 4, 5))
+COUPLED, L1, CAUTIOUS, L1L2, MIN = (tl.constexpr(form) for form in (0, 3, 4, 5, 6))
 
 STATISTICS = tl.constexpr(4)  # kStatistics: sums of a chunk

@@ -104,7 +104,7 @@ def step_range(
 
 
 # What is read or written an element at a time, wherever it is.
-SCALARS = ["grad_scale", "found_inf", "clip_coef", "statistics"]
+SCALARS = ["grad_scale", "found_inf", "clip_coef", "statistics", "least"]
 
 
 @triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=SCALARS)
@@ -118,6 +118,7 @@ def step_kernel(
     found_inf,  # float32[1] or None
     clip_coef,  # float64[1] or None
     statistics,  # float64[programs, STATISTICS] or None
+    least,  # float64[tensors] or None: smallest magnitudes, of least_magnitude_kernel
     chunk_size,  # elements, a multiple of GRANULE
     RECIPE: tl.constexpr,
     TAIL: tl.constexpr,
@@ -144,7 +145,10 @@ def step_kernel(
     step = take_step(counter, arrivals + tensor, group_and_chunks >> CHUNKS_SHIFT, taken)
     group = group_and_chunks.to(tl.uint32)
     hyper = hyper_at(hypers + group * HYPER_WORDS)
-    c = constants_of(hyper, step, grad_scale, clip_coef, RECIPE, TAIL)
+    smallest = None
+    if least is not None:
+        smallest = tl.load(least + tensor)
+    c = constants_of(hyper, step, smallest, grad_scale, clip_coef, RECIPE, TAIL)
 
     first = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * chunk_size
     size = tl.minimum(tl.load(row + NUMEL) - first, chunk_size).to(tl.int32)

@@ -10,7 +10,7 @@ from .decay import decay_of, decayed, flag, with_coupled
 from .layout import MAXIMIZE, STATISTICS
 
 # Which parts of the tail there are, beside an average: what a kernel is compiled for. `selective`:
-# some group's decay is l1, cautious or l1l2. `skippable`: a step that is not taken has
+# some group's decay is l1, cautious, l1l2 or min. `skippable`: a step that is not taken has
 # something to do all the same.
 Tail = namedtuple("Tail", "statistics zero_grads unscale_grads selective skippable")
 NO_TAIL = Tail(False, False, False, False, False)
@@ -44,8 +44,13 @@ def take_step(address, arrivals, chunks, taken):
 
 
 @device_function
-def constants_of(hyper, step, grad_scale, clip_coef, RECIPE: tl.constexpr, TAIL: tl.constexpr):
-    """The constants of a tensor; `step` is what its counter said before this step."""
+def constants_of(
+    hyper, step, least, grad_scale, clip_coef, RECIPE: tl.constexpr, TAIL: tl.constexpr
+):
+    """The constants of a tensor; `step` is what its counter said before this step.
+
+    `least` is as decay_of takes it.
+    """
     T: tl.constexpr = RECIPE.compute
     t = (step + 1).to(tl.float64)
     unscale = tl.full((), 1, tl.float64)
@@ -58,7 +63,8 @@ def constants_of(hyper, step, grad_scale, clip_coef, RECIPE: tl.constexpr, TAIL:
     kept = tl.where(t == 1, 0.0, hyper.ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
     tail = TailConstants(grad_factor, grad_left.to(T), unscale, *ema)
-    return Constants(rules.constants_of(hyper, t, RECIPE), decay_of(hyper, T, TAIL.selective), tail)
+    decay = decay_of(hyper, least, T, TAIL.selective)
+    return Constants(rules.constants_of(hyper, t, RECIPE), decay, tail)
 
 
 @device_function

@@ -50,6 +50,10 @@ class AdamW(Adam, TorchAdamW):
             * ``"cautious"``: ``lr * weight_decay * p`` where u and p do not differ in sign, else
               nothing (Chen et al., https://arxiv.org/abs/2510.12402)
             * ``"l1l2"``: ``lr * weight_decay / 2 * (p + sign(p))``
+            * ``"min"``: ``lr * min(abs(p)) * sign(p)``, the minimum being over the parameter's
+              tensor (all shards of it, real and imaginary parts; NaN if any is). ``weight_decay``
+              has no part in it, except that 0 means no decay, as with every form. One more read of
+              these parameters, in a launch of its own
         ema_decay: keep ``ema <- ema_decay * ema + (1 - ema_decay) * p`` of each parameter: a number
             in [0, 1], or a function of how often ``step`` was called.
         ema_dtype: the averages' dtype where parameters are 16-bit: theirs, or float32 (default).

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+from warpstep.lists import Operator, list_names, used_lists
+
 SCALARS = ("lr", "grad_scale", "found_inf")
 _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
@@ -25,8 +26,8 @@ class Batch(NamedTuple):
         return self.tensor[index] if self.mapped else self.tensor
 
 
-def rule(operator: Callable[..., None]) -> Callable[..., None]:
-    """What vmap calls for ``operator``, an overload of torch.ops.warpstep's, in its place.
+def rule(overload: Callable[..., None], operator: Operator) -> Callable[..., None]:
+    """What vmap calls for ``overload``, one of torch.ops.warpstep's, in its place.
 
     A step is element by element, so that a batch of tensors is stepped as one tensor; where each
     entry of the batch has a step counter of its own, as so many tensors, in the same call. Only
@@ -41,31 +42,39 @@ def rule(operator: Callable[..., None]) -> Callable[..., None]:
             return Batch(value, False) if dim is None else Batch(value.movedim(dim, 0), True)
 
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
-            streams = [[outside(tensor) for tensor in stream] for stream in lists]
+            given = dict.fromkeys(operator.flags, False) | options
+            used = used_lists(operator.rule, given)
+            streams = [
+                [outside(tensor) for tensor in stream] if is_used else []
+                for stream, is_used in zip(lists, used, strict=True)
+            ]
             scalars = {
                 key: outside(options[key])
                 for key in SCALARS
                 if isinstance(options.get(key), Tensor)
             }
-            if not options.get("amsgrad", False):
-                streams[4] = []
-            for call, numbers in _calls(streams, scalars, options):
+            for call, numbers in _calls(operator, streams, scalars, options):
                 if any(call):  # a batch may have no entry
-                    operator(*call, **{**options, **numbers})
+                    overload(*call, **{**options, **numbers})
 
     return batched
 
 
 def _calls(
-    streams: list[list[Batch]], scalars: dict[str, Batch], options: dict[str, Any]
+    operator: Operator,
+    streams: list[list[Batch]],
+    scalars: dict[str, Batch],
+    options: dict[str, Any],
 ) -> list[tuple[list[list[Tensor]], dict[str, Tensor]]]:
-    """The operator's calls that make up one: its six lists, and the scalars that are tensors."""
+    """The operator's calls that make up one: its lists, and the scalars that are tensors."""
     numbers = {key: scalar.tensor for key, scalar in scalars.items()}
-    needed = [s for s in range(6) if streams[s] or s != 4]
+    optional = [i for i, k in enumerate(operator.rule.moments, 2) if k in operator.rule.optional]
+    optional += [len(streams) - 1] if operator.rule.counted_for is not None else []
+    needed = [s for s in range(len(streams)) if streams[s] or s not in optional]
     if any(len(streams[s]) != len(streams[0]) for s in needed):  # which the operator complains of
         return [([[batch.tensor for batch in stream] for stream in streams], numbers)]
     of_scalars = next((key for key, scalar in scalars.items() if scalar.mapped), "")
-    _check(streams, needed, of_scalars, options)
+    _check(operator, streams, needed, of_scalars, options)
     if of_scalars:
         return [
             (
@@ -75,10 +84,11 @@ def _calls(
             for index in range(len(scalars[of_scalars].tensor))
         ]
     call: list[list[Tensor]] = [[] for _ in streams]
-    for i, (param, step) in enumerate(zip(streams[0], streams[5], strict=True)):
+    for i, param in enumerate(streams[0]):
+        step = streams[-1][i] if streams[-1] else None
         for s in needed:
             batch = streams[s][i]
-            if step.mapped:
+            if step is not None and step.mapped:
                 call[s] += [batch.at(index) for index in range(len(step.tensor))]
             elif s == 1 and param.mapped and not batch.mapped:
                 call[s].append(batch.tensor.expand(param.tensor.shape))
@@ -88,19 +98,24 @@ def _calls(
 
 
 def _check(
-    streams: list[list[Batch]], needed: list[int], of_scalars: str, options: dict[str, Any]
+    operator: Operator,
+    streams: list[list[Batch]],
+    needed: list[int],
+    of_scalars: str,
+    options: dict[str, Any],
 ) -> None:
     """Raises where one tensor would have to take the results of a whole batch."""
+    names, steps = list_names(operator.rule), len(streams) - 1
     advances = options.get("advance_steps", True)
     unscales = options.get("unscale_grads", False) and options.get("grad_scale") is not None
     for i in range(len(streams[0])):
-        of_lists = (f"{NAMES[s]}[{i}]" for s in needed if streams[s][i].mapped)
+        of_lists = (f"{names[s]}[{i}]" for s in needed if streams[s][i].mapped)
         mapped = of_scalars or next(of_lists, "")
         for s in needed if mapped else ():
-            written = s != 5 or (advances and of_scalars)
+            written = s != steps or (advances and of_scalars)
             if not streams[s][i].mapped and written and (s != 1 or unscales):
                 raise RuntimeError(
-                    f"vmap: the step writes to {NAMES[s]}[{i}], of which there is one for the "
+                    f"vmap: the step writes to {names[s]}[{i}], of which there is one for the "
                     f"whole batch, while {mapped} is vmapped over. Give each entry of the batch "
-                    f"its own: stack {NAMES[s]} as well, and name its dimension in vmap's in_dims."
+                    f"its own: stack {names[s]} as well, and name its dimension in vmap's in_dims."
                 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from warpstep import backends
 from warpstep.entries import Entry
 from warpstep.recipes import Recipe
-from warpstep.shards import largest, own_part, summed
+from warpstep.shards import largest, own_part, smallest, summed
 from warpstep.tail import Tail
 
 # A step's scalars on a bucket's device, as kernels read them, and the table of its statistics.
@@ -31,6 +31,8 @@ class Bucket:
     index: int = -1  # of this bucket there
     statistics: Tensor | None = None  # float64[chunks, 4], once asked for
     chunk_counts: Tensor | None = None  # int64[tensors], beside them
+    # Where some group's decay is "min": float64[tensors + chunks], Launch::least of layout.h.
+    least: Tensor | None = None
 
     def bind(self, bound: Any, index: int) -> None:
         """Makes what launches need, once its tensors are bound."""
@@ -50,6 +52,31 @@ class Bucket:
         """How many chunks each tensor is cut into."""
         counts: list[int] = self.bound.chunk_counts(self.index)
         return counts
+
+    def keep_least(self) -> None:
+        """Makes room for the tensors' smallest magnitudes, which launches find from now on."""
+        rows = len(self.entries)
+        self.least = torch.zeros(rows + self.chunks, dtype=torch.float64, device=self.device)
+        self._bind_least(self.least)
+
+    def _bind_least(self, least: Tensor) -> None:
+        self.bound.set_least(self.index, least=least.data_ptr(), shared=self.shards is not None)
+
+    @property
+    def finds_least_apart(self) -> bool:
+        """Whether `find_least` is to be called before a launch, which does not do it itself."""
+        return self.least is not None and not (self.is_native and self.shards is None)
+
+    def find_least(self) -> None:
+        """Finds the smallest magnitudes of whole tensors. Every process has to call it."""
+        assert self.least is not None
+        self._launch_least()
+        if self.shards is not None:
+            of_tensors = self.least[: len(self.entries)]
+            of_tensors.copy_(smallest(of_tensors, self.shards))
+
+    def _launch_least(self) -> None:
+        self.bound.find_least(self.index, threads=torch.get_num_threads())
 
     def tensors_of(self, tail: Tail) -> TailTensors:
         """What a launch reads and writes for a step's tail."""
@@ -105,6 +132,10 @@ class CudaBucket(Bucket):
         }
         addresses = {name: table.data_ptr() for name, table in self.tables.items()}
         bound.set_device_tables(index, **addresses)
+
+    def _bind_least(self, least: Tensor) -> None:
+        self.tables["least"] = least
+        super()._bind_least(least)
 
     def _statistics_table(self) -> Tensor:
         if self.statistics is None:
@@ -182,9 +213,17 @@ class TritonBucket(Bucket):
             found_inf=found_inf,
             clip_coef=clip_coef,
             statistics=statistics,
+            least=self.least,
             zero_grads=tail.zero_grads,
             unscale_grads=tail.unscales,
         )
+
+    def _bind_least(self, least: Tensor) -> None:
+        pass  # each launch is told
+
+    def _launch_least(self) -> None:
+        hypers, recipe = self.bound.hyper_table(self.index), self.recipe
+        self._kernel.least_magnitudes(self.table, self._grads(), hypers, self.least, recipe=recipe)
 
     def _launch_norm(self, is_largest: bool, out: Tensor) -> None:
         grads, recipe = self._grads(), self.recipe

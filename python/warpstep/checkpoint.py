@@ -158,9 +158,9 @@ def _loaded_moment(
     """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")
-    if key != "ema" and value.dtype == torch.uint8 and can_be_8bit(param):
-        if value.shape == param.shape:
-            return value.detach().to(param.device, copy=True)
+    is_8bit = key != "ema" and value.dtype == torch.uint8 and can_be_8bit(param)
+    if is_8bit and value.shape == param.shape:
+        return value.detach().to(param.device, copy=True)
     if value.shape != param.shape or not is_like(value, param):
         raise ValueError(f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}")
     if key == "ema":

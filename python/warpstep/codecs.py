@@ -91,10 +91,10 @@ def encoded(numbers: Tensor, *, random: Tensor | None) -> tuple[Tensor, Tensor]:
     scales = ((largest + 0x300000) >> 23).clamp(min=reach + 1)
     base = ((scales - reach) << 23).repeat_interleave(BLOCK)[: len(magnitude)]
     if random is None:
-        code, is_something = magnitude - base + 0x80000 >> 20, magnitude - base >= -0x700000
+        code = (magnitude - base + 0x80000 >> 20).clamp(min=0)
     else:
-        code, is_something = magnitude - base + (random << 4 | 8) >> 20, magnitude > 0
-    code = torch.where(is_something, code.clamp(min=1), 0)
+        code = magnitude - base + 8 + (random << 4) >> 20
+        code = torch.maximum(code, magnitude.clamp(max=1))
     code = torch.where(magnitude > 0x7F800000, nan, code)
     code = torch.where(magnitude == 0x7F800000, nan - 1, code)
     if signed:

@@ -62,3 +62,13 @@ def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
                     else:
                         state[key] = value
         entry.state = optimizer.state.get(entry.param) or {}
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def was_written(tensor: Tensor, version: int) -> bool:
+    """Whether a tensor was written to since ``version_of`` it was that."""
+    return version_of(tensor) != version

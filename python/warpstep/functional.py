@@ -1,4 +1,4 @@
-"""One step of AdamW or Adam on lists of tensors: no optimizer object, no state but the lists."""
+"""One step of AdamW, Adam or SGD on lists of tensors: no optimizer, no state but the lists."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from warpstep import backends, modes, reference, signals
 from warpstep import lists as native_lists
 from warpstep.hypers import check_group
-from warpstep.lists import Lists, Options, adam_lists
+from warpstep.lists import OPERATORS, Lists, Options
 from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
 from warpstep.rules import Rule
 from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
+from warpstep.stored import real_view
 from warpstep.tail import Tail
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
@@ -69,11 +70,16 @@ def _group(rule: Rule, moments: int, options: Options) -> dict[str, Any]:
     return group
 
 
+def _goes_uncounted(lists: Lists) -> bool:
+    """Whether no steps are counted, where the rule allows that."""
+    return not lists.tensors[-1] and lists.rule.counted_for is not None
+
+
 def _check(lists: Lists, options: Options) -> None:
     """Raises what `adamw_` documents; nothing has been written yet."""
     params, grads, *moments, steps = lists.tensors
     for name, tensors in zip(lists.names, lists.tensors, strict=True):
-        if len(tensors) != len(params):
+        if len(tensors) != len(params) and not (tensors is steps and _goes_uncounted(lists)):
             raise ValueError(
                 f"{name} has {len(tensors)} tensors and params {len(params)}: the lists must be of "
                 "one length"
@@ -81,6 +87,8 @@ def _check(lists: Lists, options: Options) -> None:
     for i, param in enumerate(params):
         name = f"params[{i}]"
         for of_list, tensors in zip(lists.names, lists.tensors, strict=True):
+            if not tensors:
+                continue
             tensor = tensors[i]
             if not isinstance(tensor, Tensor):
                 kind = type(tensor).__name__
@@ -98,6 +106,9 @@ def _check(lists: Lists, options: Options) -> None:
         check_gradient(name, param, grads[i])
         for of_list, of_moment in zip(lists.names[2:], moments, strict=False):
             _check_moment(name, param, f"{of_list}[{i}]", of_moment[i])
+        _check_scalars(name, param, options)
+        if not steps:
+            continue
         step = steps[i]
         if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
             raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
@@ -106,16 +117,19 @@ def _check(lists: Lists, options: Options) -> None:
                 f"state_steps[{i}] is state_steps[{i - 1}]: several tensors would advance one step "
                 "counter. Give each its own, or advance it once and pass advance_steps=False."
             )
-        for label, scalar in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
-            if scalar is None:
-                continue
-            if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-                found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
-                raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
-            if scalar.device != param.device:
-                raise RuntimeError(
-                    f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
-                )
+
+
+def _check_scalars(name: str, param: Tensor, options: Options) -> None:
+    for label, scalar in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
+        if scalar is None:
+            continue
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
+            raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
+        if scalar.device != param.device:
+            raise RuntimeError(
+                f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
+            )
 
 
 def _check_moment(name: str, param: Tensor, of_moment: str, moment: Tensor) -> None:
@@ -139,25 +153,27 @@ def _check_moment(name: str, param: Tensor, of_moment: str, moment: Tensor) -> N
 def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
     """Steps lists that were checked: by kernels what they take, the others by the reference."""
     by_kernel: dict[tuple[str, torch.device], list[list[Tensor]]] = {}
-    by_reference: list[list[Tensor]] = []
+    by_reference: list[tuple[list[Tensor], Tensor | None]] = []
     grad_scale, found_inf = (
         None if scalar is None else scalar.to(torch.float32)
         for scalar in (options.grad_scale, options.found_inf)
     )
     options = options._replace(grad_scale=grad_scale, found_inf=found_inf)
-    for one in map(list, zip(*lists.tensors, strict=True)):
+    *streams, steps = lists.tensors
+    counters: Sequence[Tensor | None] = steps or [None] * len(streams[0])
+    for *one, step in zip(*streams, counters, strict=True):
         param = one[0]
         chosen = backends.choose(requested, param.device)
-        if not _has_kernel(chosen, lists.rule, one, options):
-            by_reference.append(one)
+        if not _has_kernel(chosen, lists.rule, one, step, options):
+            by_reference.append((one, step))
             continue
         one[1] = match_layout(param, one[1])
-        all_of = by_kernel.setdefault((chosen, param.device), [[] for _ in one])
-        for mine, added in zip(all_of, one, strict=True):
+        all_of = by_kernel.setdefault((chosen, param.device), [[] for _ in lists.tensors])
+        for mine, added in zip(all_of, (*one, *(() if step is None else (step,))), strict=False):
             mine.append(added)
 
     # What can fail comes first.
-    computed = [_compute(lists.rule, one, options) for one in by_reference]
+    computed = [_compute(lists.rule, one, step, options) for one, step in by_reference]
     with signals.deferred():
         reference.store(computed)
         for (backend, _), some in by_kernel.items():
@@ -166,66 +182,58 @@ def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 
 
-def _has_kernel(backend: str, rule: Rule, one: list[Tensor], options: Options) -> bool:
-    param, grad, *moments, step = one
+def _has_kernel(
+    backend: str, rule: Rule, one: list[Tensor], step: Tensor | None, options: Options
+) -> bool:
+    param, grad, *moments = one
     formats = [real_dtype(tensor.dtype) for tensor in (param, grad, *moments)]
     recipe = Recipe(rule.name, formats[0], formats[1], tuple(formats[2:]))
     copied = not has_layout_of(grad, param)
     return (
         backend in ("cpu", "cuda")
         and backends.has_kernel(backend, recipe)
-        and all(is_plain(tensor) for tensor in (param, *moments, step))
+        and all(is_plain(tensor) for tensor in (param, *moments))
         and is_plain(grad.resolve_conj().resolve_neg())
         and is_dense(param)
         and all(has_layout_of(moment, param) for moment in moments)
         and not (copied and options.unscale_grads)
-        and step.dtype == torch.float32
-        and step.device == param.device
+        and (
+            step is None
+            or (is_plain(step) and step.dtype == torch.float32 and step.device == param.device)
+        )
     )
 
 
-def _compute(rule: Rule, one: list[Tensor], options: Options) -> reference.Computed:
+def _compute(
+    rule: Rule, one: list[Tensor], step: Tensor | None, options: Options
+) -> reference.Computed:
     """One tensor's step by the reference, not yet stored."""
-    param, grad, *moments, counter = one
+    param, grad, *moments = one
     state = dict(zip(rule.moments, moments, strict=False))
-    state["step"] = counter if options.advance_steps else counter - 1
+    if step is not None:
+        state["step"] = step if options.advance_steps else step - 1
     tail = Tail(options.grad_scale, options.found_inf)
     taken = options.found_inf is None or options.found_inf.item() == 0
     group = _group(rule, len(moments), options)
-    computed = reference.computed(param, grad, state, group, rule, tail, taken)
+    counts = step is not None
+    computed = reference.computed(param, grad, state, group, rule, tail, taken, counts_steps=counts)
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
-            unscaled = reference.real_view(grad) * (1 / options.grad_scale)
+            unscaled = real_view(grad) * (1 / options.grad_scale)
             computed.stores.append((grad, unscaled))
     return computed
 
 
-def _enter(
-    operator: str,
-    given: tuple[Sequence[Tensor], ...],
-    backend: str,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    amsgrad: bool,
-    **options: Any,
-) -> None:
+def _call(name: str, given: Sequence[Sequence[Tensor]], backend: str, **options: Any) -> None:
+    """The step of `OPERATORS[name]`, or of torch's operator of that name where one looks."""
     tensors = [g if isinstance(g, list) else list(g) for g in given]
     # Tracers and modes are to see an operator; without a tensor there is none to call.
     if any(tensors) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.
-        overload = "tensor_lr" if isinstance(lr, Tensor) else "default"
-        numbers = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
-        getattr(getattr(torch.ops.warpstep, operator), overload)(
-            *tensors, lr=lr, amsgrad=amsgrad, **numbers, **options
-        )
+        overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        getattr(getattr(torch.ops.warpstep, name), overload)(*tensors, **options)
         return
-    numbers_of = (weight_decay, beta1, beta2, eps)
-    options_of = Options(lr, numbers_of, coupled=operator == "adam_", **options)
-    run(adam_lists(tensors, amsgrad), options_of, backend)
+    run(*OPERATORS[name].bound(tensors, options), backend)
 
 
 def adamw_(
@@ -301,7 +309,7 @@ def adamw_(
 
         Messages name the list and the index. Entries that share memory are not looked for.
     """
-    _enter(
+    _call(
         "adamw_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
         backend,
@@ -350,7 +358,7 @@ def adam_(
 
     Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
     """
-    _enter(
+    _call(
         "adam_",
         (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
         backend,
@@ -368,4 +376,108 @@ def adam_(
     )
 
 
-__all__ = ["adam_", "adamw_"]
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    advance_steps: bool = True,
+    unscale_grads: bool = False,
+    backend: ListBackend = "auto",
+) -> None:
+    """One step of SGD, with or without momentum, on lists of tensors: as `adamw_` otherwise.
+
+    For each tensor::
+
+        g <- grad / grad_scale;  -g to maximize;  g + weight_decay * p
+        b <- momentum * b + (1 - dampening) * g        g at the first step
+        p <- p - lr * b                                lr * (g + momentum * b) with nesterov
+
+    and without momentum ``p <- p - lr * g``.
+
+    Source: Sutskever et al., On the importance of initialization and momentum in deep learning
+    (https://proceedings.mlr.press/v28/sutskever13.html), in torch's form.
+
+    Args:
+        params, grads, momentum_buffers: p, g and b, one entry a tensor; without momentum there are
+            no buffers (what is given counts for nothing). They begin as zeros.
+        state_steps: how many steps were taken, as for `adamw_`; or ``[]``, where the steps are not
+            counted: none is the first then. That matters with dampening only.
+        lr: a number, or a tensor of one element. One on the parameters' GPU is read there.
+        weight_decay, momentum, dampening: numbers; none is refused for its value.
+        nesterov, maximize: as in torch.
+        grad_scale, found_inf, advance_steps, unscale_grads, backend: as for `adamw_`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, BackendUnavailableError: as `adamw_`.
+    """
+    _call(
+        "sgd_",
+        (params, grads, momentum_buffers, state_steps),
+        backend,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        advance_steps=advance_steps,
+        unscale_grads=unscale_grads,
+    )
+
+
+def sgdw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    advance_steps: bool = True,
+    unscale_grads: bool = False,
+    backend: ListBackend = "auto",
+) -> None:
+    """One step of SGDW on lists of tensors: as `sgd_`, but weight decay stays out of the gradient.
+
+    ``lr * weight_decay * p`` is taken from p beside the update. Arguments, dtypes and errors are
+    those of `sgd_`.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 1
+    (https://arxiv.org/abs/1711.05101).
+    """
+    _call(
+        "sgdw_",
+        (params, grads, momentum_buffers, state_steps),
+        backend,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        advance_steps=advance_steps,
+        unscale_grads=unscale_grads,
+    )
+
+
+__all__ = ["adam_", "adamw_", "sgd_", "sgdw_"]

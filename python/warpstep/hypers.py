@@ -17,8 +17,8 @@ from warpstep.rules import Rule
 from warpstep.state import is_plain
 
 # How weight decay acts (kernels/rules/decay.h has the formulas), in the order of Decay in layout.h.
-DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious", "l1l2")
-DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious", "l1l2"]
+DECAY_FORMS = ("coupled", "decoupled", "independent", "l1", "cautious", "l1l2", "min")
+DecayForm = Literal["coupled", "decoupled", "independent", "l1", "cautious", "l1l2", "min"]
 
 
 def check_arguments(params: Any, **numbers: Any) -> None:
@@ -124,6 +124,11 @@ def check_own_options(group: dict[str, Any], where: str) -> None:
                 "positive learning rate that lr is the schedule's multiple of"
             )
     check_master(group.get("master"), where)
+    if group.get("master") is not None and form == "min":
+        raise ValueError(
+            f"Invalid decay_form: 'min'{where} is not supported with a master, whose smallest "
+            "magnitude is not the parameter's"
+        )
     ema_decay = group.get("ema_decay")
     if ema_decay is not None and not (
         isinstance(ema_decay, (int, float)) and 0.0 <= ema_decay <= 1.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -31,28 +32,75 @@ class Lists(NamedTuple):
 
     rule: Rule
     names: tuple[str, ...]
-    tensors: Sequence[list[Tensor]]  # params, grads, the rule's moments, step counters
+    tensors: Sequence[list[Tensor]]  # params, grads, the rule's moments, step counters (or none)
 
 
-# As aten::_fused_adamw_ takes them: without amsgrad the fifth counts for nothing.
-NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
-_WITHOUT = (*NAMES[:4], NAMES[5])
+def list_names(rule: Rule) -> tuple[str, ...]:
+    """What the lists of a rule are called, of which some calls use all."""
+    return ("params", "grads", *(f"{key}s" for key in rule.moments), "state_steps")
 
 
-def adam_lists(tensors: Sequence[list[Tensor]], amsgrad: bool) -> Lists:
-    """The lists of a call whose arguments are `NAMES`."""
-    if amsgrad:
-        return Lists(ADAMW, NAMES, tensors)
-    return Lists(ADAMW, _WITHOUT, (*tensors[:4], tensors[5]))
+def used_lists(rule: Rule, given: Mapping[str, Any]) -> list[bool]:
+    """Which of them a call uses: without amsgrad, say, there are no maxima."""
+    moments = [key not in rule.optional or bool(given[rule.optional[key]]) for key in rule.moments]
+    return [True, True, *moments, True]
 
 
-def sgd_lists(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> Lists:
-    """The lists of a call of ``aten::_fused_sgd_``, whose last is empty without momentum."""
-    if buffers:
-        names = ("params", "grads", "momentum_buffers", "state_steps")
-        return Lists(SGD, names, (params, grads, buffers, []))
-    return Lists(SGD, ("params", "grads", "state_steps"), (params, grads, []))
+def lists_of(rule: Rule, tensors: Sequence[list[Tensor]], given: Mapping[str, Any]) -> Lists:
+    """The lists that a call uses, of all that it has."""
+    used = used_lists(rule, given)
+    return Lists(rule, tuple(compress(list_names(rule), used)), tuple(compress(tensors, used)))
 
+
+class Operator(NamedTuple):
+    """A step on lists as libraries call it: a function of functional, an operator of torch_ops."""
+
+    name: str
+    rule: Rule
+    coupled: bool  # else the decay is decoupled
+
+    @property
+    def numbers(self) -> dict[str, bool]:
+        """The rule's numbers as arguments are called, in their order; whether each is a flag."""
+        return {
+            n.key if n.which is None else f"{n.key.removesuffix('s')}{n.which + 1}": n.is_flag
+            for n in self.rule.numbers[1:]
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """Arguments that are true or false: numbers of the rule, and what decides about a list."""
+        of_lists = [key for key in self.rule.optional.values() if key in self.rule.flags]
+        return [name for name, is_flag in self.numbers.items() if is_flag] + of_lists
+
+    def bound(self, tensors: Sequence[list[Tensor]], given: Mapping[str, Any]) -> Call:
+        """A call's lists and options, from its arguments."""
+        numbers = tuple(given[name] for name in self.numbers)
+        common = {key: given[key] for key in Options._fields if key in given}
+        if not tensors[-1]:  # no counter that the caller could have advanced
+            common["advance_steps"] = True
+        options = Options(**common, numbers=numbers, coupled=self.coupled)
+        return lists_of(self.rule, tensors, given), options
+
+
+Call = tuple[Lists, Options]
+# Of the arguments that every call has.
+DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "grad_scale": None,
+    "found_inf": None,
+    "advance_steps": True,
+    "unscale_grads": False,
+}
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator("adamw_", ADAMW, coupled=False),
+        Operator("adam_", ADAMW, coupled=True),
+        Operator("sgdw_", SGD, coupled=False),
+        Operator("sgd_", SGD, coupled=True),
+    )
+}
 
 Tables = tuple[Tensor, ...]
 RESIDENT_BYTES = 32 << 20  # of tables kept on GPUs: those of some 300,000 tensors

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from warpstep.reference import real_view
 from warpstep.shards import whole
+from warpstep.stored import real_view
 
 _summed_in = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 
 from warpstep import checkpoint, modes, signals, watched
-from warpstep.averages import Averaging, EmaDecay
+from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName, requested_backend
 from warpstep.clip_grad_norm import ClipsGradNorm
 from warpstep.groups import Members
 from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
+from warpstep.masters import KeepsMasters
 from warpstep.plan import Options, Plan
 from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
-from warpstep.recipes import RESIDUAL
 from warpstep.rules import Rule
 from warpstep.state import names_of
 from warpstep.statistics import Statistics
@@ -32,7 +32,7 @@ _ATTEMPTS = 5
 _CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
 
-class Optimizer(Averaging, ClipsGradNorm):
+class Optimizer(KeepsMasters, ClipsGradNorm):
     """What every optimizer of warpstep has, beside one of torch's classes that it is derived from.
 
     Attributes:
@@ -74,8 +74,8 @@ class Optimizer(Averaging, ClipsGradNorm):
     ) -> None:
         self.precision = Precision(state_dtype, ema_dtype, rounding, seed)
         self.precision.check()
-        ours = {"state_dtype": state_dtype, "rounding": rounding, "stats": stats or None}
-        ours["copies"] = copies
+        ours: dict[str, Any] = {"state_dtype": state_dtype, "rounding": rounding, "copies": copies}
+        ours["stats"] = stats or None
         given = {"decay_form": decay_form, "ema_decay": ema_decay, "master": master}
         for group in (given, *self.param_groups):
             ours |= {key: group[key] for key in given if group.get(key)}
@@ -218,25 +218,6 @@ class Optimizer(Averaging, ClipsGradNorm):
         options = Options(self.rule, self.backend, self.precision, self.copies)
         self.plan = kind(self, options)
         return self.plan
-
-    def _forget_stale_residuals(self) -> None:
-        """What was written to a parameter counts, not the residual of its value before."""
-        if self.plan is None:
-            return
-        with torch.no_grad():
-            for param in self.plan.written_params(self):
-                self.state[param][RESIDUAL].zero_()
-        self.plan.note_versions(self)
-
-    @contextmanager
-    def _swapped(self, averages: dict[Tensor, Tensor]) -> Iterator[None]:
-        self._forget_stale_residuals()
-        try:
-            with super()._swapped(averages):
-                yield
-        finally:
-            if self.plan is not None:  # the parameters are what they were, bit for bit
-                self.plan.note_versions(self)
 
     def _plan_of_grads(self) -> Plan | None:
         """The plan, with gradients gathered; nothing else is looked at."""

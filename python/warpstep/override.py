@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from warpstep import backends, shortcut
-from warpstep.lists import Lists, Options, adam_lists, sgd_lists, stepper
+from warpstep.lists import Lists, Options, lists_of, stepper
+from warpstep.rules import ADAMW, SGD
 
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 # Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
@@ -106,7 +107,7 @@ def _adam_kernel(original: Any, cuda: bool, coupled: bool) -> _Kernel:
             advance_steps=False,  # torch has
             unscale_grads=True,
         )
-        if not takes(adam_lists(lists, amsgrad), options):
+        if not takes(lists_of(ADAMW, lists, {"amsgrad": amsgrad}), options):
             original.call_boxed(
                 keys,
                 *lists,
@@ -157,7 +158,8 @@ def _sgd_kernel(original: Any, cuda: bool) -> _Kernel:
             advance_steps=not is_first_step,  # without counters: this is the second step, or first
             unscale_grads=True,
         )
-        if not takes(sgd_lists(params, grads, buffers), options):
+        lists = lists_of(SGD, (params, grads, buffers, []), {"momentum": buffers})
+        if not takes(lists, options):
             original.call_boxed(
                 keys,
                 params,

@@ -18,8 +18,16 @@ from torch.optim.optimizer import Optimizer
 from warpstep import backends, reference
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.clipping import Clipping, RememberedGrad
-from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
-from warpstep.hypers import check_group
+from warpstep.entries import (
+    Entry,
+    WithGrad,
+    place_of,
+    publish,
+    version_of,
+    was_written,
+    with_grads,
+)
+from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.precision import Precision
 from warpstep.python_plan import PythonPlan
@@ -36,6 +44,7 @@ from warpstep.state import (
     parameter_name,
 )
 from warpstep.statistics import Statistics, statistics_of
+from warpstep.stored import Stored
 from warpstep.survey import Survey
 from warpstep.tail import Tail
 
@@ -52,7 +61,7 @@ class Options:
 
     rule: Rule
     backend: str = "auto"
-    precision: Precision = Precision()
+    precision: Precision = field(default_factory=Precision)
     copies: Mapping[Tensor, Tensor] = field(default_factory=dict)  # by parameter
 
 
@@ -119,12 +128,16 @@ class Plan:
         self._versions: dict[Entry, int] = {}
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
+        of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
             bucket.bind(self._bound, index)
+            if of_min and any(entry.group in of_min for entry in bucket.entries):
+                bucket.keep_least()
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
             entry.param, entry.state, entry.new_state = None, _NOTHING, None
         self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
+        self._finding_least = [b for b in self.buckets if b.finds_least_apart]
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
         """What holds the tensors of the buckets, looks at them at each step and launches."""
@@ -244,7 +257,7 @@ class Plan:
 
     def is_one_call(self, tail: Tail) -> bool:
         """Whether the native module takes the whole step, so that no signal can come between."""
-        others = self.python_only or self.repeated or self._by_python
+        others = self.python_only or self.repeated or self._by_python or self._finding_least
         return self.lasts and not others and not tail.unscales
 
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
@@ -286,16 +299,20 @@ class Plan:
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
-            if any(param._version != self._versions.get(e, param._version) for e, param, _ in stepped):
+            if any(
+                e in self._versions and was_written(p, self._versions[e]) for e, p, _ in stepped
+            ):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
+            for bucket in self._finding_least:
+                bucket.find_least()
             for bucket in self._by_python:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)
             reference.store(computed)
             for entry, param, _ in stepped:
                 if optimizer.param_groups[entry.group].get("master"):
-                    self._versions[entry] = param._version
+                    self._versions[entry] = version_of(param)
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
             self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
             for mention in with_grads(optimizer, self.repeated):
@@ -350,9 +367,19 @@ class Plan:
             state = {key: own_part(tensor) for key, tensor in state.items()}
             param, grad = own_part(param), own_part(grad)
             copy = None if copy is None else own_part(copy)
-        stored = reference.Stored(self.options.precision, entry.number, first, copy)
+        stored = Stored(self.options.precision, entry.number, first, copy)
         rule = self.options.rule
-        one = reference.computed(param, grad, state, group, rule, tail, taken, stored=stored)
+        one = reference.computed(
+            param,
+            grad,
+            state,
+            group,
+            rule,
+            tail,
+            taken,
+            layout=layout if by_parts else None,
+            stored=stored,
+        )
         if by_parts and one.sums is not None:
             one.sums = summed(one.sums, layout)
         return one
@@ -367,7 +394,7 @@ class Plan:
         written: list[Tensor] = self._bound.written_params(optimizer.param_groups)
         for entry, version in self._versions.items():
             param = place_of(optimizer, entry)
-            if param is not None and param._version != version:
+            if param is not None and was_written(param, version):
                 written.append(param)
         return written
 
@@ -376,7 +403,7 @@ class Plan:
         self._bound.note_versions(optimizer.param_groups)
         for entry in self._versions:
             if (param := place_of(optimizer, entry)) is not None:
-                self._versions[entry] = param._version
+                self._versions[entry] = version_of(param)
 
     def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""

@@ -169,8 +169,8 @@ def check_has_master(name: str, param: Tensor) -> None:
     else:
         why = "only real parameters have one"
     raise TypeError(
-        f"{name} is {dtype_name(param.dtype)}: master='residual' is for bfloat16 parameters; {why}. "
-        "Or put it in a parameter group of its own with 'master': None."
+        f"{name} is {dtype_name(param.dtype)}: master='residual' is for bfloat16 parameters; {why}"
+        ". Or put it in a parameter group of its own with 'master': None."
     )
 
 

@@ -16,22 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from warpstep.codecs import draws, encoded, joined, rounded_stochastic, split
+from warpstep.codecs import joined, split
 from warpstep.hypers import decay_form
-from warpstep.precision import Precision
-from warpstep.recipes import (
-    BFLOAT16_STOCHASTIC,
-    E4M3,
-    RESIDUAL,
-    UE5M3,
-    AnyFormat,
-    real_dtype,
-    scale_of,
-)
+from warpstep.recipes import RESIDUAL, real_dtype
 from warpstep.rules import Rule
-from warpstep.shards import own_part
+from warpstep.shards import holds_values, layout_of, own_part, smallest, whole
 from warpstep.state import is_plain
-from warpstep.stored import decode_from, flat_as, shaped_as
+from warpstep.stored import Encoder, Stored, numbers_of, real_view
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -66,73 +57,30 @@ def constants_of(
     constants = rule.constants(numbers, t, compute)
     lr, weight_decay = numbers[:2]
     form = decay_form(group)
-    decay = (lr / group["base_lr"] if form == "independent" else lr) * weight_decay
-    decay = decay / 2 if form == "l1l2" else decay
+    decay = lr / group["base_lr"] if form == "independent" else lr
+    if form != "min":  # of which `computed` knows the other factor
+        decay = decay * (weight_decay / 2 if form == "l1l2" else weight_decay)
     if stays:
         return constants, decay
     return type(constants)(*(c.item() for c in constants)), decay.item()
-
-
-def real_view(tensor: Tensor) -> Tensor:
-    """The numbers that a tensor is made of, complex ones as pairs. A copy where it is lazy."""
-    tensor = tensor.resolve_conj().resolve_neg()  # themselves, but for lazily conjugated gradients
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
     return x.masked_fill(~x.isfinite(), 0)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """How a parameter and its state are stored, beyond dtypes; and what its random bits are of."""
+def least_magnitude(param: Tensor, layout: Any = None) -> Tensor:
+    """The smallest magnitude of the numbers that a tensor is made of, NaN if any is; inf of none.
 
-    precision: Precision = Precision()
-    number: int = 0  # of the parameter among the optimizer's
-    first: int = 0  # where its first element is in the whole tensor, if it is a shard
-    copy: Tensor | None = None  # gets the parameter's value
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Makes what is stored from numbers. ``step`` is the counter after the step."""
-
-    of: Stored
-    step: Tensor | None
-
-    def _random(self, tensor: Tensor, operand: int) -> Tensor:
-        assert self.step is not None
-        step = self.step.to(tensor.device, torch.float32)
-        numbers = (self.of.number, operand, self.of.first, tensor.numel())
-        return draws(self.of.precision.seed, step, *numbers)
-
-    def rounded(self, tensor: Tensor, numbers: Tensor, one: AnyFormat, operand: int) -> Tensor:
-        """Numbers as ``tensor`` has them, rounded."""
-        if one != BFLOAT16_STOCHASTIC:
-            return numbers.to(real_dtype(tensor.dtype))
-        flat = rounded_stochastic(flat_as(tensor, numbers), self._random(tensor, operand))
-        return shaped_as(tensor, flat)
-
-    def stored_moment(
-        self, state: dict[str, Tensor], key: str, numbers: Tensor, one: AnyFormat, operand: int
-    ) -> dict[str, Tensor]:
-        """What is stored of a moment: itself, or codes and scales."""
-        tensor = state[key]
-        if one not in (E4M3, UE5M3):
-            return {key: self.rounded(tensor, numbers, one, operand)}
-        random = self._random(tensor, operand) if one == UE5M3 else None
-        codes, scales = encoded(flat_as(tensor, numbers), random=random)
-        return {
-            key: shaped_as(tensor, codes),
-            scale_of(key): scales.view(state[scale_of(key)].shape),
-        }
-
-
-def numbers_of(state: dict[str, Tensor], key: str, *, squares: bool) -> Tensor:
-    """The numbers of a moment; of an 8-bit one, decoded."""
-    if state[key].dtype == torch.uint8:
-        return decode_from(state, key, squares=squares)
-    return real_view(state[key].detach())
+    Of a sharded tensor, or of one's own part with its ``layout``, that of the whole.
+    """
+    if layout is None and holds_values(layout_of(param)):
+        param, layout = own_part(param), layout_of(param)
+    numbers = real_view(whole(param).detach())
+    compute = torch.promote_types(numbers.dtype, torch.float32)
+    if numbers.numel() == 0:
+        return smallest(numbers.new_full((), torch.inf, dtype=compute), layout)
+    return smallest(numbers.abs().amin().to(compute), layout)
 
 
 @dataclass
@@ -154,13 +102,17 @@ def computed(
     tail: Tail | None = None,
     taken: bool | Tensor = True,
     on_host: bool = True,
-    stored: Stored = Stored(),
+    layout: Any = None,
+    counts_steps: bool | None = None,
+    stored: Stored | None = None,
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
     ``state`` holds the rule's moments, ``step`` where steps are counted, and ``ema`` where there is
     an average; ``group`` torch's hyper-parameters. With ``capturable``, or without ``on_host``, no
     value is read on the host, nor is that of a tensor that has none (on the meta device, or fake).
+    ``layout``: of the sharded parameter that ``param`` is this process's part of. ``counts_steps``:
+    whether the state has a counter, where that is not the group's to say.
     ::
 
         g <- grad / grad_scale * clip_coef;  -g to maximize;  g + weight_decay * p if coupled
@@ -177,10 +129,11 @@ def computed(
     (https://arxiv.org/abs/1711.05101); cautious decay: Chen et al.
     (https://arxiv.org/abs/2510.12402).
     """
-    tail = tail or Tail()
+    tail, stored = tail or Tail(), stored or Stored()
 
     has_master, precision = group.get("master") is not None, stored.precision
-    new_step = state["step"] + 1 if precision.counts_steps(rule, group) else None
+    counts_steps = precision.counts_steps(rule, group) if counts_steps is None else counts_steps
+    new_step = state["step"] + 1 if counts_steps else None
     compute = torch.float64 if real_dtype(param.dtype) == torch.float64 else torch.float32
     c, decay = constants_of(group, rule, new_step, param.device, compute, on_host)
     raw = real_view(grad.detach()).to(compute)
@@ -198,7 +151,9 @@ def computed(
         g = g + weight_decay * p
     update = rule.update(c, g, new)
     if weight_decay != 0 and form != "coupled":
-        d = p.sign() if form == "l1" else _finite_or_zero(p)
+        d = p.sign() if form in ("l1", "min") else _finite_or_zero(p)
+        if form == "min":
+            decay = decay * least_magnitude(param, layout)
         if form == "l1l2":
             d = d + p.sign()
         if form == "cautious":
@@ -234,7 +189,7 @@ def computed(
 
     stores: list[tuple[Tensor, Tensor | None]] = []
     if taken is not False:
-        of = {**state, "param": param, "copy": stored.copy}
+        of: dict[str, Any] = {**state, "param": param, "copy": stored.copy}
         if new_step is not None:
             stores = [(state["step"], chosen(new_step, state["step"]))]
         stores += [(of[key], chosen(value, real_view(of[key]))) for key, value in written.items()]

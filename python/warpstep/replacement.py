@@ -12,18 +12,26 @@ from torch import Tensor
 from warpstep.adam import Adam
 from warpstep.adamw import AdamW
 from warpstep.hypers import check_group
-from warpstep.rules import ADAMW
+from warpstep.optimizer import Optimizer
+from warpstep.rules import Rule
+from warpstep.sgd import SGD
 from warpstep.state import describe, missing_keys, parameter_name
 
-_CLASSES: dict[type, type[Adam]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam}
+_CLASSES: dict[type, type[Adam] | type[SGD]] = {
+    torch.optim.AdamW: AdamW,
+    torch.optim.Adam: Adam,
+    torch.optim.SGD: SGD,
+}
 
 
 @overload
 def replace(optimizer: torch.optim.AdamW) -> AdamW: ...
 @overload
 def replace(optimizer: torch.optim.Adam) -> Adam: ...
-def replace(optimizer: torch.optim.Adam) -> Adam:
-    """Makes a live torch optimizer a ``warpstep.AdamW`` or ``Adam``, in place.
+@overload
+def replace(optimizer: torch.optim.SGD) -> SGD: ...
+def replace(optimizer: torch.optim.Optimizer) -> Adam | SGD:
+    """Makes a live torch optimizer a ``warpstep.AdamW``, ``Adam`` or ``SGD``, in place.
 
     It stays the same object and gets another class. So whatever holds it goes on with it, at any
     moment of a run: learning rate schedulers (those inside a ``SequentialLR`` too), a
@@ -39,8 +47,9 @@ def replace(optimizer: torch.optim.Adam) -> Adam:
     before that. Where accelerate trains in float16, that is before ``accelerator.prepare``.
 
     Args:
-        optimizer: a ``torch.optim.AdamW`` or ``torch.optim.Adam`` itself, of no derived class. It
-            may have any ``fused`` and ``foreach``: the kernels step it all the same.
+        optimizer: a ``torch.optim.AdamW``, ``torch.optim.Adam`` or ``torch.optim.SGD`` itself, of
+            no derived class. It may have any ``fused`` and ``foreach``: the kernels step it all the
+            same.
 
     Returns:
         ``optimizer`` itself, with ``backend="auto"``.
@@ -54,11 +63,11 @@ def replace(optimizer: torch.optim.Adam) -> Adam:
         found = f"a {type(optimizer).__module__}.{type(optimizer).__qualname__}"
         if isinstance(optimizer, type):
             found = f"the class {optimizer.__name__}: pass an optimizer that was made of it"
-        elif isinstance(optimizer, Adam):
+        elif isinstance(optimizer, Optimizer):
             found += ": it is warpstep's already, step with it as it is"
         raise TypeError(
-            "replace() takes an optimizer of the very class torch.optim.AdamW or torch.optim.Adam, "
-            f"but got {found}"
+            "replace() takes an optimizer of the very class torch.optim.AdamW, torch.optim.Adam or "
+            f"torch.optim.SGD, but got {found}"
         )
     step = vars(optimizer).get("step")
     # Learning rate schedulers wrap it, to see that it is called before theirs.
@@ -68,7 +77,7 @@ def replace(optimizer: torch.optim.Adam) -> Adam:
             f"replace() cannot take over: the optimizer's step was replaced by {step!r}, which "
             "would be lost. Remove that replacement first."
         )
-    _check(optimizer)
+    _check(optimizer, kind.rule)
 
     optimizer.__class__ = kind
     optimizer.__setstate__({})
@@ -78,7 +87,7 @@ def replace(optimizer: torch.optim.Adam) -> Adam:
     return optimizer
 
 
-def _wrap_for_schedulers(optimizer: Adam) -> None:
+def _wrap_for_schedulers(optimizer: Adam | SGD) -> None:
     """As ``torch.optim.lr_scheduler.LRScheduler`` wraps ``step`` of the optimizer it is given."""
     method = type(optimizer).step
     reference = weakref.ref(optimizer)
@@ -93,17 +102,18 @@ def _wrap_for_schedulers(optimizer: Adam) -> None:
     vars(optimizer)["step"] = step
 
 
-def _check(optimizer: torch.optim.Adam) -> None:
+def _check(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
     """Raises TypeError for what a step could not take."""
     groups = optimizer.param_groups
     for g, group in enumerate(groups):
-        if group.get("decoupled_weight_decay") is None:
+        flag = "decoupled_weight_decay"
+        if flag in rule.flags and group.get(flag) is None:
             raise TypeError(
                 f"replace() cannot take over: parameter group {g} has no 'decoupled_weight_decay'. "
                 "Set it to True for AdamW's decay, False for Adam's."
             )
         try:
-            check_group(group, ADAMW, f" (in parameter group {g})")
+            check_group(group, rule, f" (in parameter group {g})")
         except ValueError as error:
             raise TypeError(f"replace() cannot take over: {error}") from error
         for i, param in enumerate(group["params"]):
@@ -117,13 +127,15 @@ def _check(optimizer: torch.optim.Adam) -> None:
             state = optimizer.state.get(param)
             if not state:
                 continue
-            if missing := missing_keys(state, ADAMW, group):
+            if missing := missing_keys(state, rule, group):
                 raise TypeError(
                     f"{name} has a state without {missing}: torch cannot step it either"
                 )
-            for key in ADAMW.moments:
+            for key in rule.moments:
                 _check_moment(name, key, param, state.get(key))
-            step: Any = state["step"]
+            step: Any = state.get("step")
+            if step is None:  # not missing
+                continue
             if not isinstance(step, (int, float)) and not (
                 isinstance(step, Tensor) and step.numel() == 1
             ):

@@ -86,6 +86,14 @@ def largest(maxima: Tensor, layout: Any) -> Tensor:
     return total.where(total.isnan(), _reduced(maxima, layout, "max"))
 
 
+def smallest(minima: Tensor, layout: Any) -> Tensor:
+    """From smallest magnitudes of shards, infinity where there is no element, NaN where one is."""
+    if layout is None:
+        return minima
+    total = _reduced(minima, layout, "sum")  # as above
+    return total.where(total.isnan(), _reduced(minima, layout, "min"))
+
+
 def _reduced(tensor: Tensor, layout: Any, operation: str) -> Tensor:
     mesh, placements = layout
     module = _module()

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, modes
-from warpstep.lists import Options, adam_lists, stepper
+from warpstep.lists import Options, lists_of, stepper
+from warpstep.rules import ADAMW
 
 NAME = "_fused_adam"
 KNOWN = [
@@ -63,10 +64,8 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
                 advance_steps=True,
                 unscale_grads=True,
             )
-            lists = adam_lists(
-                (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps),
-                options["amsgrad"],
-            )
+            all_lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+            lists = lists_of(ADAMW, all_lists, options)
             reason = step(
                 lists.rule.name,
                 lists.tensors,

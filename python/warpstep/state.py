@@ -17,7 +17,6 @@ from warpstep.rules import Rule
 from warpstep.shards import holds_values, layout_of, like_shards, own_part
 from warpstep.stored import decode_from, encode_into
 
-
 # Not of a state: what a parameter is to become, where a float32 master was loaded.
 PARAM = "param"
 

@@ -15,17 +15,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from warpstep import backends, functional, reference
 from warpstep.entries import Entry, WithGrad, with_grads
 from warpstep.hypers import decay_form
+from warpstep.lists import OPERATORS
 from warpstep.plan import Plan
 from warpstep.python_plan import PythonPlan
-from warpstep.rules import ADAMW, Rule
-from warpstep.shards import holds_values, layout_of, own_part, summed
+from warpstep.rules import Rule
+from warpstep.shards import first_element, holds_values, layout_of, own_part, summed
+from warpstep.stored import Stored
 from warpstep.tail import Tail
 
 # By rule and form of decay.
-OPERATORS = {
-    (ADAMW, "decoupled"): functional.adamw_,
-    (ADAMW, "coupled"): functional.adam_,
-}
+OF_FORM = {(o.rule, "coupled" if o.coupled else "decoupled"): o for o in OPERATORS.values()}
 
 Tensors = dict[str, Tensor]  # one parameter's: param, grad and its state
 
@@ -71,8 +70,9 @@ class WatchedPlan(Plan):
         for entry, param, grad in mentions:
             group, layout = optimizer.param_groups[entry.group], layout_of(param)
             rule, state = self.options.rule, optimizer.state[param]
-            kept = {key: state[key] for key in ("step", *rule.moments, "ema") if key in state}
-            tensors = {"param": param, "grad": grad, **kept}
+            tensors = {"param": param, "grad": grad, **state}
+            if (copy := self.options.copies.get(param)) is not None:
+                tensors["copy"] = copy
             by_parts = holds_values(layout) and all(
                 layout_of(tensor) == layout for key, tensor in tensors.items() if key != "step"
             )
@@ -83,7 +83,10 @@ class WatchedPlan(Plan):
             if by_parts and self._is_for_operator(group, tensors, tail):
                 calls[entry.group, param.device].append(tensors)
                 continue
-            one = _computed(tensors, group, rule, tail, on_host=not by_parts)
+            own_layout = layout if by_parts else None
+            first, copy = first_element(param), tensors.pop("copy", None)
+            stored = Stored(self.options.precision, entry.number, first, copy)
+            one = _computed(tensors, group, rule, tail, own_layout, stored, on_host=not by_parts)
             computed.append(one)
             if one.sums is not None:
                 sums[entry] = summed(one.sums, layout) if by_parts else one.sums
@@ -104,8 +107,10 @@ class WatchedPlan(Plan):
             or tail.clip_coef is not None
             or tail.statistics
             or group.get("ema_decay") is not None
-            or (self.options.rule, decay_form(group)) not in OPERATORS
-            or any(isinstance(beta, Tensor) for beta in group["betas"])
+            or not self._is_of_dtypes(group)
+            or any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+            or (self.options.rule, decay_form(group)) not in OF_FORM
+            or any(isinstance(n.of(group), Tensor) for n in self.options.rule.numbers[2:])
             or any(is_traceable_wrapper_subclass(tensor) for tensor in tensors.values())
         )
 
@@ -125,23 +130,20 @@ def _call_operator(
     def stream(key: str) -> list[Tensor]:
         return [of_param[key] for of_param in tensors]
 
-    amsgrad = bool(group["amsgrad"])
-    beta1, beta2 = group["betas"]
+    operator = OF_FORM[rule, decay_form(group)]
+    own: dict[str, Any] = {flag: bool(group[flag]) for flag in operator.flags}
+    for name, number in zip(operator.numbers, rule.numbers[1:], strict=True):
+        own.setdefault(name, float(number.of(group)))
+    moments = rule.moments_of(group)
     grad_scale, found_inf, _ = tail.on(device)
     with torch.no_grad():
-        OPERATORS[rule, decay_form(group)](
+        getattr(functional, operator.name)(
             stream("param"),
             stream("grad"),
-            stream("exp_avg"),
-            stream("exp_avg_sq"),
-            stream("max_exp_avg_sq") if amsgrad else [],
-            stream("step"),
+            *(stream(key) if key in moments else [] for key in rule.moments),
+            stream("step") if rule.counts_steps(group) else [],
             lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            weight_decay=float(group["weight_decay"]),
-            eps=float(group["eps"]),
-            amsgrad=amsgrad,
+            **own,
             maximize=bool(group["maximize"]),
             grad_scale=grad_scale,
             found_inf=found_inf,
@@ -149,7 +151,13 @@ def _call_operator(
 
 
 def _computed(
-    tensors: Tensors, group: dict[str, Any], rule: Rule, tail: Tail, on_host: bool
+    tensors: Tensors,
+    group: dict[str, Any],
+    rule: Rule,
+    tail: Tail,
+    layout: Any,
+    stored: Stored,
+    on_host: bool,
 ) -> reference.Computed:
     """One parameter's step by the reference; whether it is taken is not read on the host."""
     taken: bool | Tensor = True
@@ -158,5 +166,14 @@ def _computed(
         taken = bool(taken) if on_host else taken
     state = {key: tensor for key, tensor in tensors.items() if key not in ("param", "grad")}
     return reference.computed(
-        tensors["param"], tensors["grad"], state, group, rule, tail, taken, on_host=on_host
+        tensors["param"],
+        tensors["grad"],
+        state,
+        group,
+        rule,
+        tail,
+        taken,
+        on_host=on_host,
+        layout=layout,
+        stored=stored,
     )

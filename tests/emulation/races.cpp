@@ -69,8 +69,8 @@ int run() {
   RecipeKey recipe{RuleId::adamw, {}};
   for (Operand operand : {kParam, kMoment, kGrad}) recipe.formats[operand] = Format::float32;
   recipe.formats[kMoment + 1] = Format::float32;
-  Launch launch{recipe, {}, rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(), count,
-                kChunk, 0};
+  Launch launch{recipe, {},     rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(),
+                count,  kChunk, 0,           nullptr};
 
   for (int step = 0; step < 2; ++step) EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
   std::vector<double> statistics(kStatistics * count, 0);
@@ -100,6 +100,19 @@ int run() {
   norm.assign(norm.size(), 0);
   EXPECT(grad_norm_cuda(Norm::inf, launch, tables, norm.data(), 0, nullptr).error == 0);
   EXPECT(norm[0] == 1);
+
+  tensors[1].param[kChunk] = 0.5;
+  hyper.decay = Decay::min;
+  hyper.numbers[kWeightDecay].value = 1;
+  std::vector<double> least(kTensors + count, -1);
+  launch.least = least.data();
+  for (int step = 0; step < 2; ++step) {
+    EXPECT(least_magnitudes_cuda(launch, tables, 0, nullptr).error == 0);
+    EXPECT(least[1] < least[0] && least[3] == -1);
+    EXPECT(step == 1 || least[1] == 0.5);
+    EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  }
+  EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
   return 0;
 }
 

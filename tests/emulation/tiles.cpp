@@ -182,8 +182,8 @@ std::string compare(const RecipeKey& key) {
     }
   }
 
-  constexpr Decay kDecays[] = {Decay::coupled, Decay::decoupled, Decay::independent,
-                               Decay::l1,      Decay::cautious,  Decay::l1l2};
+  constexpr Decay kDecays[] = {Decay::coupled,  Decay::decoupled, Decay::independent, Decay::l1,
+                               Decay::cautious, Decay::l1l2,      Decay::min};
   Hyper hypers[2]{};
   for (Hyper& hyper : hypers) {
     const bool sgd = key.rule == RuleId::sgd;
@@ -206,6 +206,8 @@ std::string compare(const RecipeKey& key) {
   tail.steps_advanced = one_in(5);
   const std::uint64_t seed = std::uint64_t{generator()} << 32 | generator();
 
+  double least[kTensors] = {0.5, 0.01, 0, 0.1};
+
   std::vector<double> statistics[2];
   for (int on = 0; on < 2; ++on) {
     const auto count = static_cast<std::uint32_t>(chunks[on].size());
@@ -221,7 +223,8 @@ std::string compare(const RecipeKey& key) {
                         chunks[on].data(),
                         count,
                         on == 0 ? static_cast<std::uint32_t>(kCpuChunk) : kChunk,
-                        seed};
+                        seed,
+                        least};
     if (on == 0) {
       const StepChunks step = cpu_kernels_baseline().find(key);
       if (step == nullptr) return "no kernel on the CPU";

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -201,3 +202,39 @@ def watched_worker(change, options, rank):
 @pytest.mark.parametrize("options", [{}, {"stats": True}], ids=["operator", "reference"])
 def test_a_mode_sees_the_shards(change, options, tmp_path):
     on_two_ranks(functools.partial(watched_worker, change, options), tmp_path)
+
+
+def least_worker(options, rank):
+    """decay_form="min": the smallest magnitude of all shards, which may be another process's."""
+    watched = nullcontext
+    options = dict(options)
+    if options.pop("watched", False):
+        watched = CommDebugMode
+    nan = options.pop("nan", False)
+    ours, _ = pair(decay_form="min", **options)
+    wholes = [p.full_tensor().detach().clone().requires_grad_() for p in params_of(ours)]
+    theirs = warpstep.AdamW(wholes, **OPTIONS, decay_form="min", backend="cpu")
+    for step in range(STEPS):
+        set_grads_of_both(ours, theirs, step)
+        if nan and step == STEPS - 1:
+            wholes[ROWS].data[-1, -1] = math.nan
+            if rank == 1:
+                params_of(ours)[ROWS]._local_tensor.data[-1, -1] = math.nan
+        with watched():
+            ours.step()
+        theirs.step()
+    for index, (p, q) in enumerate(zip(params_of(ours), wholes, strict=True)):
+        if nan and index == ROWS:
+            assert p.full_tensor().isnan().all()
+            assert q.isnan().all()
+            continue
+        torch.testing.assert_close(p.full_tensor(), q, rtol=0, atol=bound(STEPS, LR, q))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nan": True}, {"watched": True}, {"backend": "reference"}],
+    ids=["kernel", "nan", "watched", "reference"],
+)
+def test_the_least_magnitude_is_of_all_shards(options, tmp_path):
+    on_two_ranks(functools.partial(least_worker, options), tmp_path)

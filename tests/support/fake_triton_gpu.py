@@ -47,7 +47,11 @@ class FakeGpu:
         self._graph: list[Callable[[], None]] | None = None
 
         monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(self))
-        for function in (kernel.step_kernel, kernel.grad_norm_kernel):
+        for function in (
+            kernel.step_kernel,
+            kernel.grad_norm_kernel,
+            kernel.least_magnitude_kernel,
+        ):
             binder = self._binder_of(monkeypatch, function)
             monkeypatch.setattr(function, "device_caches", defaultdict(binder))
         monkeypatch.setattr(kernel, "torch", _Torch(self))

@@ -30,6 +30,7 @@ BY_REFERENCE = {
     "independent": {"decay_form": "independent", "weight_decay": 0.1},
     "l1": {"decay_form": "l1", "weight_decay": 0.1},
     "cautious": {"decay_form": "cautious", "weight_decay": 0.1},
+    "min": {"decay_form": "min"},
     "ema": {"ema_decay": 0.5},
     "ema of float32": {"ema_decay": 0.5, "dtype": torch.bfloat16},
     "stats": {"stats": True},

@@ -108,6 +108,7 @@ def step(before: Streams, grad: np.ndarray, t: int, options: Options) -> Step:
         "l1": lr * decay * np.sign(p),
         "cautious": lr * decay * p * (np.sign(update) * np.sign(p) >= 0),
         "l1l2": lr * decay / 2 * (p + np.sign(p)),
+        "min": lr * (decay != 0) * (np.abs(p).min() if p.size else 0) * np.sign(p),
     }[options.form]
     after = Streams(p - decayed - update, m, v, peak if options.amsgrad else None)
     return Step(after, g, before, decayed, update, slope, t)

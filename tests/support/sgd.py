@@ -39,6 +39,7 @@ PLAIN = {
     "l1": Options(weight_decay=0.3, decay_form="l1"),
     "cautious": Options(weight_decay=0.3, decay_form="cautious"),
     "l1l2": Options(weight_decay=0.3, decay_form="l1l2"),
+    "min": Options(weight_decay=0.3, decay_form="min"),
 }
 OPTIONS = {
     **PLAIN,
@@ -112,6 +113,7 @@ def step(
         "l1": lr * decay * np.sign(p),
         "cautious": lr * decay * p * (np.sign(update) * np.sign(p) >= 0),
         "l1l2": lr * decay / 2 * (p + np.sign(p)),
+        "min": lr * (decay != 0) * (np.abs(p).min() if p.size else 0) * np.sign(p),
     }[options.decay_form]
     after = p - decayed - update
     off_param = off + 4 * np.abs(decayed) + np.abs(decayed + update) + np.abs(after)

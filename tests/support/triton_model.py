@@ -12,7 +12,7 @@ f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda" if torch.cuda.is_available() else None
 runs = pytest.mark.skipif(DEVICE is None, reason="Triton compiles in this process, and for no GPU")
 compiles = pytest.mark.skipif(kernel.INTERPRETED, reason="Triton interprets in this process")
-COUPLED, DECOUPLED, INDEPENDENT, L1, CAUTIOUS = range(5)  # `Decay` in layout.h
+COUPLED, DECOUPLED, INDEPENDENT, L1, CAUTIOUS, L1L2, MIN = range(7)  # `Decay` in layout.h
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "sgd": ("momentum_buffer",)}
 Lists = dict[str, list[Tensor]]
 
@@ -121,9 +121,11 @@ GROUPS = {
     ],
 }
 SELECTIVE = {
-    "adamw": [AdamW(0.1, 0.3, decay=L1), AdamW(0.1, 0.3, maximize=True, decay=CAUTIOUS)],
-    "sgd": [SGD(0.1, 0.3, decay=L1), SGD(0.1, 0.3, nesterov=True, decay=CAUTIOUS)],
+    "adamw": [AdamW(0.1, 0.3, decay=form) for form in (L1, L1L2, MIN)],
+    "sgd": [SGD(0.1, 0.3, decay=form) for form in (L1, L1L2, MIN)],
 }
+SELECTIVE["adamw"].append(AdamW(0.1, 0.3, maximize=True, decay=CAUTIOUS))
+SELECTIVE["sgd"].append(SGD(0.1, 0.3, nesterov=True, decay=CAUTIOUS))
 # Elements by which param, three moments and grad are off a boundary.
 OFFSETS = ["1 0 0 0 0", "0 2 1 3 0", "0 0 0 0 1", "3 3 3 3 3", "8 8 8 8 8"]
 
@@ -174,7 +176,16 @@ class Model:
         addresses = torch.tensor([0 if g is None else g.data_ptr() or 1 for g in grads])
         hypers = b"".join(group.pack() for group in self.groups)
         tensors = {name: torch.tensor(x, device=DEVICE) for name, x in scales.items()}
+        if any(group.decay == MIN for group in self.groups):
+            tensors["least"] = self.least(addresses)
         kernel.launch(self.table, addresses, hypers, recipe=self.recipe, **tensors)
+
+    def least(self, addresses: Tensor) -> Tensor:
+        """What the launch is told of the smallest magnitudes."""
+        least = torch.zeros(len(self.sizes) + self.table.programs, dtype=f64, device=DEVICE)
+        hypers = b"".join(group.pack() for group in self.groups)
+        kernel.least_magnitudes(self.table, addresses, hypers, least, recipe=self.recipe)
+        return least
 
     def group_of(self, index: int) -> Any:
         return self.groups[index % len(self.groups)]

@@ -19,6 +19,7 @@ class Number(NamedTuple):
     key: str
     label: str  # in messages
     which: int | None = None  # of the pair, 0 or 1
+    is_flag: bool = False  # whether it is true or false
 
     @property
     def name(self) -> str:

@@ -66,7 +66,7 @@ SGD: Rule = SgdRule(
         WEIGHT_DECAY,
         Number("momentum", "momentum value"),
         Number("dampening", "dampening value"),
-        Number("nesterov", "nesterov flag"),
+        Number("nesterov", "nesterov flag", is_flag=True),
     ),
     flags=("maximize", "differentiable", "fused"),
     moments=("momentum_buffer",),

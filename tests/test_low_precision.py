@@ -1,0 +1,263 @@
+"""Low-precision recipes: a step is the float32 step between decoding and encoding, bit for bit."""
+
+import math
+
+import pytest
+import torch
+
+import warpstep
+from support.low_precision import (
+    BF16,
+    RECIPES,
+    Float32,
+    assert_step_is_float32s,
+    flat,
+    new_params,
+    numbers_of,
+)
+from support.parameters import random
+from support.recipes import set_grad
+from warpstep import codecs
+
+OPTIONS = {
+    "default": {},
+    "amsgrad": {"amsgrad": True},
+    "coupled": {"decay_form": "coupled", "weight_decay": 0.1},
+    "cautious": {"decay_form": "cautious", "maximize": True},
+}
+KINDS = {
+    "AdamW": (warpstep.AdamW, {"lr": 1e-2}),
+    "SGD": (warpstep.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "nesterov": False}),
+}
+each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def grads_of(params, step, dtype=None):
+    return [
+        random(p.shape, 100 * step + i, p.device).to(dtype or p.dtype) for i, p in enumerate(params)
+    ]
+
+
+def assert_steps(kind, recipe, options, backend, device, dtype=BF16, grad_dtype=None, steps=3):
+    params = new_params(dtype, device=device)
+    optimizer = kind(params, backend=backend, seed=42, **recipe, **options)
+    reference = Float32(kind, backend, device, options)
+    for step in range(1, steps + 1):
+        assert_step_is_float32s(optimizer, reference, grads_of(params, step, grad_dtype), step)
+    if backend != "reference":
+        assert "reference" not in str(optimizer.plan)
+
+
+@each_recipe
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_adamw(recipe, options, backend, device):
+    assert_steps(warpstep.AdamW, recipe, {"lr": 1e-2, **options}, backend, device)
+
+
+@each_recipe
+def test_sgd(recipe, backend, device):
+    state_dtype = recipe.get("state_dtype")
+    if isinstance(state_dtype, tuple):
+        recipe = {**recipe, "state_dtype": state_dtype[0]}
+    kind, options = KINDS["SGD"]
+    assert_steps(kind, recipe, options, backend, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("state_dtype", ["8bit", BF16], ids=str)
+def test_parameters_of_other_dtypes(dtype, state_dtype, backend, device):
+    options = {"lr": 1e-2, "eps": 1e-3}
+    assert_steps(warpstep.AdamW, {"state_dtype": state_dtype}, options, backend, device, dtype)
+
+
+# ---- The exact master
+
+
+def test_a_master_is_a_float32_models_run_for_a_thousand_steps(backend, device):
+    """Bit for bit, the parameter being its nearest bfloat16, ties away from zero, at every step."""
+    shapes = [(33, 65), (7,)]
+    steps = 1000 if backend == "cpu" else 20
+    ours = new_params(BF16, shapes, device)
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in ours]
+    optimizer = warpstep.AdamW(ours, lr=1e-3, master="residual", backend=backend)
+    exact = warpstep.AdamW(theirs, lr=1e-3, backend=backend)
+    for step in range(steps):
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            mine.grad = random(mine.shape, 100 * step + i, device).to(BF16)
+            other.grad = mine.grad.float()
+        optimizer.step()
+        exact.step()
+        if step % 100 == 0 or step == steps - 1:
+            for mine, other in zip(ours, theirs, strict=True):
+                master = optimizer.master_parameters()[mine]
+                assert torch.equal(master.view(torch.int32), other.detach().view(torch.int32))
+                high, _ = codecs.split(other.detach().cpu())
+                assert torch.equal(mine.detach().cpu(), high)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    assert torch.equal(optimizer.state[mine][key], exact.state[other][key])
+
+
+def test_what_is_written_to_a_parameter_wins_over_its_residual(backend, device):
+    params = new_params(BF16, [(100,), (100,)], device)
+    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend)
+    for p in params:
+        p.grad = random(p.shape, 7, device).to(BF16)
+    optimizer.step()
+    assert all(optimizer.state[p]["master_param"].any() for p in params)
+    kept = optimizer.master_parameters()[params[1]].clone()
+    written = random((100,), 8, device).to(BF16)
+    with torch.no_grad():
+        params[0].copy_(written)
+    assert torch.equal(optimizer.master_parameters()[params[0]], written.float())
+    for p in params:
+        p.grad.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    masters = optimizer.master_parameters()
+    assert torch.equal(masters[params[0]], written.float())
+    assert torch.equal(masters[params[1]], kept)
+
+
+def test_masters_are_written_in_float32(backend, device):
+    params = new_params(BF16, [(100,), (5, 5)], device)
+    optimizer = warpstep.AdamW(params, lr=0.0, master="residual", backend=backend)
+    masters = {p: random(p.shape, 30 + i, device) for i, p in enumerate(params)}
+    optimizer.set_master_parameters(masters)
+    for p, master in masters.items():
+        assert torch.equal(optimizer.master_parameters()[p], master)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, master in masters.items():
+        assert torch.equal(optimizer.master_parameters()[p], master)
+        assert torch.equal(p.detach().cpu(), codecs.split(master.cpu())[0])
+
+
+def test_averages_are_of_the_master(backend, device):
+    params = new_params(BF16, [(300,)], device)
+    options = {"lr": 1e-2, "ema_decay": 0.9}
+    optimizer = warpstep.AdamW(params, master="residual", backend=backend, **options)
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in params]
+    exact = warpstep.AdamW(theirs, backend=backend, **options)
+    for step in range(4):
+        params[0].grad = random((300,), step, device).to(BF16)
+        theirs[0].grad = params[0].grad.float()
+        optimizer.step()
+        exact.step()
+    assert torch.equal(optimizer.state[params[0]]["ema"], exact.state[theirs[0]]["ema"])
+    before = optimizer.master_parameters()[params[0]].clone()
+    with optimizer.swap_ema():
+        assert not torch.equal(params[0].float(), before)
+    assert torch.equal(optimizer.master_parameters()[params[0]], before)
+    params[0].grad.zero_()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.master_parameters()[params[0]], before)
+
+
+# ---- What low precision must not lose
+
+
+def test_exp_avg_sq_decays_where_nothing_comes(backend, device):
+    """After n steps without gradients it is 0.999^n of itself, and to nearest it stays.
+
+    One rounding at random has a variance of at most a quarter of a squared unit in the last place,
+    2^-8 of the number in bfloat16 (2^-4 in ue5m3) at most: the mean of k numbers after n steps is
+    within 5 standard deviations of what it is to be: relatively, 5 * 2^-8 / 2 * sqrt(n / k).
+    """
+    count, steps = 65_536, 2000 if backend == "cpu" else 200
+    for state_dtype, unit in ((BF16, 2.0**-8), ("8bit", 2.0**-4)):
+        param = torch.nn.Parameter(torch.zeros(count, dtype=BF16, device=device))
+        options = {"state_dtype": state_dtype, "betas": (0.9, 0.999), "backend": backend}
+        optimizer = warpstep.AdamW([param], **options)
+        param.grad = random((count,), 1, device).to(BF16)
+        optimizer.step()
+        before = numbers_of(param, optimizer.state[param])["exp_avg_sq"].double().mean()
+        param.grad = torch.zeros_like(param)
+        for _ in range(steps):
+            optimizer.step()
+        after = numbers_of(param, optimizer.state[param])["exp_avg_sq"].double().mean()
+        expected = 0.999**steps
+        off = abs((after / before).item() / expected - 1)
+        # The largest of normal squares weigh most: their mean of squares is 3 times the mean's.
+        assert off <= 5 * unit / 2 * math.sqrt(3 * steps / count)
+
+
+def test_nearest_bfloat16_does_not_decay():
+    """What rounding=None avoids, and all-bfloat16 has in common with torch."""
+    param = torch.nn.Parameter(torch.zeros(1000, dtype=BF16))
+    optimizer = warpstep.AdamW([param], betas=(0.9, 0.999))
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = optimizer.state[param]["exp_avg_sq"].clone()
+    param.grad = torch.zeros_like(param)
+    for _ in range(100):
+        optimizer.step()
+    assert torch.equal(optimizer.state[param]["exp_avg_sq"], before)
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4, 6])
+def test_the_update_keeps_its_size_where_gradients_spread_over_decades(decades, backend, device):
+    """With blocks whose gradients have scales decades apart, as the exact update's largest."""
+    shape = (64, 64)
+    generator = torch.Generator().manual_seed(3)
+    scale = (10.0 ** (decades * torch.rand(shape, generator=generator) - decades)).to(device)
+    params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for _ in range(2)]
+    options = {"lr": 1.0, "weight_decay": 0.0, "eps": 1e-12, "backend": backend}
+    low = warpstep.AdamW(params[:1], state_dtype="8bit", **options)
+    exact = warpstep.AdamW(params[1:], **options)
+    assert low.precision.moment_dtype(params[0], 0, False) == torch.uint8
+    largest = [0.0, 0.0]
+    for step in range(60):
+        grad = scale * (0.1 + random(shape, step, device))
+        for which, (param, optimizer) in enumerate(zip(params, (low, exact), strict=True)):
+            param.grad = grad.clone()
+            param.data.zero_()
+            optimizer.step()
+            largest[which] = max(largest[which], param.detach().abs().max().item())
+    assert largest[0] <= 1.5 * largest[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_recipe
+def test_nan_and_infinity_reach_what_float32_lets_them_reach(recipe, value, backend, device):
+    """The same elements become not finite, and no other of their block."""
+    params = new_params(BF16, [(64, 64)], device)
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in params]
+    optimizer = warpstep.AdamW(params, backend=backend, **recipe)
+    exact = warpstep.AdamW(theirs, backend=backend)
+    for step in range(3):
+        grad = random((64, 64), step, device).to(BF16)
+        if step == 1:
+            grad[3, 5] = value
+        params[0].grad, theirs[0].grad = grad, grad.float()
+        optimizer.step()
+        exact.step()
+    found, expected = numbers_of(params[0], optimizer.state[params[0]]), exact.state[theirs[0]]
+    assert torch.equal(params[0].detach().isnan(), theirs[0].detach().isnan())
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(found[key].isnan(), flat(expected[key]).isnan()), key
+        assert torch.equal(found[key].isinf(), flat(expected[key]).isinf()), key
+
+
+# ---- Copies
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
+def test_copies_are_the_parameters_after_the_step(dtype, grad_dtype, backend, device):
+    shapes = [(100, 3), (16_384 + 5,), (), (0,)]
+    params = new_params(torch.float32, shapes, device)
+    alone = new_params(torch.float32, shapes, device)
+    copies = [torch.full_like(p, 7, dtype=dtype) for p in params]
+    optimizer = warpstep.AdamW(params, lr=1e-2, copies=copies, backend=backend)
+    other = warpstep.AdamW(alone, lr=1e-2, backend=backend)
+    for step in range(3):
+        for p, q, grad in zip(params, alone, grads_of(params, step, grad_dtype), strict=True):
+            set_grad(p, grad)
+            q.grad = grad.float()
+        optimizer.step()
+        other.step()
+        for p, q, copy in zip(params, alone, copies, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(copy, p.detach().to(dtype))
