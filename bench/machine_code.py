@@ -92,6 +92,7 @@ class Instruction:
     def goes_on(self) -> bool:
         """Whether the next instruction may follow."""
         always = not self.guard and not re.match(r"!?U?P", self.operands)
+        always = always and self.opcode != "BRA.DIV"  # where a warp's threads have parted
         return not (always and self.kind in ("BRA", "EXIT", "RET"))
 
     @property
