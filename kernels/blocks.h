@@ -13,11 +13,11 @@
 //   e4m3       yes    0 to 127   15      to nearest   exp_avg
 //   ue5m3      no     0 to 255   31      at random    exp_avg_sq
 //
-// Code 0, which would be 1.0, is zero. So in e4m3 every magnitude is zero that is nearer to 1.0 than
-// to the first code's 1.125, or smaller: raised to that, it could be many times what it was, and the
-// update with it. The last code is NaN and the one before it infinity, so that neither becomes a
-// number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an exp_avg that is
-// none would make the update explode.
+// Code 0, which would be 1.0, is zero. So in e4m3 every magnitude is zero that is nearer to 1.0
+// than to the first code's 1.125, or smaller: raised to that, it could be many times what it was,
+// and the update with it. The last code is NaN and the one before it infinity, so that neither
+// becomes a number. In ue5m3 no positive number becomes zero: an exp_avg_sq of zero beside an
+// exp_avg that is none would make the update explode.
 //
 // NOTE [random bits]
 // Rounding at random, up with the probability of what is cut off, is right in the mean: exp_avg_sq

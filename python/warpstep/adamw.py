@@ -45,9 +45,9 @@ class AdamW(Adam, TorchAdamW):
             the parameter is its nearest bfloat16, and the state's ``master_param`` the rest, as in
             Transformer Engine. A run is bit for bit that of a float32 model with the same
             gradients. ``master_parameters()`` and ``set_master_parameters()`` read and write it.
-            What is written to a parameter between steps becomes its master; but writes that autograd
-            does not count (``p.data.copy_``) go unnoticed: call ``set_master_parameters`` after
-            them. A group may have another ``"master"``, or None.
+            What is written to a parameter between steps becomes its master; but writes that
+            autograd does not count (``p.data.copy_``) go unnoticed: call
+            ``set_master_parameters`` after them. A group may have another ``"master"``, or None.
         rounding: of what is stored in bfloat16. ``"nearest"``; ``"stochastic"``: parameters without
             a master and exp_avg_sq are rounded up or down at random, right in the mean, and exp_avg
             to nearest. None (default) is what is right for the recipe: exp_avg_sq stochastic where
