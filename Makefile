@@ -11,7 +11,7 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test quick test-huge bench report gpu lint format clean
+.PHONY: help build demo test quick test-huge bench report recipes gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench: build ## run the benchmark for this machine, write build/bench/ (BENCH=--
 
 report: build ## make README's tables and plots again from bench/results/
 	$(BIN)/python -m bench.report
+
+recipes: build ## train two small models with every low-precision recipe, five seeds each
+	$(BIN)/python -m bench.recipes $(RECIPES)
 
 # PARTS: some of build, stress, test, sanitize, bench, bench-cpu. RESULTS: the folder for logs and
 # results. COMMIT: what is measured, where there is no .git. MINUTES: the limit of a part, 8. Each may

@@ -17,6 +17,39 @@ MOMENTS = {"AdamW": 2, "SGD": 1}
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What warpstep keeps of bfloat16 parameters, beside torch, which keeps all in bfloat16.
+
+    `moved` is how many bytes an element a step moves, `kept` what its parameter and state take.
+    """
+
+    words: str
+    options: tuple[tuple[str, str], ...]
+    moved: float
+    kept: float
+
+
+SCALES = 2 / 64  # bytes an element: a scale a block, of two moments
+RESIDUAL, EIGHT_BITS = ("master", "residual"), ("state_dtype", "8bit")
+RECIPES = {
+    "residual": Recipe("exact float32 master, float32 moments", (RESIDUAL,), 26, 12),
+    "residual-bf16": Recipe(
+        "exact master, bfloat16 moments, exp_avg_sq stochastic",
+        (RESIDUAL, ("state_dtype", "bfloat16")),
+        *(18, 8),
+    ),
+    "residual-8bit": Recipe(
+        "exact master, 8-bit moments", (RESIDUAL, EIGHT_BITS), 14 + 2 * SCALES, 6 + SCALES
+    ),
+    "stochastic-8bit": Recipe(
+        "weights rounded stochastically, 8-bit moments",
+        (("rounding", "stochastic"), EIGHT_BITS),
+        *(10 + 2 * SCALES, 4 + SCALES),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One model (or caricature of a model) whose step is timed.
 
@@ -29,7 +62,8 @@ class Case:
     says on which devices torch.compile joins in: it takes from seconds to minutes a case.
     `sequence` names what a competitor runs inside the clock (bench/sequences.py). `threads` is how
     many of torch's the CPU has for it, all if None; `only` who is measured, all if empty.
-    `optimizer` is the class that steps.
+    `optimizer` is the class that steps. `recipe` names what warpstep keeps (RECIPES), if it is not
+    what torch does.
     """
 
     id: str
@@ -47,6 +81,7 @@ class Case:
     threads: int | None = None
     only: tuple[str, ...] = ()
     optimizer: str = "AdamW"
+    recipe: str = ""
 
     @property
     def tensors(self) -> int:
@@ -72,6 +107,8 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """Bytes one step cannot do without: for AdamW 28 an element in float32, 14 in bfloat16."""
+        if self.recipe:
+            return int(self.elements * RECIPES[self.recipe].moved)
         return self.param_bytes * self.streams
 
     @property
@@ -170,6 +207,21 @@ def _of_sgd(*cases: Case) -> tuple[Case, ...]:
     )
 
 
+def _recipes(case: Case) -> tuple[Case, ...]:
+    """The case in bfloat16, with each recipe."""
+    return tuple(
+        replace(
+            case,
+            id=f"{case.id}/{recipe}",
+            family="recipe",
+            dtype="bfloat16",
+            recipe=recipe,
+            only=("warpstep", "torch-fused"),
+        )
+        for recipe in RECIPES
+    )
+
+
 def _sequences(id: str, shapes: Shapes) -> tuple[Case, ...]:
     """What training loops do around the step, as one case each."""
     sequences = ("clip", "tail", "stats", "enabled")
@@ -232,6 +284,11 @@ CASES: tuple[Case, ...] = (
         Case("2000x256", "small", equal(2000, 256), quick=True),
         *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, quick=True)),
     ),
+    # Low precision that loses nothing, against torch's all-bfloat16 step of the same shapes.
+    *_recipes(Case("gpt2-124m", "recipe", gpt2(12, 768), quick=True)),
+    *_recipes(Case("one-2^26", "recipe", equal(1, 2**26), devices=CPU)),
+    *_recipes(Case("one-2^28", "recipe", equal(1, 2**28), devices=CUDA)),
+    *_recipes(Case("2000x64x64", "recipe", ((64, 64),) * 2000)),
     # Sizes that are no multiple of a vector, addresses that are not aligned to one, and neither.
     *_in_both(Case("even-100x100000", "layout", equal(100, 100_000), devices=CPU)),
     *_in_both(Case("odd-100x100003", "layout", equal(100, 100_003), devices=CPU)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench import sequences
-from bench.cases import Case
+from bench.cases import RECIPES, Case
 from bench.sequences import Step
 
 Groups = list[dict[str, Any]]
@@ -87,6 +87,9 @@ class Competitor:
             )
             return enabled, enabled.step
         more = sequences.options(sequence) if self.id == OURS else {}
+        if case.recipe and self.id == OURS:
+            options = dict(RECIPES[case.recipe].options)
+            more |= {name: getattr(torch, word, word) for name, word in options.items()}
         name = self.name if case.optimizer == "AdamW" else case.optimizer
         kind = getattr(importlib.import_module(self.module), name)
         optimizer = kind(groups, lr=LR, **hypers, **dict(self.options), **more)

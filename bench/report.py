@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
+from bench.cases import RECIPES
 from bench.competitors import (
     BASELINE,
     BASELINE_GRAPH,
@@ -322,8 +323,35 @@ def busy_core(results: Results) -> str:
     return table([*header, "warpstep, mean", "fused, mean", "ratio of means"], lines)
 
 
+def recipe(results: Results) -> str:
+    """Low precision: what warpstep keeps, against torch's all-bfloat16 step of the same shapes."""
+    rows = results.rows[(results.rows["family"] == "recipe") & results.rows["step_us"].notna()]
+    lines = []
+    for case, of_case in rows.groupby("case", sort=False):
+        by_id = of_case.set_index("competitor")
+        if not {OURS, BASELINE} <= set(by_id.index):
+            continue
+        ours, (shapes, name) = by_id.loc[OURS], str(case).rsplit("/", 1)
+        limited = ours["is_memory_bound"] and ours["copy_share"] <= MOST_COPY_SHARE
+        one = RECIPES[name]
+        lines.append(
+            [
+                one.words,
+                shapes,
+                f"{one.kept:.3g}",
+                f"{one.moved:.3g}",
+                duration(ours["step_us"]),
+                times(by_id.loc[BASELINE]),
+                f"{ours['copy_share']:.0%}" if limited else "",
+            ]
+        )
+    header = ["Kept", "Tensors of", "bytes an element, with the weight", "bytes moved"]
+    return table([*header, "warpstep", "vs torch's fused, all bfloat16", "of copy"], lines)
+
+
 TABLES = {
     "summary": summary,
+    "recipe": recipe,
     "host": host,
     "busy-core": busy_core,
     "tail": tail,

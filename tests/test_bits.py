@@ -78,7 +78,9 @@ def test_a_tensor_in_two_pieces(backend, device, cut):
 
 _DIGEST = """
 import hashlib, warpstep
-from support.bits import bits, train
+from support import low_precision
+from support.bits import bits, raw_bits, train
+from support.parameters import random
 from support.recipes import OPTIONS, RECIPES
 digest = hashlib.sha256()
 for recipe in RECIPES.values():
@@ -87,6 +89,16 @@ for recipe in RECIPES.values():
         for p in o.param_groups[0]["params"]:
             for t in (p, *o.state[p].values()):
                 digest.update(bits(t).numpy().tobytes())
+for recipe in low_precision.RECIPES.values():
+    params = low_precision.new_params()
+    o = warpstep.AdamW(params, seed=5, amsgrad=True, ema_decay=0.9, stats=True, **recipe)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = random(p.shape, 100 * step + i).to(p.dtype)
+        o.step()
+    for p in params:
+        for t in (p, *o.state[p].values()):
+            digest.update(raw_bits(t.flatten()).numpy().tobytes())
 print(warpstep.status().native["CPU code"], digest.hexdigest())
 """
 

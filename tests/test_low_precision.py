@@ -261,3 +261,26 @@ def test_copies_are_the_parameters_after_the_step(dtype, grad_dtype, backend, de
         for p, q, copy in zip(params, alone, copies, strict=True):
             assert torch.equal(p, q)
             assert torch.equal(copy, p.detach().to(dtype))
+
+
+# ---- What is kept in what
+
+
+def test_bytes_of_state(backend, device):
+    params = new_params(BF16, [(128, 64), (10,)], device)
+    optimizer = warpstep.AdamW(params, master="residual", state_dtype="8bit", backend=backend)
+    assert optimizer.state_bytes() == {}
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.state_bytes() == {
+        "step": 8,
+        "master_param": 2 * (128 * 64 + 10),
+        "exp_avg": 128 * 64 + 4 * 10,
+        "exp_avg_scale": 128,
+        "exp_avg_sq": 128 * 64 + 4 * 10,
+        "exp_avg_sq_scale": 128,
+    }
+    if backend != "reference":
+        assert "e4m3 and ue5m3 moments: 4.03 bytes of state an element" in str(optimizer.plan)
+        assert "float32 moments: 10 bytes of state an element" in str(optimizer.plan)

@@ -37,7 +37,28 @@ class AdamW(Adam, TorchAdamW):
             step all the same (``backend="reference"`` is plain PyTorch). As in torch,
             ``fused=True`` has ``GradScaler.step`` leave the unscaling to the step's own pass.
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
-            ``float64``); None (default) for each parameter's own, as torch.
+            ``float64``), or a pair, of exp_avg and of exp_avg_sq; None (default) for each
+            parameter's own, as torch, and float32 beside a master. ``"8bit"``: a byte a number, in
+            blocks of 64 that share a scale; parameters of less than 4,096 elements keep 32 bits,
+            and those whose rows (what the first dimension counts) no block divides keep 16.
+        master: ``"residual"`` keeps an exact float32 master of bfloat16 parameters in 16 bits more:
+            the parameter is its nearest bfloat16, and the state's ``master_param`` the rest, as in
+            Transformer Engine. A run is bit for bit that of a float32 model with the same
+            gradients. ``master_parameters()`` and ``set_master_parameters()`` read and write it.
+            What is written to a parameter between steps becomes its master; but writes that
+            autograd does not count (``p.data.copy_``) go unnoticed: call
+            ``set_master_parameters`` after them. A group may have another ``"master"``, or None.
+        rounding: of what is stored in bfloat16. ``"nearest"``; ``"stochastic"``: parameters without
+            a master and exp_avg_sq are rounded up or down at random, right in the mean, and exp_avg
+            to nearest. None (default) is what is right for the recipe: exp_avg_sq stochastic where
+            ``state_dtype`` asks for bfloat16, since to nearest it cannot decay by 0.1%; all else to
+            nearest, as torch, all of an all-bfloat16 optimizer too.
+        seed: of the random bits, which are a function of it, the step, the parameter's place among
+            the optimizer's, and the element's index in the whole parameter: the same on every
+            backend, for any number of threads and processes.
+        copies: bfloat16 or float16 tensors, one a parameter in their order (or a dict of some),
+            each getting its float32 parameter's value in the step's pass: the weights that a model
+            computes with, where the optimizer steps their masters.
         decay_form: how weight decay acts, by default as torch's class has it. What is taken from p,
             with u the update in the last line above (lr times a quotient):
 

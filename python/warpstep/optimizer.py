@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,6 +24,7 @@ from warpstep.masters import KeepsMasters
 from warpstep.plan import Options, Plan
 from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
 from warpstep.rules import Rule
+from warpstep.shards import own_part
 from warpstep.state import names_of
 from warpstep.statistics import Statistics
 from warpstep.tail import Tail
@@ -246,6 +248,18 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
         names = names_of(self.param_groups)
         return replace(found, names=[names[param] for param in found.params])
+
+    def state_bytes(self) -> dict[str, int]:
+        """How many bytes the state takes in this process, by its keys (``"exp_avg"``, ...).
+
+        What each parameter's state is kept in: ``print(optimizer.plan)``.
+        """
+        found: Counter[str] = Counter()
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found[key] += own_part(value).nbytes
+        return dict(found)
 
     def _check_capture(self) -> bool:
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""

@@ -181,7 +181,7 @@ class Plan:
 
     def _survey_of(self, group: dict[str, Any]) -> Survey | None:
         options, precision = self.options, self.options.precision
-        if not self._is_of_dtypes(group):
+        if group.get("master") or options.copies or precision.state_dtype == "8bit":
             return None
         return Survey(
             group,
@@ -224,7 +224,7 @@ class Plan:
             rule.name,
             precision.format_of_param(param, has_master),
             real_dtype(grad.dtype),
-            tuple(precision.format_of_moment(rule, key, m) for key, m in moments.items()),
+            tuple(precision.format_of_moment(rule, key, m.dtype) for key, m in moments.items()),
             None if ema is None else real_dtype(ema.dtype),
             step is not None,
             has_master,

@@ -50,7 +50,7 @@ class Precision:
 
     @property
     def is_of_dtypes(self) -> bool:
-        """Whether dtypes alone tell how everything is stored."""
+        """Whether dtypes alone tell how everything is stored: nothing is rounded at random."""
         return self.rounding is None and (
             self.state_dtype is None
             or (isinstance(self.state_dtype, torch.dtype) and self.state_dtype != torch.bfloat16)
@@ -115,20 +115,20 @@ class Precision:
         stochastic = self.rounding == "stochastic" and not has_master
         return BFLOAT16_STOCHASTIC if stochastic and dtype == torch.bfloat16 else dtype
 
-    def format_of_moment(self, rule: Rule, key: str, moment: Tensor) -> AnyFormat:
+    def format_of_moment(self, rule: Rule, key: str, moment_dtype: torch.dtype) -> AnyFormat:
         """How a moment is stored, by its dtype.
 
         exp_avg_sq in bfloat16 is rounded at random where bfloat16 was asked for: to nearest it
         cannot decay by 0.1%. Where it is bfloat16 because the parameter is, it is torch's.
         """
-        dtype = real_dtype(moment.dtype)
+        dtype = real_dtype(moment_dtype)
         if dtype == torch.uint8:
             return UE5M3 if key in rule.squares else E4M3
         asked = self.rounding == "stochastic" or (
             self.rounding is None and self.state_dtype is not None
         )
         stochastic = asked and key in rule.squares and dtype == torch.bfloat16
-        return BFLOAT16_STOCHASTIC if stochastic and not moment.is_complex() else dtype
+        return BFLOAT16_STOCHASTIC if stochastic else dtype
 
 
 def divides_into_blocks(param: Tensor) -> bool:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from warpstep.codecs import BLOCK
 from warpstep.rules import RULES
 
 _REAL_OF_COMPLEX = {
@@ -52,6 +53,14 @@ class Recipe(NamedTuple):
         formats = (self.param, *self.moments)
         return not (self.has_master or self.copy or any(isinstance(f, Format) for f in formats))
 
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of state an element, without its step counter."""
+        each = [f.dtype if isinstance(f, Format) else f for f in self.moments]
+        each += [f for f in (self.ema, torch.int16 if self.has_master else None) if f is not None]
+        scales = sum(f.dtype == torch.uint8 for f in self.moments if isinstance(f, Format))
+        return sum(dtype.itemsize for dtype in each) + scales / BLOCK
+
     def formats(self) -> tuple[str | None, ...]:
         """The name of each operand's format, in the order of ``Operand`` in kernels/layout.h."""
         none = (None,) * (MOMENTS - len(self.moments))
@@ -93,7 +102,8 @@ class Recipe(NamedTuple):
         for key in RULES[self.rule].moments[: len(self.moments)]:
             text += f", {optional[key]}" if key in optional else ""
         text += f", {dtype_name(self.ema)} average" if self.ema is not None else ""
-        return text + (f", {dtype_name(self.copy)} copy" if self.copy is not None else "")
+        text += f", {dtype_name(self.copy)} copy" if self.copy is not None else ""
+        return text + f": {self.state_bytes:.3g} bytes of state an element"
 
 
 # What a state calls the residual of a parameter that has one: Transformer Engine's name.

@@ -177,7 +177,7 @@ def computed(
         written = {"param": after}
     after = chosen(after, before)
     for index, key in enumerate(rule.moments_of(group)):
-        one = precision.format_of_moment(rule, key, state[key])
+        one = precision.format_of_moment(rule, key, state[key].dtype)
         written |= encoder.stored_moment(state, key, new[key], one, operand=1 + index)
     if group.get("ema_decay") is not None and new_step is not None:
         average = real_view(state["ema"]).to(compute)

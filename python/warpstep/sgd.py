@@ -44,8 +44,9 @@ class SGD(Optimizer, TorchSGD):
         lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused:
             torch's. ``foreach`` and ``fused`` choose among torch's implementations; here kernels
             step all the same (``backend="reference"`` is plain PyTorch).
-        backend, state_dtype, decay_form, ema_decay, ema_dtype, stats, unscale_grads: as
-            :class:`AdamW` has them; ``decay_form`` is ``"coupled"`` by default.
+        backend, state_dtype, master, rounding, seed, copies, decay_form, ema_decay, ema_dtype,
+        stats, unscale_grads: as :class:`AdamW` has them; ``decay_form`` is ``"coupled"`` by
+            default, and ``rounding`` is of parameters: momentum_buffer is rounded to nearest.
 
     Raises:
         ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.

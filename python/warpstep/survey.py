@@ -15,7 +15,7 @@ from torch import Tensor
 from warpstep import backends
 from warpstep.entries import Entry
 from warpstep.precision import Precision
-from warpstep.recipes import MOMENTS, Recipe, ema_dtype, ema_dtypes
+from warpstep.recipes import MOMENTS, RESIDUAL, Recipe, ema_dtype, ema_dtypes
 from warpstep.rules import Rule
 from warpstep.state import check_device_for_fused
 
@@ -41,7 +41,7 @@ class Survey:
         self._fused = bool(group.get("fused"))
         self._moments = rule.moments_of(group)
         self._ema = "ema" if group.get("ema_decay") is not None else None
-        self._counter = "step" if rule.counts_steps(group) else None
+        self._counter = "step" if precision.counts_steps(rule, group) else None
         none = (None,) * (MOMENTS - len(self._moments))
         others = (*(None,) * MOMENTS, None, self._ema, None, None)  # no scales, residual or copy
         self._keys = (None, *self._moments, *none, *others)
@@ -49,7 +49,7 @@ class Survey:
 
     def sorts(self, entry: Entry) -> bool:
         """Gives an entry its backend and recipe, and a new parameter its state; or leaves it."""
-        if self._native is None:
+        if self._native is None or RESIDUAL in entry.state:
             return False
         formats = self._native(entry.param, entry.state, self._keys, self._counter)
         if formats is None:
@@ -74,20 +74,35 @@ class Survey:
         if is_new and self._fused:
             check_device_for_fused("", param)
         dtypes: list[Any] = [None if name is None else getattr(torch, name) for name in formats]
+        if torch.uint8 in dtypes:  # with scales
+            return None
         moments, ema, grad = tuple(dtypes[1 : 1 + len(self._moments)]), dtypes[-3], dtypes[-1]
+        precision = self._precision
         if is_new:
-            moments = (self._precision.moment_dtype(param, 0, False),) * len(self._moments)
-            ema = ema_dtype(param, self._precision.ema_dtype) if self._ema else None
-        recipe = Recipe(self._rule.name, param.dtype, grad, moments, ema, self._counter is not None)
+            moments = tuple(
+                precision.moment_dtype(param, which, False) for which in range(len(self._moments))
+            )
+            ema = ema_dtype(param, precision.ema_dtype) if self._ema else None
+        recipe = Recipe(
+            self._rule.name,
+            precision.format_of_param(param, False),
+            grad,
+            tuple(
+                precision.format_of_moment(self._rule, key, dtype)
+                for key, dtype in zip(self._moments, moments, strict=True)
+            ),
+            ema,
+            self._counter is not None,
+        )
         takes_ema = ema is None or ema in ema_dtypes(param)
         return (chosen, recipe) if takes_ema and backends.has_kernel(chosen, recipe) else None
 
     def _new_state(self, param: Tensor) -> dict[str, Any] | None:
-        dtype = self._precision.moment_dtype(param, 0, False)
         state: dict[str, Any] = {}
         if self._counter is not None:
             state[self._counter] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for key in self._moments:
+        for which, key in enumerate(self._moments):
+            dtype = self._precision.moment_dtype(param, which, False)
             state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         if self._ema is not None:
             average = ema_dtype(param, self._precision.ema_dtype)
