@@ -147,7 +147,7 @@ def encoded(
         code = tl.maximum((past + 0x80000) >> 20, tl.where(past >= -0x700000, 1, 0))
     else:
         magnitude = tl.where(x >= 0, magnitude, 0x7FFFFFFF)
-        random = drawn(draw, start, OPERAND, COUNT, ALIGNED).to(tl.int32)
+        random = drawn(draw, start, OPERAND, COUNT, True).to(tl.int32)  # no shard cuts a block
         code = (magnitude - base + (random << 4 | 8)) >> 20
         code = tl.maximum(code, tl.minimum(magnitude, 1))
     past_numbers = tl.minimum(magnitude - 0x7F800000 + (NAN - 1), NAN)

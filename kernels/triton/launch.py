@@ -199,7 +199,9 @@ def recipe_of(recipe: Any) -> Recipe:
         param = Format(param.name, tl.uint16)  # split as bits
     compute = tl.float64 if param.dtype == tl.float64 else tl.float32
     granule = max(BLOCK.value if f.in_blocks else GRANULE for f in (param, *moments))
-    return Recipe(recipe.rule, param, grad, moments, residual, ema, copy, compute, granule)
+    draws = any(f.stochastic for f in (param, *moments))
+    operands = (param, grad, moments, residual, ema, copy)
+    return Recipe(recipe.rule, *operands, compute, granule, draws)
 
 
 def is_selective(hypers: bytes) -> bool:

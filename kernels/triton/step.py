@@ -42,9 +42,16 @@ from .tail import Sums, averaged, constants_of, counted, leave, leave_none, step
 # A rule's name, the operands' formats (formats.py) and the type computed in. `moments` has as many
 # as the rule; there may be no residual, average or copy: None. `granule` is in elements: with whole
 # ones every operand has whole 16-byte vectors, or whole blocks.
-Recipe = namedtuple("Recipe", "rule param grad moments residual ema copy compute granule")
+# `draws`: something is rounded at random.
+Recipe = namedtuple("Recipe", "rule param grad moments residual ema copy compute granule draws")
 # Addresses of a tensor's operands, and which element is the chunk's first.
 Operands = namedtuple("Operands", "param grad moments scales residual ema copy first")
+
+
+@device_function
+def address_of(row, OPERAND: tl.constexpr, FORMAT: tl.constexpr):
+    """The address of an operand that there may be, else 0."""
+    return tl.load(row + OPERAND) if FORMAT is not None else tl.cast(0, tl.int64)
 
 
 @device_function
@@ -194,8 +201,9 @@ def step_kernel(
 
     first = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * chunk_size
     size = tl.minimum(tl.load(row + NUMEL) - first, chunk_size).to(tl.int32)
-    param, residual = tl.load(row + PARAM), tl.load(row + RESIDUAL)
-    ema, copy = tl.load(row + EMA), tl.load(row + COPY)
+    param = tl.load(row + PARAM)
+    residual = address_of(row, RESIDUAL, RECIPE.residual)
+    ema, copy = address_of(row, EMA, RECIPE.ema), address_of(row, COPY, RECIPE.copy)
     moments, scales = (), ()
     boundaries = param | residual | ema | copy
     for i in tl.static_range(len(RECIPE.moments)):
@@ -206,9 +214,11 @@ def step_kernel(
     at = Operands(param, grad, moments, scales, residual, ema, copy, first)
     number = (tl.load(row + HEAD_AND_NUMBER) >> UPPER).to(tl.uint32)
     in_whole = tl.load(row + FIRST) + first
-    step_bits = (step + 1).to(tl.uint32, bitcast=True)
     past = (in_whole % DRAWN).to(tl.int32)
-    draw = Draw(seed, step_bits, number, in_whole // DRAWN, past)
+    draw = Draw(seed, (step + 1).to(tl.uint32, bitcast=True), number, in_whole // DRAWN, past)
+    aligned = boundaries & 15 == 0
+    if RECIPE.draws:
+        aligned &= past == 0
     zero = tl.full((), 0, tl.float64)
     sums = Sums(zero, zero, zero, zero)
 
@@ -216,8 +226,9 @@ def step_kernel(
     # A vector access takes a proof that address and mask come in whole vectors (a chunk is whole
     # vectors). So the address is looked at here and the promise made in the branch, and whole
     # granules have a bound of their own; what they leave, and operands that begin anywhere, go one
-    # element at a time. Gradients have their own case: views into a bucket are often misaligned.
-    if (boundaries & 15 == 0) & (past == 0):
+    # element at a time. Gradients have their own case: views into a bucket are often misaligned. A
+    # shard that begins where eight elements share random bits goes as what begins anywhere.
+    if aligned:
         body = size // RECIPE.granule * RECIPE.granule
         if at.grad & 15 == 0:
             sums = step_range(c, at, draw, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 2)
