@@ -144,7 +144,7 @@ def encoded(
 
     if SIGNED:
         past = magnitude - base
-        code = tl.maximum((past + 0x80000) >> 20, tl.where(past >= -0x700000, 1, 0))
+        code = tl.maximum((past + 0x80000) >> 20, tl.where(past >= 0, 1, 0))
     else:
         magnitude = tl.where(x >= 0, magnitude, 0x7FFFFFFF)
         random = drawn(draw, start, OPERAND, COUNT, True).to(tl.int32)  # no shard cuts a block
