@@ -140,15 +140,13 @@ def encoded(
     largest = tl.max(tl.reshape(counts, (COUNT // NUMBERS, NUMBERS)), 1)
     exponents = (tl.maximum(largest, MAGNITUDE_OF_ZERO) - MAGNITUDE_OF_ZERO + 0x300000) >> 23
     scales = tl.maximum(exponents, REACH + 1)
-    base = spread((scales - REACH) << 23, COUNT)
-
+    base = (scales - REACH) << 23
     if SIGNED:
-        past = magnitude - base
-        code = tl.maximum((past + 0x80000) >> 20, tl.where(past >= 0, 1, 0))
-    else:
+        code = tl.maximum((magnitude - spread(base - 0x80000, COUNT)) >> 20, 0)
+    else:  # no positive number becomes zero
         magnitude = tl.where(x >= 0, magnitude, 0x7FFFFFFF)
         random = drawn(draw, start, OPERAND, COUNT, True).to(tl.int32)  # no shard cuts a block
-        code = (magnitude - base + (random << 4 | 8)) >> 20
+        code = (magnitude - spread(base - 8, COUNT) + (random << 4)) >> 20
         code = tl.maximum(code, tl.minimum(magnitude, 1))
     past_numbers = tl.minimum(magnitude - 0x7F800000 + (NAN - 1), NAN)
     code = tl.where(magnitude >= 0x7F800000, past_numbers, code)

@@ -10,12 +10,12 @@ from .layout import (
     CHUNK_HALVES,
     CHUNK_INDEX,
     CHUNK_TENSOR,
-    UPPER,
     GROUP_AND_CHUNKS,
     HYPER_WORDS,
     NUMEL,
     PARAM,
     ROW_WORDS,
+    UPPER,
 )
 
 
