@@ -34,7 +34,8 @@ class Training:
         self.recipe = adamw(f32, ema=f32 if ema else None) if rule == "adamw" else sgd(f32)
         params, steps = [torch.zeros(1).expand(numel)] * tensors, [torch.zeros(())] * tensors
         moments = [params if i < len(self.recipe.moments) else None for i in range(3)]
-        operands = (params, *moments, params if ema else None)
+        others = (*[None] * 4, params if ema else None, None)  # no scales, no residual, no copy
+        operands = (params, *moments, *others)
         groups_of = [index % groups for index in range(tensors)]
         self.table = kernel.TensorTable(operands, steps, groups_of, torch.device("cuda"))
         self.grads, self.lr = torch.arange(1, tensors + 1), 1.0
@@ -83,7 +84,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 def test_a_table_is_refused_where_triton_compiles_for_no_gpu() -> None:
     with pytest.raises(RuntimeError, match="cpu with TRITON_INTERPRET not set"):
-        kernel.TensorTable([[], None, None, None, None], None, [], torch.device("cpu"))
+        kernel.TensorTable([[], *[None] * 9], None, [], torch.device("cpu"))
 
 
 def test_each_launch_reads_what_is_now(gpu: FakeGpu) -> None:
@@ -165,28 +166,25 @@ def test_rows_of_the_table(gpu: FakeGpu) -> None:
     sizes, groups = [3, 100_000, 0], [0, 7, 2]
     params, moments, emas = ([torch.zeros(n) for n in sizes] for _ in range(3))
     steps = [torch.zeros(()), None, torch.zeros(())]
-    operands = [params, moments, None, None, emas]
-    table = kernel.TensorTable(operands, steps, groups, torch.device("cuda"))
+    operands = [params, moments, *[None] * 6, emas, None]
+    device = torch.device("cuda")
+    where = {"firsts": [5, 2**33, 0], "numbers": [4, 2**30, 1]}
+    table = kernel.TensorTable(operands, steps, groups, device, **where)
     chunks = [1, -(-100_000 // table.chunk), 1]
-    columns = zip(params, moments, emas, steps, groups, chunks, strict=True)
+    columns = (params, moments, emas, steps, groups, chunks, *where.values())
     assert table.rows.tolist() == [
         [
-            *(
-                p.data_ptr(),
-                m.data_ptr(),
-                0,
-                0,
-                ema.data_ptr(),
-                step.data_ptr() if step is not None else 0,
-            ),
-            *(p.numel(), group + (count << 32), 0),
+            *(p.data_ptr(), m.data_ptr(), *[0] * 6, ema.data_ptr(), 0),
+            *(step.data_ptr() if step is not None else 0, p.numel(), first),
+            *(group + (count << 32), number << 32),
         ]
-        for p, m, ema, step, group, count in columns
+        for p, m, ema, step, group, count, first, number in zip(*columns, strict=True)
     ]
     assert table.chunk_counts.tolist() == chunks
     assert table.chunks.tolist() == [[i, j] for i, n in enumerate(chunks) for j in range(n)]
-    without = kernel.TensorTable(operands, None, groups, torch.device("cuda"))
-    assert without.rows[:, 5].tolist() == [0, 0, 0]
+    without = kernel.TensorTable(operands, None, groups, device)
+    assert not without.rows[:, [10, 12]].any()
+    assert without.rows[:, 14].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -250,8 +248,8 @@ def test_an_optimizer_meets_its_variants_at_once(
     """Whatever comes later: other gradients, another learning rate, a capture."""
 
     class Table(kernel.TensorTable):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments[:-1], torch.device("cuda"))
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments[:-1], torch.device("cuda"), **options)
 
     monkeypatch.setattr(kernel, "TensorTable", Table)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that parameters on the CPU are its own

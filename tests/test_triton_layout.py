@@ -28,16 +28,22 @@ static std::size_t words(std::size_t bytes) { return bytes % 8 == 0 ? bytes / 8 
 int main() {
   print("PARAM", kParam);
   print("MOMENT", kMoment);
+  print("SCALE", kScale);
+  print("RESIDUAL", kResidual);
   print("EMA", kEma);
+  print("COPY", kCopy);
   print("MOMENTS", kMomentEnd - kMoment);
   print("STABLE", kStable);
   print("(the operands' word)", words(offsetof(TensorRow, operands)));
   print("STEP", words(offsetof(TensorRow, step)));
   print("NUMEL", words(offsetof(TensorRow, numel)));
+  print("FIRST", words(offsetof(TensorRow, first)));
   print("GROUP_AND_CHUNKS", words(offsetof(TensorRow, group)));
-  print("CHUNKS_SHIFT", 8 * (offsetof(TensorRow, chunks) - offsetof(TensorRow, group)));
-  print("HEAD", words(offsetof(TensorRow, head)));
+  print("UPPER", 8 * (offsetof(TensorRow, chunks) - offsetof(TensorRow, group)));
+  print("HEAD_AND_NUMBER", words(offsetof(TensorRow, head)));
+  print("(the number's bits)", 8 * (offsetof(TensorRow, number) - offsetof(TensorRow, head)));
   print("ROW_WORDS", words(sizeof(TensorRow)));
+  print("BLOCK", kBlock);
   print("CHUNK_TENSOR", offsetof(Chunk, tensor) / 4);
   print("CHUNK_INDEX", offsetof(Chunk, index) / 4);
   print("CHUNK_HALVES", sizeof(Chunk) / 4);
@@ -70,7 +76,12 @@ int main() {
 }
 """
 # What kernels/triton takes for granted.
-GRANTED = {"(the operands' word)": 0, "(the numbers' word)": 0, "(words of a number)": 1}
+GRANTED = {
+    "(the number's bits)": 32,
+    "(the operands' word)": 0,
+    "(the numbers' word)": 0,
+    "(words of a number)": 1,
+}
 
 
 def test_offsets_are_those_of_the_structs(tmp_path: Path) -> None:

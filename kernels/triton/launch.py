@@ -12,8 +12,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from .arithmetic import INTERPRETED
+from .formats import Format
 from .grad_norm import grad_norm_kernel
-from .layout import CAUTIOUS, CHUNKS_SHIFT, DECAY, FLAGS, HYPER_WORDS, L1, L1L2, MIN, STABLE
+from .layout import (
+    BLOCK,
+    CAUTIOUS,
+    DECAY,
+    FLAGS,
+    HYPER_WORDS,
+    L1,
+    L1L2,
+    MIN,
+    MOMENTS,
+    STABLE,
+    UPPER,
+)
 from .least_magnitude import least_magnitude_kernel
 from .step import Recipe, step_kernel
 from .tail import NO_TAIL, Tail
@@ -26,6 +39,8 @@ PROGRAMS = 1024
 NUM_WARPS = 4
 # Elements that a thread takes at a time: a 16-byte access of a 2-byte stream, two of a 4-byte one.
 THREAD_ELEMENTS = 8
+# Elements of which every format has whole 16-byte vectors.
+GRANULE = 16
 # The interpreter's costs are by the operation, not by the element.
 INTERPRETER_BLOCK = 4096
 # Contraction off: a fused multiply-add stands where the rule spells one, and nowhere else.
@@ -37,7 +52,8 @@ class TensorTable:
     """Every tensor of one recipe on one device, as the kernel reads it. Made once per plan.
 
     `operands` are lists of the tensors of each operand that has a place in layout.h's TensorRow
-    (the parameters, three moments, the averages), or None for one that the recipe is without.
+    (the parameters, three moments, their scales, residuals, averages, copies), or None for one that
+    the recipe is without.
     Lists have an entry a tensor; tensors are read flat, as their elements lie in memory. Only
     addresses are kept: the caller keeps the tensors alive, and makes another table when one moves.
 
@@ -51,8 +67,13 @@ class TensorTable:
         steps: Sequence[Tensor | None] | None,  # one float32 each; None where none are counted
         groups: Sequence[int],  # index of each tensor's parameter group
         device: torch.device,
+        *,
+        firsts: Sequence[int] | None = None,  # where shards begin in their tensors; None: all at 0
+        numbers: Sequence[int] | None = None,  # the parameters' among the optimizer's; None: all 0
+        seed: int = 0,  # of random bits, 64 of its own
     ) -> None:
         self.device = torch.device(device)
+        self.seed = seed
         self.device_module = torch.get_device_module(self.device)
         if (self.device.type == "cpu") != INTERPRETED:
             found = f"{self.device} with TRITON_INTERPRET {'set' if INTERPRETED else 'not set'}"
@@ -69,8 +90,14 @@ class TensorTable:
             torch.tensor([0 if t is None else t.data_ptr() for t in column], device=host)
             for column in (each or [None] * len(params) for each in (*operands, steps))
         ]
-        group_and_chunks = torch.tensor(groups, device=host) | counts << CHUNKS_SHIFT.value
-        columns += [numels, group_and_chunks, torch.zeros_like(numels)]  # a head of no elements
+        none = torch.zeros_like(numels)
+        columns.append(numels)
+        columns.append(none if firsts is None else torch.tensor(firsts, device=host))
+        columns.append(torch.tensor(groups, device=host) | counts << UPPER.value)
+        # Behind heads of no elements.
+        columns.append(
+            none if numbers is None else torch.tensor(numbers, device=host) << UPPER.value
+        )
 
         self.programs = len(tensors)
         self.chunk_counts = counts
@@ -150,18 +177,31 @@ def block_of(target: GPUTarget) -> int:
     return THREAD_ELEMENTS * NUM_WARPS * target.warp_size
 
 
+def format_of(name: str | None) -> Format | None:
+    """A format of layout.h by its name; None for none."""
+    if name is None:
+        return None
+    if name in ("e4m3", "ue5m3"):
+        return Format(name, tl.uint8, stochastic=name == "ue5m3", in_blocks=True)
+    if name == "bfloat16_stochastic":
+        return Format(name, tl.uint16, stochastic=True)
+    if name == "bfloat16" and INTERPRETED:
+        return Format(name, tl.uint16)  # NOTE [bfloat16 in the interpreter] in formats.py
+    return Format(name, getattr(tl, name))
+
+
 def recipe_of(recipe: Any) -> Recipe:
-    """A recipe in Triton's types, which it names as torch does."""
-
-    def format_of(dtype: torch.dtype | None) -> Any:
-        if INTERPRETED and dtype == torch.bfloat16:
-            return tl.uint16  # NOTE [bfloat16 in the interpreter] in formats.py
-        return None if dtype is None else getattr(tl, str(dtype)[6:])
-
-    moments = tuple(map(format_of, recipe.moments))
-    formats = (format_of(recipe.param), format_of(recipe.grad), moments, format_of(recipe.ema))
-    compute = tl.float64 if recipe.param == torch.float64 else tl.float32
-    return Recipe(recipe.rule, *formats, compute)
+    """A recipe in formats of Triton's."""
+    param, *others = map(format_of, recipe.formats())
+    moments = tuple(f for f in others[:MOMENTS] if f is not None)
+    residual, ema, copy, grad = others[-4:]
+    if residual is not None:
+        param = Format(param.name, tl.uint16)  # split as bits
+    compute = tl.float64 if param.dtype == tl.float64 else tl.float32
+    granule = max(BLOCK.value if f.in_blocks else GRANULE for f in (param, *moments))
+    draws = any(f.stochastic for f in (param, *moments))
+    operands = (param, grad, moments, residual, ema, copy)
+    return Recipe(recipe.rule, *operands, compute, granule, draws)
 
 
 def is_selective(hypers: bytes) -> bool:
@@ -191,8 +231,8 @@ def launch(
         grads: int64[tensors] on the CPU: each gradient's address, or 0 where a parameter has none
             and is left alone, its step counter too. (An empty gradient needs another number.)
         hypers: a `Hyper` of layout.h for each group, as in memory.
-        recipe: the name of its `rule`, and the dtypes `param`, `grad`, `moments` (one each) and
-            `ema` (or None).
+        recipe: the name of its `rule`, and `formats()`: the name of each operand's format, or None,
+            in the order of layout.h.
         grad_scale: float32[1] on the device; gradients are divided by it.
         found_inf: float32[1] on the device; if anything but zero, nothing is stepped.
         clip_coef: float64[1] on the device; the unscaled gradients are multiplied by it.
@@ -215,7 +255,8 @@ def launch(
         scalars = (grad_scale, found_inf, clip_coef, statistics, least)
         table.use_on(stream, *scalars)
         constants = (recipe_of(recipe), tail, table.block)
-        step_kernel[(table.programs,)](*tables, *scalars, table.chunk, *constants, **OPTIONS)
+        numbers = (table.chunk, table.seed)
+        step_kernel[(table.programs,)](*tables, *scalars, *numbers, *constants, **OPTIONS)
     launches += 1
 
 
@@ -270,7 +311,7 @@ def compile_for(target: GPUTarget, recipe: Any, tail: Tail = NO_TAIL) -> Compile
     """The step's kernel compiled ahead of time, for a target that need not be present."""
     assert not INTERPRETED, "Triton's interpreter compiles nothing"
     types = ["*i64", "*i32", "*i32", "*i64", "*i64", "*fp32", "*fp32", "*fp64", "*fp64", "*fp64"]
-    types += ["i32", *["constexpr"] * 3]
+    types += ["i32", "u64", *["constexpr"] * 3]
     signature = dict(zip(step_kernel.arg_names, types, strict=True))
     constants = {
         "RECIPE": recipe_of(recipe),
@@ -284,7 +325,11 @@ def compile_grad_norm_for(target: GPUTarget, recipe: Any, largest: bool) -> Comp
     """The norm's kernel compiled ahead of time, for a target that need not be present."""
     types = ["*i64", "*i32", "*i64", "*fp64", "i32", *["constexpr"] * 3]
     signature = dict(zip(grad_norm_kernel.arg_names, types, strict=True))
-    constants = {"FORMAT": recipe_of(recipe).grad, "LARGEST": largest, "BLOCK": block_of(target)}
+    constants = {
+        "FORMAT": recipe_of(recipe).grad,
+        "LARGEST": largest,
+        "BLOCK": block_of(target),
+    }
     return _compiled(grad_norm_kernel, signature, constants, target)
 
 

@@ -4,14 +4,19 @@ import triton.language as tl
 
 # Operands, in the order of everything that has one each. All but the gradient have an address in a
 # row of the tensor table.
-PARAM, MOMENT, EMA = (tl.constexpr(operand) for operand in (0, 1, 4))
+PARAM, MOMENT, SCALE = (tl.constexpr(operand) for operand in (0, 1, 4))
+RESIDUAL, EMA, COPY = (tl.constexpr(operand) for operand in (7, 8, 9))
 MOMENTS = 3  # at most
-STABLE = 5
+STABLE = 10
 
 # TensorRow: the operands' addresses, then these.
-STEP, NUMEL, GROUP_AND_CHUNKS, HEAD = (tl.constexpr(word) for word in (5, 6, 7, 8))
-ROW_WORDS = tl.constexpr(9)
-CHUNKS_SHIFT = tl.constexpr(32)  # bits: the group is the lower half of its word, chunks the upper
+STEP, NUMEL, FIRST, GROUP_AND_CHUNKS, HEAD_AND_NUMBER = (
+    tl.constexpr(word) for word in (10, 11, 12, 13, 14)
+)
+ROW_WORDS = tl.constexpr(15)
+UPPER = tl.constexpr(32)  # bits: chunks and number are the upper halves of their words
+
+BLOCK = tl.constexpr(64)  # kBlock: numbers of 8 bits that share a scale
 
 # Chunk: two uint32.
 CHUNK_TENSOR, CHUNK_INDEX = (tl.constexpr(half) for half in (0, 1))

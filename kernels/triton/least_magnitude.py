@@ -10,12 +10,12 @@ from .layout import (
     CHUNK_HALVES,
     CHUNK_INDEX,
     CHUNK_TENSOR,
-    CHUNKS_SHIFT,
     GROUP_AND_CHUNKS,
     HYPER_WORDS,
     NUMEL,
     PARAM,
     ROW_WORDS,
+    UPPER,
 )
 
 
@@ -64,7 +64,7 @@ def least_magnitude_kernel(
         share = minimum(share, smallest_of(tl.where(mask, x, float("inf"))))
         start += BLOCK
 
-    count = (group_and_chunks >> CHUNKS_SHIFT).to(tl.int32)
+    count = (group_and_chunks >> UPPER).to(tl.int32)
     if count == 1:
         tl.store(least + tensor, share)
     else:

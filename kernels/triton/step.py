@@ -11,95 +11,143 @@ import triton
 import triton.language as tl
 
 from .arithmetic import device_function
+from .blocks import DRAWN, Draw, decoded, encoded, joined, rounded, split
 from .decay import hyper_at
 from .formats import elements, load, numbers, pointers
+from .layout import (
+    BLOCK as NUMBERS,
+)
 from .layout import (
     CHUNK_HALVES,
     CHUNK_INDEX,
     CHUNK_TENSOR,
-    CHUNKS_SHIFT,
+    COPY,
     EMA,
+    FIRST,
     GROUP_AND_CHUNKS,
+    HEAD_AND_NUMBER,
     HYPER_WORDS,
     MOMENT,
     NUMEL,
     PARAM,
+    RESIDUAL,
     ROW_WORDS,
+    SCALE,
     STATISTICS,
     STEP,
+    UPPER,
 )
 from .tail import Sums, averaged, constants_of, counted, leave, leave_none, stepped, take_step
 
-GRANULE = tl.constexpr(16)  # elements: whole 16-byte vectors in every format
-
-# A rule's name, Triton's types of the operands and the type computed in. `moments` has as many as
-# the rule, `ema` is None where no averages are kept.
-Recipe = namedtuple("Recipe", "rule param grad moments ema compute")
+# A rule's name, the operands' formats (formats.py) and the type computed in. `moments` has as many
+# as the rule; there may be no residual, average or copy: None. `granule` is in elements: with whole
+# ones every operand has whole 16-byte vectors, or whole blocks.
+# `draws`: something is rounded at random.
+Recipe = namedtuple("Recipe", "rule param grad moments residual ema copy compute granule draws")
 # Addresses of a tensor's operands, and which element is the chunk's first.
-Operands = namedtuple("Operands", "param grad moments ema first")
+Operands = namedtuple("Operands", "param grad moments scales residual ema copy first")
+
+
+@device_function
+def address_of(row, OPERAND: tl.constexpr, FORMAT: tl.constexpr):
+    """The address of an operand that there may be, else 0."""
+    return tl.load(row + OPERAND) if FORMAT is not None else tl.cast(0, tl.int64)
+
+
+@device_function
+def scales_at(at, block, INDEX: tl.constexpr, RECIPE: tl.constexpr):
+    """Pointers to the scales of a moment's blocks, which are counted from the chunk's first on."""
+    return pointers(at.scales[INDEX], at.first // NUMBERS, block, RECIPE.moments[INDEX], False)
 
 
 @device_function
 def step_range(
     c,
     at,
+    draw,
     sums,
     taken,
     begin,
     end,
-    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
     RECIPE: tl.constexpr,
     TAIL: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """The step of a chunk's [begin, end). ALIGNED operands: 0 none, 1 all but grad, 2 all.
+    """The step of a chunk's [begin, end), COUNT elements at a time.
 
-    Returns `sums` with what this range adds to them.
+    ALIGNED operands: 0 none, 1 all but grad, 2 all. Returns `sums` with what this range adds.
     """
     T: tl.constexpr = RECIPE.compute
     MOMENTS: tl.constexpr = len(RECIPE.moments)
     start = tl.cast(begin, tl.int32)
     while start < end:  # range() of a tensor fails in Triton 3.6's interpreter with NumPy 2.4
-        offsets = start + tl.arange(0, BLOCK)
+        offsets = start + tl.arange(0, COUNT)
         mask = offsets < end
+        # All is asked for before any is written: later it would be waited for alone.
         param_at = pointers(at.param, at.first, offsets, RECIPE.param, ALIGNED > 0)
         grad_at = pointers(at.grad, at.first, offsets, RECIPE.grad, ALIGNED > 1)
-        moments_at = ()
+        before = load(param_at, mask, T)
+        if RECIPE.residual is not None:
+            residual_at = pointers(at.residual, at.first, offsets, RECIPE.residual, ALIGNED > 0)
+            before = joined(before, tl.load(residual_at, mask=mask))
+        grad = load(grad_at, mask, T)
+        moments_at, moments = (), ()
+        block = start // NUMBERS + tl.arange(0, max(COUNT // NUMBERS, 1))
         for i in tl.static_range(MOMENTS):
             address = at.moments[i]
             moments_at += (pointers(address, at.first, offsets, RECIPE.moments[i], ALIGNED > 0),)
-
-        before = load(param_at, mask, T)
-        grad = load(grad_at, mask, T)
-        moments = ()
-        for i in tl.static_range(MOMENTS):
-            moments += (load(moments_at[i], mask, T),)
-        if RECIPE.ema is not None:  # asked for with the others: later it would be waited for alone
+            if RECIPE.moments[i].in_blocks:
+                scales = tl.load(scales_at(at, block, i, RECIPE), mask=block * NUMBERS < end)
+                codes = tl.load(moments_at[i], mask=mask)
+                moments += (decoded(codes, scales, RECIPE.moments[i]),)
+            else:
+                moments += (load(moments_at[i], mask, T),)
+        if RECIPE.ema is not None:
             ema_at = pointers(at.ema, at.first, offsets, RECIPE.ema, ALIGNED > 0)
             average = load(ema_at, mask, T)
 
         param, moments = stepped(c, before, grad, moments, RECIPE, TAIL)
-        param = elements(param, RECIPE.param)
         written = mask
+        blocks_written = block * NUMBERS < end
         if TAIL.skippable:
             written = tl.where(taken, mask, offsets < 0)
+            blocks_written = tl.where(taken, blocks_written, block < 0)
+        if RECIPE.residual is not None:
+            param, residual = split(param)
+            tl.store(residual_at, residual, mask=written)
+            after = joined(numbers(param, T), residual)
+        else:
+            param = rounded(param, draw, start, PARAM, RECIPE.param, COUNT, ALIGNED > 0)
+            after = numbers(param, T)
         tl.store(param_at, param, mask=written)
         for i in tl.static_range(MOMENTS):
-            tl.store(moments_at[i], elements(moments[i], RECIPE.moments[i]), mask=written)
+            x = moments[i]
+            if RECIPE.moments[i].in_blocks:
+                x, scales = encoded(
+                    x, mask, draw, start, MOMENT + i, RECIPE.moments[i], ALIGNED > 0
+                )
+                tl.store(scales_at(at, block, i, RECIPE), scales, mask=blocks_written)
+            else:
+                x = rounded(x, draw, start, MOMENT + i, RECIPE.moments[i], COUNT, ALIGNED > 0)
+            tl.store(moments_at[i], x, mask=written)
 
-        after = numbers(param, T)
         if TAIL.skippable:
             after = tl.where(taken, after, before)
         if RECIPE.ema is not None:
             average = averaged(c.tail, average, after)
             tl.store(ema_at, elements(average, RECIPE.ema), mask=written)
+        if RECIPE.copy is not None:
+            copy_at = pointers(at.copy, at.first, offsets, RECIPE.copy, ALIGNED > 0)
+            tl.store(copy_at, elements(after, RECIPE.copy), mask=written)
         if TAIL.zero_grads:
-            tl.store(grad_at, tl.zeros((BLOCK,), RECIPE.grad), mask=mask)
+            tl.store(grad_at, tl.zeros((COUNT,), RECIPE.grad.dtype), mask=mask)
         if TAIL.unscale_grads:
-            tl.store(grad_at, elements(grad * c.tail.grad_left, RECIPE.grad), mask=mask)
+            left = elements(grad * c.tail.grad_left, RECIPE.grad)
+            tl.store(grad_at, left, mask=mask)
         if TAIL.statistics:
             sums = counted(sums, before, grad, after, mask)
-        start += BLOCK
+        start += COUNT
     return sums
 
 
@@ -107,7 +155,7 @@ def step_range(
 SCALARS = ["grad_scale", "found_inf", "clip_coef", "statistics", "least"]
 
 
-@triton.jit(do_not_specialize=["chunk_size"], do_not_specialize_on_alignment=SCALARS)
+@triton.jit(do_not_specialize=["chunk_size", "seed"], do_not_specialize_on_alignment=SCALARS)
 def step_kernel(
     rows,  # int64[tensors, ROW_WORDS]: `TensorRow` in layout.h
     chunks,  # int32[programs, CHUNK_HALVES]: `Chunk`
@@ -119,10 +167,11 @@ def step_kernel(
     clip_coef,  # float64[1] or None
     statistics,  # float64[programs, STATISTICS] or None
     least,  # float64[tensors] or None: smallest magnitudes, of least_magnitude_kernel
-    chunk_size,  # elements, a multiple of GRANULE
+    chunk_size,  # elements, a multiple of the recipe's granule
+    seed: tl.uint64,  # of random bits
     RECIPE: tl.constexpr,
     TAIL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements that a program takes at a time
 ):
     """The step of one chunk."""
     program = tl.program_id(0)
@@ -142,7 +191,7 @@ def step_kernel(
     row = rows + tensor * ROW_WORDS
     group_and_chunks = tl.load(row + GROUP_AND_CHUNKS)
     counter = tl.load(row + STEP)
-    step = take_step(counter, arrivals + tensor, group_and_chunks >> CHUNKS_SHIFT, taken)
+    step = take_step(counter, arrivals + tensor, group_and_chunks >> UPPER, taken)
     group = group_and_chunks.to(tl.uint32)
     hyper = hyper_at(hypers + group * HYPER_WORDS)
     smallest = None
@@ -152,14 +201,24 @@ def step_kernel(
 
     first = tl.load(chunk + CHUNK_INDEX).to(tl.int64) * chunk_size
     size = tl.minimum(tl.load(row + NUMEL) - first, chunk_size).to(tl.int32)
-    param, ema = tl.load(row + PARAM), tl.load(row + EMA)
-    moments = ()
-    boundaries = param | ema
+    param = tl.load(row + PARAM)
+    residual = address_of(row, RESIDUAL, RECIPE.residual)
+    ema, copy = address_of(row, EMA, RECIPE.ema), address_of(row, COPY, RECIPE.copy)
+    moments, scales = (), ()
+    boundaries = param | residual | ema | copy
     for i in tl.static_range(len(RECIPE.moments)):
         moment = tl.load(row + MOMENT + i)
         moments += (moment,)
+        scales += (tl.load(row + SCALE + i),)
         boundaries |= moment
-    at = Operands(param, grad, moments, ema, first)
+    at = Operands(param, grad, moments, scales, residual, ema, copy, first)
+    number = (tl.load(row + HEAD_AND_NUMBER) >> UPPER).to(tl.uint32)
+    in_whole = tl.load(row + FIRST) + first
+    past = (in_whole % DRAWN).to(tl.int32)
+    draw = Draw(seed, (step + 1).to(tl.uint32, bitcast=True), number, in_whole // DRAWN, past)
+    aligned = boundaries & 15 == 0
+    if RECIPE.draws:
+        aligned &= past == 0
     zero = tl.full((), 0, tl.float64)
     sums = Sums(zero, zero, zero, zero)
 
@@ -167,17 +226,18 @@ def step_kernel(
     # A vector access takes a proof that address and mask come in whole vectors (a chunk is whole
     # vectors). So the address is looked at here and the promise made in the branch, and whole
     # granules have a bound of their own; what they leave, and operands that begin anywhere, go one
-    # element at a time. Gradients have their own case: views into a bucket are often misaligned.
-    if boundaries & 15 == 0:
-        body = size // GRANULE * GRANULE
+    # element at a time. Gradients have their own case: views into a bucket are often misaligned. A
+    # shard that begins where eight elements share random bits goes as what begins anywhere.
+    if aligned:
+        body = size // RECIPE.granule * RECIPE.granule
         if at.grad & 15 == 0:
-            sums = step_range(c, at, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 2)
+            sums = step_range(c, at, draw, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 2)
         else:
-            sums = step_range(c, at, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 1)
-        sums = step_range(c, at, sums, taken, body, size, GRANULE, RECIPE, TAIL, 0)
+            sums = step_range(c, at, draw, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 1)
+        sums = step_range(c, at, draw, sums, taken, body, size, RECIPE.granule, RECIPE, TAIL, 0)
     else:
         # Half a block: blocks of one shape get one layout; here neighbours go to neighbours.
-        sums = step_range(c, at, sums, taken, 0, size, BLOCK // 2, RECIPE, TAIL, 0)
+        sums = step_range(c, at, draw, sums, taken, 0, size, BLOCK // 2, RECIPE, TAIL, 0)
 
     if TAIL.statistics:
         leave(sums, c.tail.unscale, statistics + program.to(tl.int64) * STATISTICS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from warpstep import backends
 from warpstep.entries import Entry
+from warpstep.precision import Precision
 from warpstep.recipes import Recipe
-from warpstep.shards import largest, own_part, smallest, summed
+from warpstep.shards import first_element, largest, own_part, smallest, summed
 from warpstep.tail import Tail
 
 # A step's scalars on a bucket's device, as kernels read them, and the table of its statistics.
@@ -34,7 +36,9 @@ class Bucket:
     # Where some group's decay is "min": float64[tensors + chunks], Launch::least of layout.h.
     least: Tensor | None = None
 
-    def bind(self, bound: Any, index: int) -> None:
+    def bind(
+        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
+    ) -> None:
         """Makes what launches need, once its tensors are bound."""
         self.bound, self.index = bound, index
 
@@ -123,9 +127,11 @@ class CudaBucket(Bucket):
     tables: dict[str, Tensor] = field(default_factory=dict)
     stream: Any = None  # the one that the tables are known to be used on
 
-    def bind(self, bound: Any, index: int) -> None:
+    def bind(
+        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
+    ) -> None:
         """Puts the stable tables in the device's memory."""
-        super().bind(bound, index)
+        super().bind(bound, index, precision, copies)
         self.tables = {
             name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
             for name, data in bound.host_tables(index).items()
@@ -175,21 +181,32 @@ class TritonBucket(Bucket):
         assert kernel is not None
         return kernel
 
-    def bind(self, bound: Any, index: int) -> None:
+    def bind(
+        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
+    ) -> None:
         """Makes the tensor table that Triton's kernels read."""
 
         def of_state(key: str | None) -> list[Tensor] | None:
             return None if key is None else [_flat(entry.state[key]) for entry in self.entries]
 
         params = [_flat(entry.param.detach()) for entry in self.entries]
-        _, *keys, _ = self.recipe.keys()  # the parameter and its gradient are in no state
+        to = None
+        if self.recipe.copy is not None:
+            to = [own_part(copies[entry.param].detach()) for entry in self.entries]
+        _, *keys, _, _ = self.recipe.keys()  # the parameter, a copy and a gradient are in no state
+        firsts = None  # where nothing is drawn or in blocks, nobody asks
+        if not self.recipe.is_plain:
+            firsts = [first_element(entry.param) for entry in self.entries]
         self.table = self._kernel.TensorTable(
-            [params, *map(of_state, keys)],
+            [params, *map(of_state, keys), to],
             of_state("step" if self.recipe.counts_steps else None),
             [entry.group for entry in self.entries],
             self.device,
+            firsts=firsts,
+            numbers=[entry.number for entry in self.entries],
+            seed=precision.seed,
         )
-        super().bind(bound, index)
+        super().bind(bound, index, precision, copies)
 
     @property
     def chunks(self) -> int:

@@ -130,7 +130,7 @@ class Plan:
         self._bound = self._bind(optimizer, assignments)
         of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
-            bucket.bind(self._bound, index)
+            bucket.bind(self._bound, index, options.precision, options.copies)
             if of_min and any(entry.group in of_min for entry in bucket.entries):
                 bucket.keep_least()
         # Not to keep alive what a framework moves away or a program lets go of.

@@ -19,7 +19,7 @@ def bits(tensor):
 
 def raw_bits(tensor):
     """Each NaN as itself."""
-    return tensor.detach().clone().view(torch.uint8).cpu()
+    return tensor.detach().clone().flatten().view(torch.uint8).cpu()
 
 
 def assert_same_bits(first, second):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from warpstep.kernels.triton import launch as kernel
 
+from warpstep import recipes
+
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda" if torch.cuda.is_available() else None
 runs = pytest.mark.skipif(DEVICE is None, reason="Triton compiles in this process, and for no GPU")
@@ -17,18 +19,13 @@ MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "sgd": ("moment
 Lists = dict[str, list[Tensor]]
 
 
-class Recipe(NamedTuple):
-    """A rule, and the dtype of each operand."""
+class Recipe(recipes.Recipe):
+    """A rule and the formats of its operands, all in its name."""
 
-    rule: str
-    param: torch.dtype
-    grad: torch.dtype
-    moments: tuple[torch.dtype, ...]
-    ema: torch.dtype | None = None
+    __slots__ = ()
 
     def __str__(self) -> str:
-        dtypes = (self.param, self.grad, *self.moments, *([self.ema] if self.ema else []))
-        return "-".join((self.rule, *(str(x).removeprefix("torch.") for x in dtypes)))
+        return "-".join((self.rule, *filter(None, self.formats())))
 
 
 def adamw(
