@@ -14,10 +14,12 @@ namespace {
 // whose addresses change from step to step, have no vote. Blocks, and elements that draw random
 // bits together, are not parted by it.
 std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
+  bool draws = false;
   for (const Format format : recipe.formats) {
     if (is_in_blocks(format)) return 0;
-    if (is_stochastic(format)) return static_cast<std::uint32_t>(-row.first & 7);
+    draws |= is_stochastic(format);
   }
+  if (draws) return static_cast<std::uint32_t>(-row.first & 7);
   std::uint32_t best = 0, best_votes = 0;
   for (std::uint32_t head = 0; head < 8; ++head) {
     std::uint32_t votes = 0;  // also of what is not there: address 0, and of no bytes
