@@ -29,6 +29,7 @@ class Training:
         ema: bool = False,
         numel: int = 40_000,
         rule: str = "adamw",
+        seed: int = 0,
     ) -> None:
         self.gpu, self.groups = gpu, groups
         self.recipe = adamw(f32, ema=f32 if ema else None) if rule == "adamw" else sgd(f32)
@@ -37,7 +38,7 @@ class Training:
         others = (*[None] * 4, params if ema else None, None)  # no scales, no residual, no copy
         operands = (params, *moments, *others)
         groups_of = [index % groups for index in range(tensors)]
-        self.table = kernel.TensorTable(operands, steps, groups_of, torch.device("cuda"))
+        self.table = kernel.TensorTable(operands, steps, groups_of, torch.device("cuda"), seed=seed)
         self.grads, self.lr = torch.arange(1, tensors + 1), 1.0
 
     def number(self, dtype: torch.dtype = f32) -> Tensor:
@@ -224,8 +225,8 @@ TAILS = {
 def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], rule: str, ema: bool) -> None:
     """A kernel is compiled once for a kind of step, so that none is in a capture."""
 
-    def train(tensors: int, groups: int, numel: int = 10) -> None:
-        training = Training(gpu, tensors, groups, ema, numel, rule)
+    def train(tensors: int, groups: int, numel: int = 10, seed: int = 0) -> None:
+        training = Training(gpu, tensors, groups, ema, numel, rule, seed)
         for _ in range(2):
             given = {n: x if x is True else training.number(x) for n, x in tail.items()}
             training.clip()
@@ -239,6 +240,8 @@ def test_sizes_make_no_variants(gpu: FakeGpu, tail: dict[str, Any], rule: str, e
         train(tensors, groups)
     for numel in (1, 2**20, 2**21 + 1, 2**24, 2**26):
         train(1, 1, numel)
+    for seed in (1, 16, 2**31, 2**64 - 1):
+        train(1, 1, seed=seed)
     assert len(gpu.variants) == 3, gpu.variants[3:]
 
 

@@ -54,6 +54,17 @@ ADAMW_RECIPES += [adamw(bf16, bf16, f32), adamw(bf16, amsgrad=True)]
 ADAMW_RECIPES += [adamw(bf16, f32, f32), adamw(f32, f32, bf16)]
 SGD_RECIPES = [*map(sgd, (f64, f32, bf16, f16)), sgd(f32, momentum=False), sgd(bf16, f32, f32)]
 RECIPES = ADAMW_RECIPES + SGD_RECIPES
+# What the interpreter's tests have in test_triton_recipes.py.
+STOCHASTIC = recipes.BFLOAT16_STOCHASTIC
+LOW_PRECISION = [
+    adamw(bf16, bf16, f32)._replace(has_master=True),
+    Recipe("adamw", bf16, bf16, (bf16, STOCHASTIC), has_master=True),
+    Recipe("adamw", STOCHASTIC, bf16, (bf16, STOCHASTIC)),
+    Recipe("adamw", bf16, bf16, (recipes.E4M3, recipes.UE5M3), has_master=True),
+    Recipe("adamw", STOCHASTIC, bf16, (recipes.E4M3, recipes.UE5M3)),
+    Recipe("adamw", f32, bf16, (recipes.E4M3, recipes.UE5M3), copy=bf16),
+    Recipe("sgd", bf16, bf16, (recipes.E4M3,)),
+]
 
 
 def packed(hyper: Any) -> bytes:
