@@ -128,7 +128,7 @@ def test_cuda_source_on_the_host(emulated_module):
 def test_triton_in_its_interpreter():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
-    passed = run_suite("triton", SUITE, TRITON_INTERPRET="1")
+    passed = run_suite("triton", [*SUITE, "test_triton_recipes.py"], TRITON_INTERPRET="1")
     assert passed > 250
 
 

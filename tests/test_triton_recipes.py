@@ -246,3 +246,29 @@ def test_a_bucket_tells_the_kernel_where_shards_begin(monkeypatch: pytest.Monkey
     assert to == [copies[p].data_ptr() for p in params[1:]]
     assert plain == {"firsts": None, "numbers": [2], "seed": 9}
     assert none == [0]
+
+
+def test_what_is_masked_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU leaves it undefined; the interpreter has zeros there, and here large numbers."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    case = (f32, f32, {"state_dtype": "8bit", "stats": True})
+    expected, found = (Trained("triton", case) for _ in range(2))
+    load = InterpreterBuilder.create_masked_load
+
+    def load_numbers(builder, pointers, mask, other, *how):
+        read = load(builder, pointers, mask, other, *how)
+        if other is None:
+            size = read.data.itemsize
+            read.data.view(f"u{size}")[~mask.data] = int("7d" * size, 16)
+        return read
+
+    for step in range(2):
+        expected.step(step)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load_numbers)
+    for step in range(2):
+        found.step(step)
+    assert_same(found, expected)
+    for name in ("grad_norm", "param_norm", "update_norm", "nonfinite"):
+        kept = (getattr(one.optimizer.statistics(), name) for one in (found, expected))
+        assert torch.equal(*kept)
