@@ -102,7 +102,7 @@ def _loaded_groups(
             loaded.setdefault("param_names", mine["param_names"])
         if "base_lr" in mine and loaded.get("decay_form", mine.get("decay_form")) == "independent":
             loaded.setdefault("base_lr", mine["base_lr"])
-        complete_group(loaded, optimizer.defaults)
+        complete_group(loaded, {**optimizer.defaults, **mine})
         check_own_options(loaded, f" (in parameter group {index} of the loaded state dict)")
     return groups
 

@@ -295,6 +295,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
+        self._forget_stale_residuals()
         names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
         return {**super().__getstate__(), **ours}
@@ -309,6 +310,11 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        self._forget_stale_residuals()
+        return super().state_dict()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
