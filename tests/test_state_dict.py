@@ -126,9 +126,7 @@ def test_dtypes_of_moments_survive(case, fresh_state_dtype, device):
     dtype, state_dtype = KEPT[case]
     # By default rounding depends on what was asked for, which a state does not tell.
     options = {"lr": LR, "rounding": "nearest"}
-    first = warpstep.AdamW(
-        new_params(SHAPES, device, dtype), state_dtype=state_dtype, **options
-    )
+    first = warpstep.AdamW(new_params(SHAPES, device, dtype), state_dtype=state_dtype, **options)
     take_steps(first, range(3))
     state_dict = saved_and_loaded(first.state_dict())
 

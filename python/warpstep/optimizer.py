@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 
-from warpstep import checkpoint, modes, signals, watched
+from warpstep import checkpoint, foreign_states, modes, signals, watched
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName, requested_backend
 from warpstep.clip_grad_norm import ClipsGradNorm
@@ -312,9 +312,25 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             complete_group(group, self.defaults)
 
     @_disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """The state as torch's: tensors are the optimizer's own. Hooks are called as torch does.
+
+        Args:
+            portable: for torch's optimizers, and others that take their state dicts: moments in
+                float32, whatever they are stored in (those of float64 and complex parameters as
+                they are), and no masters, whose values are ``master_parameters()``. Moments that
+                are stored otherwise are copied.
+        """
         self._forget_stale_residuals()
-        return super().state_dict()
+        if not portable:
+            return super().state_dict()
+        convert = self.register_state_dict_post_hook(
+            lambda _, state_dict: foreign_states.portable(state_dict, self.rule), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            convert.remove()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
