@@ -17,7 +17,7 @@ from warpstep.rules import Rule
 from warpstep.shards import layout_of, like_shards
 from warpstep.stored import decode_from
 
-# Where bitsandbytes keeps what is quantised, from 0.46 on; before, beside the step.
+# Where newer versions of bitsandbytes keep what is quantised; older ones keep it beside the step.
 _NESTED = "__bnb_optimizer_quant_state__"
 _QUANTISED = ("state", "absmax", "qmap")
 _BLOCK = 256  # numbers that share an absmax there
