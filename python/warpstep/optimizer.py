@@ -19,7 +19,13 @@ from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName, requested_backend
 from warpstep.clip_grad_norm import ClipsGradNorm
 from warpstep.groups import Members
-from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
+from warpstep.hypers import (
+    DecayForm,
+    check_arguments,
+    check_group,
+    check_own_options,
+    complete_group,
+)
 from warpstep.masters import KeepsMasters
 from warpstep.plan import Options, Plan
 from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
@@ -106,9 +112,12 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             self.copies = paired_copies(self.param_groups, copies)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, as torch does."""
+        """Adds a parameter group, as torch does. Raises for what is no option, and adds nothing."""
         if isinstance(param_group, dict):
             check_arguments(param_group.get("params"))
+            completed = {**self.defaults, **param_group}
+            complete_group(completed, self.defaults)
+            check_own_options(completed, f" (in parameter group {len(self.param_groups)})")
         add = super().add_param_group
         members = self._members
         with members.stand_in(self, param_group, add) if members else nullcontext():
