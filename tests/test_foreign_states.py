@@ -219,7 +219,7 @@ def test_without_bias_correction_is_an_error():
     saved = as_transformer_engines(source, masters=False)
     saved["param_groups"][0]["bias_correction"] = False
     optimizer = warpstep.AdamW(clones(source), master="residual", **OPTIONS)
-    with pytest.raises(ValueError, match="parameter 0 of group 0.*bias_correction=False"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*bias_correction=False"):
         optimizer.load_state_dict(saved)
     assert not optimizer.state
 

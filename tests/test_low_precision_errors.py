@@ -105,11 +105,11 @@ def test_codes_for_what_has_none(dtype, backend):
     param = Parameter(torch.ones((64, 64), dtype=dtype))
     optimizer = warpstep.AdamW([param], backend=backend)
     saved = {"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]}
-    with pytest.raises(ValueError, match="parameter 0 of group 0.*'exp_avg' is uint8"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg' is uint8"):
         optimizer.load_state_dict(saved)
     optimizer.state[param] = state
     param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is .*'exp_avg' is uint8"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 is .*'exp_avg' is uint8"):
         optimizer.step()
     assert (param == 1).all()
 

@@ -85,7 +85,7 @@ def translated(
         if not group.get("bias_correction", True):
             raise ValueError(
                 f"{misfit}: its group has bias_correction=False, and a step corrects the moments' "
-                "bias. Set that to True and the group's 'step' to 1000000, where there is none left."
+                "bias. Set that to True, and the group's 'step' to 1000000: there is none then."
             )
         saved = {"step": group["step"], **saved}
     return saved
@@ -126,15 +126,21 @@ def _dequantised(misfit: str, which: int, saved: dict[str, Any]) -> Tensor:
             "run through whole, contiguous tensors. Load its state where it is whole."
         )
     blocks = -(-state.numel() // _BLOCK)
-    for name, tensor, count in (("absmax", absmax, blocks), ("qmap", qmap, 256)):
-        if not isinstance(tensor, Tensor) or tensor.numel() != count:
-            is_one = isinstance(tensor, Tensor)
-            shape = f"of shape {tuple(tensor.shape)}" if is_one else f"{tensor!r}"
-            raise ValueError(
-                f"{misfit}: 'state{which}' has 8 bits a number, and '{name}{which}' is {shape}, "
-                f"expected {count} numbers: only bitsandbytes' states in blocks of {_BLOCK} "
-                "numbers (block_wise=True) can be converted"
-            )
-    numbers = qmap.to(state.device, torch.float32).flatten()[state.flatten().to(torch.int64)]
-    of_each = absmax.to(state.device, torch.float32).flatten().repeat_interleave(_BLOCK)
-    return (numbers * of_each[: numbers.numel()]).view(state.shape)
+    of_code = _numbers(misfit, which, "qmap", qmap, 256, state.device)[state.flatten().long()]
+    of_block = _numbers(misfit, which, "absmax", absmax, blocks, state.device)
+    return (of_code * of_block.repeat_interleave(_BLOCK)[: state.numel()]).view(state.shape)
+
+
+def _numbers(
+    misfit: str, which: int, name: str, found: Any, count: int, device: torch.device
+) -> Tensor:
+    """``found`` as so many float32."""
+    if isinstance(found, Tensor) and found.numel() == count:
+        return found.to(device, torch.float32).flatten()
+    is_other = isinstance(found, Tensor)
+    described = f"of shape {tuple(found.shape)}" if is_other else repr(found)
+    raise ValueError(
+        f"{misfit}: 'state{which}' has 8 bits a number, and '{name}{which}' is {described}, "
+        f"expected {count} numbers: only bitsandbytes' states in blocks of {_BLOCK} numbers "
+        "(block_wise=True) can be converted"
+    )

@@ -294,9 +294,10 @@ def new_moment(param: Tensor, key: str, dtype: torch.dtype) -> dict[str, Tensor]
     )
     if dtype != torch.uint8:
         return {key: zeros}
-    part = own_part(param)
-    scales = torch.zeros(_scales_shape(part), dtype=torch.uint8, device=part.device)
-    return {key: zeros, scale_of(key): like_shards(param, scales, _scales_shape(param))}
+    part, shape = own_part(param), _scales_shape(param)
+    of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else _scales_shape(part)
+    scales = torch.zeros(of_part, dtype=torch.uint8, device=part.device)
+    return {key: zeros, scale_of(key): like_shards(param, scales, shape)}
 
 
 def _scales_shape(param: Tensor) -> tuple[int, ...]:
