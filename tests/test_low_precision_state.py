@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import warpstep
 from support.bits import raw_bits
@@ -158,3 +160,39 @@ def test_a_loaded_group_keeps_its_own_master():
     assert [g.get("master") for g in optimizer.param_groups] == ["residual", None]
     take_steps(optimizer, range(1, 2))
     assert optimizer.state[groups[0]["params"][0]]["master_param"].dtype == torch.int16
+
+
+@pytest.mark.parametrize("is_stepped", [True, False], ids=["stepped", "without-gradient"])
+@pytest.mark.parametrize("before", ["watched", "reference", "kernel"])
+def test_what_is_written_after_a_step_of_any_kind_wins(before, is_stepped):
+    """Also where the last step, by a plan of its own, had no gradient of the parameter."""
+    backend = "reference" if before == "reference" else "auto"
+    params = new_params(shapes=[(100,), (7,)])
+    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend)
+    take_steps(optimizer, range(2))
+    if not is_stepped:
+        params[0].grad = None
+    with FlopCounterMode(display=False) if before == "watched" else nullcontext():
+        optimizer.step()
+    with torch.no_grad():
+        params[0].copy_(random((100,), 8))
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.step()
+    assert torch.equal(optimizer.master_parameters()[params[0]], random((100,), 8).to(BF16).float())
+    assert optimizer.state[params[1]]["master_param"].any()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_met_twice_keeps_its_master(backend):
+    param = new_params(shapes=[(100,)])[0]
+    exact = nn.Parameter(param.detach().float())
+    optimizer = warpstep.AdamW([param, param], master="residual", backend=backend)
+    other = warpstep.AdamW([exact, exact], backend=backend)
+    for step in range(4):
+        param.grad = random((100,), step).to(BF16)
+        exact.grad = param.grad.float()
+        optimizer.step()
+        other.step()
+    assert torch.equal(optimizer.master_parameters()[param], exact)
