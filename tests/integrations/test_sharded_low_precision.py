@@ -120,8 +120,35 @@ def resumed(saved_by, ranks, folder):
     return found
 
 
+def trained_with_a_master(ranks, rank):
+    """Forward, backward and FSDP2's gathering leave residuals alone; what is written counts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 97), nn.GELU(), nn.Linear(97, 5)).to(BF16)
+    exact = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    mesh = init_device_mesh("cpu", (ranks,))
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    params = list(model.parameters())
+    optimizer = warpstep.AdamW(params, master="residual")
+    other = warpstep.AdamW(exact)
+    for step in range(4):
+        model(random((4, 64), 10 * step + rank).to(BF16)).square().mean().backward()
+        for p, q in zip(params, exact, strict=True):
+            q.grad = p.grad.full_tensor().float()
+        optimizer.step()
+        other.step()
+        optimizer.zero_grad()
+    masters = optimizer.master_parameters()
+    same = [torch.equal(masters[p].full_tensor(), q) for p, q in zip(params, exact, strict=True)]
+    model.load_state_dict({key: value.clone() * 2 for key, value in model.state_dict().items()})
+    masters = optimizer.master_parameters()
+    same += [torch.equal(masters[p].full_tensor(), p.full_tensor().float()) for p in params]
+    return {"all": same}
+
+
 def worker(ranks, resumed_from, folder, rank):
     found = {"through": through(ranks, folder, rank)}
+    found["trained"] = trained_with_a_master(ranks, rank)
     dist.barrier()
     for saved_by in resumed_from:
         found[f"from {saved_by}"] = resumed(saved_by, ranks, folder)
@@ -152,3 +179,9 @@ def test_bits_are_those_of_two_processes(run, recipe, runs):
         for key, value in expected.items():
             differing = (found[recipe][key] != value).sum().item()
             assert differing == 0, f"{key}: {differing} of {value.numel()} bytes differ"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_master_is_a_float32_models_run(ranks, runs):
+    for found in runs[ranks, "trained"]:
+        assert all(found["all"]), found
