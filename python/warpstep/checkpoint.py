@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from warpstep.averages import Averaging
+from warpstep.foreign_states import forget_count, translated
 from warpstep.hypers import check_own_options, complete_group
 from warpstep.precision import Precision
 from warpstep.recipes import ema_dtype
 from warpstep.rules import Rule
-from warpstep.state import can_be_8bit, describe, is_like, missing_keys, parameter_name
+from warpstep.state import (
+    can_be_8bit,
+    describe,
+    is_like,
+    missing_keys,
+    parameter_name,
+    wrong_master,
+    wrong_scales,
+)
 
 
 def load(
@@ -57,6 +66,9 @@ def load(
                 steps.append(float(state[param]["step"]))
         else:
             state[key] = value
+
+    for group in groups:
+        forget_count(group)
 
     before = dict(vars(optimizer))
     try:
@@ -102,7 +114,7 @@ def _loaded_groups(
             loaded.setdefault("param_names", mine["param_names"])
         if "base_lr" in mine and loaded.get("decay_form", mine.get("decay_form")) == "independent":
             loaded.setdefault("base_lr", mine["base_lr"])
-        complete_group(loaded, optimizer.defaults)
+        complete_group(loaded, {**optimizer.defaults, **mine})
         check_own_options(loaded, f" (in parameter group {index} of the loaded state dict)")
     return groups
 
@@ -119,6 +131,7 @@ def _loaded_state(
     misfit = f"loaded state dict does not fit {name}"
     if not isinstance(saved, dict):
         raise ValueError(f"{misfit}: its state is {saved!r}, expected a dict")
+    saved = translated(misfit, saved, group, rule)
     missing = missing_keys(saved, rule, group) if saved else []
     if missing:
         raise ValueError(
@@ -137,7 +150,23 @@ def _loaded_state(
             state[key] = value.detach().to(param.device, copy=True)
         else:
             state[key] = deepcopy(value)
+    wrong = _wrong_precision(param, rule, group, state)
+    if wrong is not None:
+        raise ValueError(f"{misfit}: {wrong}")
     return state
+
+
+def _wrong_precision(
+    param: Tensor, rule: Rule, group: dict[str, Any], state: dict[str, Any]
+) -> str | None:
+    """What is wrong with the scales of 8-bit moments or with a master; None where nothing is."""
+    for key in rule.moments:
+        moment = state.get(key)
+        if isinstance(moment, Tensor) and moment.dtype == torch.uint8:
+            wrong = wrong_scales(param, key, state)
+            if wrong is not None:
+                return wrong
+    return wrong_master(param, state, group.get("master") is not None)
 
 
 def _loaded_step(misfit: str, step: Any, device: torch.device | None) -> Tensor:

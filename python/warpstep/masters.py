@@ -31,8 +31,9 @@ class KeepsMasters(Averaging):
         found = {}
         for param in (param for group in self.param_groups for param in group["params"]):
             residual = (self.state.get(param) or {}).get(RESIDUAL)
-            if residual is None or residual.dtype != torch.int16:
-                found[param] = param.detach().to(torch.float32, copy=True)
+            if residual is None or residual.dtype != torch.int16:  # a loaded float32 master
+                value = param if residual is None else residual
+                found[param] = value.detach().to(torch.float32, copy=True)
             else:
                 part = joined(own_part(param.detach()), own_part(residual))
                 found[param] = like_shards(param, part, tuple(param.shape))
@@ -73,7 +74,7 @@ class KeepsMasters(Averaging):
         for param, high, low in new:
             own_part(param.detach()).copy_(high)
             residual = self.state[param].get(RESIDUAL)
-            if residual is None:
+            if residual is None or residual.dtype != torch.int16:
                 residual = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
                 self.state[param][RESIDUAL] = residual
             own_part(residual).copy_(low)

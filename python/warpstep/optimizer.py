@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 
-from warpstep import checkpoint, modes, signals, watched
+from warpstep import checkpoint, foreign_states, modes, signals, watched
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName, requested_backend
 from warpstep.clip_grad_norm import ClipsGradNorm
 from warpstep.groups import Members
-from warpstep.hypers import DecayForm, check_arguments, check_group, complete_group
+from warpstep.hypers import (
+    DecayForm,
+    check_arguments,
+    check_group,
+    check_own_options,
+    complete_group,
+)
 from warpstep.masters import KeepsMasters
 from warpstep.plan import Options, Plan
 from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
@@ -106,9 +112,12 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             self.copies = paired_copies(self.param_groups, copies)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, as torch does."""
+        """Adds a parameter group, as torch does. Raises for what is no option, and adds nothing."""
         if isinstance(param_group, dict):
             check_arguments(param_group.get("params"))
+            completed = {**self.defaults, **param_group}
+            complete_group(completed, self.defaults)
+            check_own_options(completed, f" (in parameter group {len(self.param_groups)})")
         add = super().add_param_group
         members = self._members
         with members.stand_in(self, param_group, add) if members else nullcontext():
@@ -295,6 +304,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
+        self._forget_stale_residuals()
         names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
         return {**super().__getstate__(), **ours}
@@ -309,6 +319,27 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)
+
+    @_disable_dynamo
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """The state as torch's: tensors are the optimizer's own. Hooks are called as torch does.
+
+        Args:
+            portable: for torch's optimizers, and others that take their state dicts: moments in
+                float32, whatever they are stored in (those of float64 and complex parameters as
+                they are), and no masters, whose values are ``master_parameters()``. Moments that
+                are stored otherwise are copied.
+        """
+        self._forget_stale_residuals()
+        if not portable:
+            return super().state_dict()
+        convert = self.register_state_dict_post_hook(
+            lambda _, state_dict: foreign_states.portable(state_dict, self.rule), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            convert.remove()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -124,10 +124,14 @@ class Plan:
         publish(optimizer, entries)
 
         self._reference_sums: dict[Entry, Tensor] = {}
-        # Of the reference's parameters with a residual: after the last step.
-        self._versions: dict[Entry, int] = {}
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
+        # Of parameters with a residual that the native module does not look at: after their step.
+        self._versions = {
+            entry: version_of(entry.param)
+            for entry in (self.python_only if self.lasts else entries)
+            if groups[entry.group].get("master")
+        }
         of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
             bucket.bind(self._bound, index, options.precision, options.copies)
@@ -300,7 +304,8 @@ class Plan:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
             if any(
-                e in self._versions and was_written(p, self._versions[e]) for e, p, _ in stepped
+                was_written(p, self._versions[e])
+                for e, p, _ in with_grads(optimizer, self._versions)
             ):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
@@ -310,15 +315,15 @@ class Plan:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)
             reference.store(computed)
-            for entry, param, _ in stepped:
-                if optimizer.param_groups[entry.group].get("master"):
-                    self._versions[entry] = version_of(param)
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
             self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
             for mention in with_grads(optimizer, self.repeated):
                 reference.store(self._computed_by_reference(optimizer, [mention], in_pass))
+            if self.repeated:  # written to once more
+                self._bound.note_versions(optimizer.param_groups)
         finally:
             self._bound.let_go()
+        self._note_steps(optimizer)
         if later:  # all have been read
             reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
         self._reference_sums = {
@@ -397,6 +402,11 @@ class Plan:
             if param is not None and was_written(param, version):
                 written.append(param)
         return written
+
+    def _note_steps(self, optimizer: Optimizer) -> None:
+        """Those of ``_versions`` that had a gradient were written to by a step."""
+        for entry, param, _ in with_grads(optimizer, self._versions):
+            self._versions[entry] = version_of(param)
 
     def note_versions(self, optimizer: Optimizer) -> None:
         """Parameters with a residual are as they should be, whatever was written to them."""

@@ -175,13 +175,28 @@ def check_has_master(name: str, param: Tensor) -> None:
 
 
 def paired_copies(groups: list[dict[str, Any]], copies: Copies) -> dict[Tensor, Tensor]:
-    """The copies by parameter. Raises where there are more or fewer than parameters."""
-    if isinstance(copies, Mapping):
-        return dict(copies)
-    params, given = [p for group in groups for p in group["params"]], list(copies)
-    if len(given) != len(params):
-        raise ValueError(
-            f"copies has {len(given)} tensors, and there are {len(params)} parameters: give one "
-            "for each, in their order, or a dict of those that have one"
+    """The copies by parameter. Raises where they are no tensors, or of other parameters."""
+    if not isinstance(copies, Iterable) or isinstance(copies, Tensor):
+        raise TypeError(
+            f"copies is of type {type(copies).__name__}, expected a list of tensors, one for each "
+            "parameter, or a dict of those parameters that have one"
         )
-    return dict(zip(params, given, strict=True))
+    params = [p for group in groups for p in group["params"]]
+    if isinstance(copies, Mapping):
+        found = dict(copies)
+        known = set(params)
+        for param in found:
+            if param not in known:
+                raise ValueError("copies has a key that is no parameter of this optimizer")
+    else:
+        given = list(copies)
+        if len(given) != len(params):
+            raise ValueError(
+                f"copies has {len(given)} tensors, and there are {len(params)} parameters: give "
+                "one for each, in their order, or a dict of those that have one"
+            )
+        found = dict(zip(params, given, strict=True))
+    for index, copy in enumerate(found.values()):
+        if not isinstance(copy, Tensor):
+            raise TypeError(f"copy {index} of copies is {copy!r}, expected a tensor")
+    return found

@@ -235,7 +235,9 @@ def completed(
             raise _misfit(name, param, key, moment)
         check_has_memory(name, key, moment)
         if moment.dtype == torch.uint8:
-            _check_scales(name, param, key, state)
+            if (wrong := wrong_scales(param, key, state)) is not None:
+                raise RuntimeError(f"{name}: {wrong}")
+            check_has_memory(name, scale_of(key), state[scale_of(key)])
         wants_8bit, has_8bit = dtype == torch.uint8, moment.dtype == torch.uint8
         squares = key in rule.squares
         if wants_8bit and not has_8bit:
@@ -292,9 +294,10 @@ def new_moment(param: Tensor, key: str, dtype: torch.dtype) -> dict[str, Tensor]
     )
     if dtype != torch.uint8:
         return {key: zeros}
-    part = own_part(param)
-    scales = torch.zeros(_scales_shape(part), dtype=torch.uint8, device=part.device)
-    return {key: zeros, scale_of(key): like_shards(param, scales, _scales_shape(param))}
+    part, shape = own_part(param), _scales_shape(param)
+    of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else _scales_shape(part)
+    scales = torch.zeros(of_part, dtype=torch.uint8, device=part.device)
+    return {key: zeros, scale_of(key): like_shards(param, scales, shape)}
 
 
 def _scales_shape(param: Tensor) -> tuple[int, ...]:
@@ -307,49 +310,60 @@ def _scales_shape(param: Tensor) -> tuple[int, ...]:
     return (rows, blocks // rows) if divides else (blocks,)
 
 
-def _check_scales(name: str, param: Tensor, key: str, state: dict[str, Any]) -> None:
+def wrong_scales(param: Tensor, key: str, state: dict[str, Any]) -> str | None:
+    """What is wrong with the scales of the 8-bit moment ``key``; None where nothing is."""
     scales, expected = state.get(scale_of(key)), _scales_shape(param)
     if (
-        not isinstance(scales, Tensor)
-        or scales.dtype != torch.uint8
-        or scales.shape != expected
-        or scales.device != param.device
+        isinstance(scales, Tensor)
+        and scales.dtype == torch.uint8
+        and scales.shape == expected
+        and scales.device == param.device
     ):
-        found = describe(scales) if isinstance(scales, Tensor) else repr(scales)
-        raise RuntimeError(
-            f"{name}: its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {found}, "
-            f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
-            "the checkpoint of another block size? Load one that fits."
+        return None
+    found = describe(scales) if isinstance(scales, Tensor) else repr(scales)
+    return (
+        f"its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {found}, "
+        f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
+        "the checkpoint of another block size? Load one that fits."
+    )
+
+
+def wrong_master(param: Tensor, state: dict[str, Any], has_master: bool) -> str | None:
+    """What is wrong with a residual, or a float32 master; None where nothing is."""
+    residual = state.get(RESIDUAL)
+    if residual is None:
+        return None
+    if not has_master:
+        return (
+            f"its state has {RESIDUAL!r}, which a step without a master would leave "
+            "behind. Construct the optimizer with master='residual', or remove it."
         )
-    check_has_memory(name, scale_of(key), scales)
+    if (
+        isinstance(residual, Tensor)
+        and residual.shape == param.shape
+        and residual.device == param.device
+        and residual.dtype in (torch.int16, torch.float32)
+    ):
+        return None
+    found = describe(residual) if isinstance(residual, Tensor) else repr(residual)
+    return (
+        f"the parameter is {describe(param)}, its state {RESIDUAL!r} is {found}: expected "
+        "int16 residuals or float32 masters of the parameter's shape, on its device"
+    )
 
 
 def _completed_master(
     name: str, param: Tensor, state: dict[str, Any], has_master: bool
 ) -> dict[str, Any]:
     """The residual that a state lacks. A float32 master becomes the parameter and a residual."""
-    residual = state.get(RESIDUAL)
+    if (wrong := wrong_master(param, state, has_master)) is not None:
+        raise RuntimeError(f"{name}: {wrong}")
     if not has_master:
-        if residual is not None:
-            raise RuntimeError(
-                f"{name}: its state has {RESIDUAL!r}, which a step without a master would leave "
-                "behind. Construct the optimizer with master='residual', or remove it."
-            )
         return {}
     check_has_master(name, param)
+    residual = state.get(RESIDUAL)
     if residual is None:
         return {RESIDUAL: torch.zeros_like(param, dtype=torch.int16, requires_grad=False)}
-    if (
-        not isinstance(residual, Tensor)
-        or residual.shape != param.shape
-        or residual.device != param.device
-        or residual.dtype not in (torch.int16, torch.float32)
-    ):
-        raise RuntimeError(
-            f"{name} is {describe(param)}, its state {RESIDUAL!r} is "
-            f"{describe(residual) if isinstance(residual, Tensor) else repr(residual)}: expected "
-            "int16 residuals or float32 masters of the parameter's shape, on its device"
-        )
     check_has_memory(name, RESIDUAL, residual)
     if residual.dtype == torch.int16:
         same = not is_plain(residual) or not is_dense(param) or same_layout(residual, param)

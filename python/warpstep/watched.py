@@ -55,6 +55,7 @@ class WatchedPlan(Plan):
         self._has_statistics = tail.statistics
         for mention in with_grads(optimizer, self.repeated):
             self._step_operators(optimizer, [mention], step_tail)
+        self._note_steps(optimizer)
         if tail.zero_grads or tail.unscales:  # once all have been read: several may have the same
             reference.leave((grad for _, _, grad in params), tail)
         return None

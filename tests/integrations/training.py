@@ -105,7 +105,7 @@ def calls_taken(steps):
     assert after.passed_on == passed_on
 
 
-# ---- Two processes
+# ---- Several processes
 
 # Forked from a process that has imported these, and has run and stepped nothing: a rank costs 4
 # seconds less than one that imports them itself.
@@ -118,12 +118,21 @@ multiprocessing.set_forkserver_preload(
 
 
 def on_two_ranks(worker, folder, *, timeout=60):
-    """Runs ``worker(rank)`` in two processes on gloo. Returns what each returned.
+    """Runs ``worker(rank)`` in two processes on gloo. Returns what each returned."""
+    return on_ranks(2, worker, folder, timeout=timeout)
+
+
+def on_ranks(ranks, worker, folder, *, timeout=60):
+    """Runs ``worker(rank)`` in so many processes on gloo. Returns what each returned.
 
     They meet at a file, so no port has to be free. One that hangs is killed, and fails the test.
     """
     context = torch.multiprocessing.start_processes(
-        _rank, args=(worker, str(folder)), nprocs=2, join=False, start_method="forkserver"
+        _rank,
+        args=(ranks, worker, str(folder)),
+        nprocs=ranks,
+        join=False,
+        start_method="forkserver",
     )
     deadline = time.monotonic() + timeout
     try:
@@ -132,13 +141,14 @@ def on_two_ranks(worker, folder, *, timeout=60):
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
-def _rank(rank, worker, folder):
+def _rank(rank, ranks, worker, folder):
     faulthandler.enable()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     try:
         result = worker(rank)
         dist.barrier()  # neither leaves while the other still talks to it

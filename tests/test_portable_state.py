@@ -1,0 +1,122 @@
+"""``state_dict(portable=True)``: what torch's own classes load, and step on."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import warpstep
+from support.bits import assert_same
+from support.low_precision import BF16, RECIPES, SQUARES, flat, moments_of, new_params, numbers_of
+from support.parameters import params_of, random
+
+KINDS = {
+    "AdamW": (warpstep.AdamW, torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+    "SGD": (warpstep.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+}
+
+
+def stepped(kind, recipe, params=None, steps=2):
+    ours, theirs, options = KINDS[kind]
+    recipe = dict(recipe)
+    if kind == "SGD" and isinstance(recipe.get("state_dtype"), tuple):
+        recipe["state_dtype"] = recipe["state_dtype"][0]
+    optimizer = ours(new_params() if params is None else params, **options, **recipe)
+    take_steps(optimizer, range(steps))
+    return optimizer, theirs, options
+
+
+def take_steps(optimizer, steps):
+    for step in steps:
+        for i, p in enumerate(params_of(optimizer)):
+            p.grad = random(p.shape, 100 * step + i).to(p.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_loads_it_and_steps(kind, recipe):
+    """On float32 parameters, where torch keeps every number: then on those of the recipe."""
+    optimizer, theirs, options = stepped(kind, recipe)
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = optimizer.state_dict(portable=True)
+    for index, param in enumerate(params_of(optimizer)):
+        state, numbers = saved["state"][index], numbers_of(param, optimizer.state[param])
+        assert state.keys() <= {"step", *moments_of(state)}
+        for key in moments_of(optimizer.state[param]):
+            assert state[key].dtype == torch.float32
+            assert state[key].shape == param.shape
+            assert torch.equal(flat(state[key]), numbers[key]), key
+    masters = [Parameter(m) for m in optimizer.master_parameters().values()]
+    for params in (masters, [Parameter(p.detach().clone()) for p in params_of(optimizer)]):
+        other = theirs(params, **options)
+        other.load_state_dict(copy.deepcopy(saved))
+        take_steps(other, range(2, 4))
+    assert_same(optimizer.state_dict()["state"], before["state"])
+    assert not optimizer._optimizer_state_dict_post_hooks
+
+
+def test_its_numbers_are_stepped_as_torch_would():
+    """From 8 bits and a master to torch: the next step is that of a float32 run from there."""
+    optimizer, theirs, options = stepped("AdamW", RECIPES["residual-8bit"])
+    masters = [Parameter(m) for m in optimizer.master_parameters().values()]
+    other = theirs(masters, **options)
+    # A copy, as through a file: torch's load_state_dict goes on with the very step counters.
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict(portable=True)))
+    for i, p in enumerate(masters):
+        p.grad = random(p.shape, 200 + i).to(BF16).float()
+    other.step()
+    take_steps(optimizer, [2])
+    for mine, p in zip(optimizer.master_parameters().values(), masters, strict=True):
+        # An update is at most lr * a few; each rounds its last bits its own way.
+        torch.testing.assert_close(mine, p, rtol=2**-22, atol=1e-2 * 2**-20)
+
+
+def test_what_torch_had_is_left_alone():
+    for dtype in (torch.float32, torch.float64, torch.complex64):
+        params = [Parameter(torch.randn(5, dtype=dtype))]
+        optimizer = warpstep.AdamW(params)
+        params[0].grad = torch.randn(5, dtype=dtype)
+        optimizer.step()
+        portable, native = optimizer.state_dict(portable=True), optimizer.state_dict()
+        assert portable["param_groups"] == native["param_groups"]
+        for key, value in native["state"][0].items():
+            assert portable["state"][0][key] is value
+
+
+def test_hooks_are_called_as_ever():
+    optimizer, _, _ = stepped("AdamW", RECIPES["residual-8bit"])
+    calls = []
+
+    def pre(one):
+        calls.append(("pre", one is optimizer))
+
+    def post(one, state_dict):
+        calls.append(("post", state_dict["state"][0]["exp_avg"].dtype))
+        return {**state_dict, "note": 1}
+
+    optimizer.register_state_dict_pre_hook(pre)
+    optimizer.register_state_dict_post_hook(post)
+    assert optimizer.state_dict(portable=True)["note"] == 1
+    assert calls == [("pre", True), ("post", torch.float32)]
+    assert optimizer.state_dict()["state"][0]["exp_avg"].dtype == torch.uint8
+
+
+def test_it_is_loaded_into_8_bits_again():
+    """Decoded numbers are encoded as they were; where codes were rounded, they stay."""
+    optimizer, _, _ = stepped("AdamW", RECIPES["8bit"])
+    other = warpstep.AdamW(
+        [Parameter(p.detach().clone()) for p in params_of(optimizer)],
+        **KINDS["AdamW"][2],
+        **RECIPES["8bit"],
+    )
+    other.load_state_dict(optimizer.state_dict(portable=True))
+    for optimizer_ in (optimizer, other):
+        take_steps(optimizer_, [2])
+    for p, q in zip(params_of(optimizer), params_of(other), strict=True):
+        assert torch.equal(p, q)
+        for key in moments_of(optimizer.state[p]):
+            assert optimizer.state[p][key].dtype == other.state[q][key].dtype
+            if key in SQUARES:
+                assert (other.state[q][key] == optimizer.state[p][key]).all()
