@@ -296,9 +296,8 @@ py::list Plan::written_params(py::handle param_groups) {
 }
 
 void Plan::note_versions(py::handle param_groups) {
-  visit_with_residual(param_groups, [](py::handle, std::int64_t& then, std::int64_t now) {
-    then = now;
-  });
+  visit_with_residual(param_groups,
+                      [](py::handle, std::int64_t& then, std::int64_t now) { then = now; });
 }
 
 TensorReader::Grad Plan::read_shard_of_grad(const BoundParam& bound, TensorView& view,

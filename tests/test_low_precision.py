@@ -63,6 +63,20 @@ def test_sgd(recipe, backend, device):
     assert_steps(kind, recipe, options, backend, device)
 
 
+def test_float64_parameters_have_bfloat16_moments_rounded_at_random(backend, device):
+    param = torch.nn.Parameter(random((50,), 1, device).double())
+    optimizer = warpstep.AdamW([param], state_dtype=BF16, backend=backend)
+    exact = warpstep.AdamW([copy := torch.nn.Parameter(param.detach().clone())], backend=backend)
+    for _ in range(3):
+        param.grad = copy.grad = random((50,), 2, device).double()
+        optimizer.step()
+        exact.step()
+    found = optimizer.state[param]["exp_avg_sq"].double()
+    expected = exact.state[copy]["exp_avg_sq"]
+    # Three roundings of up to a unit in the last place, 2^-7 of the number at most.
+    assert ((found / expected - 1).abs() <= 3 * 2.0**-7).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("state_dtype", ["8bit", BF16], ids=str)
 def test_parameters_of_other_dtypes(dtype, state_dtype, backend, device):

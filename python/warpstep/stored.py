@@ -78,7 +78,8 @@ class Encoder:
         """Numbers as ``tensor`` has them, rounded."""
         if one != BFLOAT16_STOCHASTIC:
             return numbers.to(real_dtype(tensor.dtype))
-        flat = rounded_stochastic(flat_as(tensor, numbers), self._random(tensor, operand))
+        flat = flat_as(tensor, numbers.to(torch.float32))
+        flat = rounded_stochastic(flat, self._random(tensor, operand))
         return shaped_as(tensor, flat)
 
     def stored_moment(
