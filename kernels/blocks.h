@@ -117,8 +117,7 @@ WARPSTEP_FN std::uint32_t drawn(const std::uint32_t (&words)[kDrawn / 2], std::u
   return words[element / 2] >> 16 * (element % 2) & 0xffffu;
 }
 
-// To one of the two neighbours, by 16 random bits; exact in the mean.
-// In the upper half.
+// One of the two neighbouring bfloat16, by 16 random bits, in the upper half; right in the mean.
 WARPSTEP_FN std::uint32_t rounded_stochastically(float x, std::uint32_t random) {
   return x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x) + random;
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep import batching, functional
+from warpstep import batching, functional, list_steps
 from warpstep.lists import DEFAULTS, OPERATORS, Operator, list_names
 
 KEYS = ("CPU", "CUDA", "XPU")
@@ -38,7 +38,7 @@ def _implementation(operator: Operator) -> Callable[..., None]:
     def step_(*tensors: list[Tensor], **given: Any) -> None:
         # torch leaves out what is as by default.
         defaults = dict.fromkeys(operator.flags, False) | DEFAULTS
-        functional.run(*operator.bound(tensors, defaults | given), dispatched=True)
+        list_steps.run(*operator.bound(tensors, defaults | given), dispatched=True)
 
     return step_
 
