@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 from warpstep.recipes import FORMATS, Format, Recipe, one_of
 
@@ -213,3 +214,16 @@ def first_available(device: torch.device, *, in_use: bool = True) -> str:
     candidates = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     able = (b for b in candidates if not unavailable_reason(b, device, in_use=in_use))
     return next(able, "reference")
+
+
+def check_device_for_fused(name: str, param: Tensor) -> None:
+    """Raises, as torch does, where ``fused=True`` is asked for on a device that has no kernels."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    supported = _get_fused_kernels_supported_devices()
+    if param.device.type not in supported:
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported "
+            f"devices: {supported} but {param.dtype} and {param.device.type}: {name}. Leave out "
+            "`fused`, or move the parameters first."
+        )

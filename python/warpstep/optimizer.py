@@ -27,7 +27,8 @@ from warpstep.hypers import (
     complete_group,
 )
 from warpstep.masters import KeepsMasters
-from warpstep.plan import Options, Plan
+from warpstep.options import Options
+from warpstep.plan import Plan
 from warpstep.precision import Copies, Master, Precision, Rounding, StateDtype, paired_copies
 from warpstep.rules import Rule
 from warpstep.shards import own_part

@@ -7,8 +7,7 @@ The native module compares a plan with the optimizer at each step and says when 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,53 +15,29 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from warpstep import backends, reference
+from warpstep.binding import NO_STATE, PYTHON_ONLY, bound
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
+from warpstep.by_reference import Versions, compute
 from warpstep.clipping import Clipping, RememberedGrad
-from warpstep.entries import (
-    Entry,
-    WithGrad,
-    place_of,
-    publish,
-    version_of,
-    was_written,
-    with_grads,
-)
+from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
-from warpstep.precision import Precision
+from warpstep.options import Options
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import RESIDUAL, Recipe, real_dtype
-from warpstep.rules import Rule
-from warpstep.shards import first_element, layout_of, own_part, summed, whole
+from warpstep.shards import layout_of, own_part, whole
 from warpstep.state import (
     check_copy,
-    check_device_for_fused,
     check_gradient,
     completed,
     is_walkable,
-    match_layout,
     parameter_name,
 )
 from warpstep.statistics import Statistics, statistics_of
-from warpstep.stored import Stored
 from warpstep.survey import Survey
 from warpstep.tail import Tail
 
-# Flags that choose an implementation; and torch's flag for the form of decay.
-_PLANNED_FOR, _DECOUPLED = ("fused", "capturable", "differentiable"), "decoupled_weight_decay"
 _NOTHING: dict[str, Any] = {}
-# What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
-NO_STATE, PYTHON_ONLY = -1, -2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an optimizer asks of its plans: see its class."""
-
-    rule: Rule
-    backend: str = "auto"
-    precision: Precision = field(default_factory=Precision)
-    copies: Mapping[Tensor, Tensor] = field(default_factory=dict)  # by parameter
 
 
 class Plan:
@@ -127,11 +102,11 @@ class Plan:
         self._has_statistics = False
         self._bound = self._bind(optimizer, assignments)
         # Of parameters with a residual that the native module does not look at: after their step.
-        self._versions = {
-            entry: version_of(entry.param)
+        self._versions = Versions(
+            entry
             for entry in (self.python_only if self.lasts else entries)
             if groups[entry.group].get("master")
-        }
+        )
         of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
             bucket.bind(self._bound, index, options.precision, options.copies)
@@ -145,43 +120,7 @@ class Plan:
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> Any:
         """What holds the tensors of the buckets, looks at them at each step and launches."""
-        module, _ = backends.native()
-        rule = self.options.rule
-        if module is None:
-            return PythonPlan(optimizer, rule, [bucket.entries for bucket in self.buckets])
-        keys = module.GroupKeys(
-            numbers=[(n.key, -1 if n.which is None else n.which) for n in rule.numbers],
-            switches=rule.switches(),
-            flags=[key for key in rule.flags if key in _PLANNED_FOR],
-            decoupled=_DECOUPLED if _DECOUPLED in rule.flags else None,
-        )
-        return module.Plan(
-            state=optimizer.state,
-            param_groups=optimizer.param_groups,
-            keys=keys,
-            assignments=assignments,
-            buckets=[
-                module.BucketSpec(
-                    backend=b.backend if b.is_native else "external",
-                    rule=b.recipe.rule,
-                    formats=b.recipe.formats(),
-                    keys=b.recipe.keys(),
-                    counter="step" if b.recipe.counts_steps else None,
-                )
-                for b in self.buckets
-            ],
-            match_layout=match_layout,
-            options=module.PlanOptions(
-                seed=self.options.precision.seed,
-                firsts=self._firsts(),
-                copies=dict(self.options.copies),
-            ),
-        )
-
-    def _firsts(self) -> dict[Tensor, int]:
-        """Where shards whose elements draw random bits begin in their whole tensors."""
-        sharded = (b for b in self.buckets if b.shards is not None and not b.recipe.is_plain)
-        return {e.param: first_element(e.param) for bucket in sharded for e in bucket.entries}
+        return bound(optimizer, self.options, self.buckets, assignments)
 
     def _survey_of(self, group: dict[str, Any]) -> Survey | None:
         options, precision = self.options, self.options.precision
@@ -201,7 +140,7 @@ class Plan:
         grad = param.grad if param.grad is not None else param
         check_gradient(name, param, grad)
         if group["fused"] and not entry.state:
-            check_device_for_fused(name, param)
+            backends.check_device_for_fused(name, param)
         chosen = backends.choose(self.options.backend, param.device)
 
         rule, precision = self.options.rule, self.options.precision
@@ -303,10 +242,7 @@ class Plan:
         try:
             # All that can fail, before the first write.
             stepped = with_grads(optimizer, self.python_only)
-            if any(
-                was_written(p, self._versions[e])
-                for e, p, _ in with_grads(optimizer, self._versions)
-            ):
+            if self._versions.written(optimizer):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
             for bucket in self._finding_least:
@@ -323,7 +259,7 @@ class Plan:
                 self._bound.note_versions(optimizer.param_groups)
         finally:
             self._bound.let_go()
-        self._note_steps(optimizer)
+        self._versions.note_step(optimizer)
         if later:  # all have been read
             reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
         self._reference_sums = {
@@ -357,63 +293,18 @@ class Plan:
         computed = []
         for entry, (_, _, grad) in zip(entries, mentions, strict=True):
             group_of = optimizer.param_groups[entry.group]
-            computed.append(self._compute(entry, grad, group_of, tail, taken))
+            computed.append(compute(entry, grad, group_of, self.options, tail, taken))
         return computed
-
-    def _compute(
-        self, entry: Entry, grad: Tensor, group: dict[str, Any], tail: Tail, taken: bool
-    ) -> reference.Computed:
-        """One parameter's step by the reference."""
-        param, state, layout = entry.param, entry.state, layout_of(entry.param)
-        copy = self.options.copies.get(param)
-        first = first_element(param)
-        by_parts = layout is not None and not self._is_of_dtypes(group)
-        if by_parts:  # bits are of no use to DTensor's operations
-            state = {key: own_part(tensor) for key, tensor in state.items()}
-            param, grad = own_part(param), own_part(grad)
-            copy = None if copy is None else own_part(copy)
-        stored = Stored(self.options.precision, entry.number, first, copy)
-        rule = self.options.rule
-        one = reference.computed(
-            param,
-            grad,
-            state,
-            group,
-            rule,
-            tail,
-            taken,
-            layout=layout if by_parts else None,
-            stored=stored,
-        )
-        if by_parts and one.sums is not None:
-            one.sums = summed(one.sums, layout)
-        return one
-
-    def _is_of_dtypes(self, group: dict[str, Any]) -> bool:
-        """Whether dtypes alone tell how a group's parameters are stored."""
-        options = self.options
-        return not (group.get("master") or options.copies) and options.precision.is_of_dtypes
 
     def written_params(self, optimizer: Optimizer) -> list[Tensor]:
         """Parameters with a residual that were written to since the last step."""
         written: list[Tensor] = self._bound.written_params(optimizer.param_groups)
-        for entry, version in self._versions.items():
-            param = place_of(optimizer, entry)
-            if param is not None and was_written(param, version):
-                written.append(param)
-        return written
-
-    def _note_steps(self, optimizer: Optimizer) -> None:
-        """Those of ``_versions`` that had a gradient were written to by a step."""
-        for entry, param, _ in with_grads(optimizer, self._versions):
-            self._versions[entry] = version_of(param)
+        return written + self._versions.written(optimizer)
 
     def note_versions(self, optimizer: Optimizer) -> None:
         """Parameters with a residual are as they should be, whatever was written to them."""
         self._bound.note_versions(optimizer.param_groups)
-        for entry in self._versions:
-            if (param := place_of(optimizer, entry)) is not None:
-                self._versions[entry] = version_of(param)
+        self._versions.note(optimizer)
 
     def statistics(self, optimizer: Optimizer) -> Statistics | None:
         """What the last step saw; None where no step has been taken with statistics."""

@@ -167,19 +167,6 @@ def check_copy(name: str, param: Tensor, copy: Tensor | None) -> None:
         raise RuntimeError(f"{name}: its copy has no memory, its storage was freed")
 
 
-def check_device_for_fused(name: str, param: Tensor) -> None:
-    """Raises, as torch does, where ``fused=True`` is asked for on a device that has no kernels."""
-    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
-
-    supported = _get_fused_kernels_supported_devices()
-    if param.device.type not in supported:
-        raise RuntimeError(
-            "`fused=True` requires all the params to be floating point Tensors of supported "
-            f"devices: {supported} but {param.dtype} and {param.device.type}: {name}. Leave out "
-            "`fused`, or move the parameters first."
-        )
-
-
 def missing_keys(state: dict[str, Any], rule: Rule, group: dict[str, Any]) -> list[str]:
     """What a parameter that was stepped has in its state, and this one lacks."""
     if not rule.is_whole:
@@ -253,7 +240,7 @@ def completed(
                 raise _misfit(name, param, key, moment)  # its blocks run in another order
             new[key] = match_layout(param, moment)
     if group.get("ema_decay") is not None:
-        new |= _completed_average(name, param, state, has_master, precision)
+        new |= _completed_average(name, param, state, precision)
     return new or None
 
 
@@ -377,13 +364,11 @@ def _completed_master(
 
 
 def _completed_average(
-    name: str, param: Tensor, state: dict[str, Any], has_master: bool, precision: Precision
+    name: str, param: Tensor, state: dict[str, Any], precision: Precision
 ) -> dict[str, Any]:
-    average = state.get("ema")
+    average, dtype = state.get("ema"), ema_dtype(param, precision.ema_dtype)
     if average is None:
-        new = torch.empty_like(
-            param, dtype=ema_dtype(param, precision.ema_dtype), requires_grad=False
-        )
+        new = torch.empty_like(param, dtype=dtype, requires_grad=False)
         with torch.no_grad():
             return {"ema": new.copy_(param)}
     if (
@@ -394,9 +379,7 @@ def _completed_average(
     ):
         raise _misfit(name, param, "ema", average)
     check_has_memory(name, "ema", average)
-    new = average
-    if average.dtype not in ema_dtypes(param):
-        new = average.to(ema_dtype(param, precision.ema_dtype))
+    new = average if average.dtype in ema_dtypes(param) else average.to(dtype)
     if is_plain(new) and is_dense(param) and not same_layout(new, param):
         new = match_layout(param, new)
     return {} if new is average else {"ema": new}

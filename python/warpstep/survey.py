@@ -17,7 +17,6 @@ from warpstep.entries import Entry
 from warpstep.precision import Precision
 from warpstep.recipes import MOMENTS, RESIDUAL, Recipe, ema_dtype, ema_dtypes
 from warpstep.rules import Rule
-from warpstep.state import check_device_for_fused
 
 Sorted = tuple[str, Recipe]  # a backend, and the recipe that it has a kernel for
 
@@ -72,7 +71,7 @@ class Survey:
         if chosen == "reference":
             return None
         if is_new and self._fused:
-            check_device_for_fused("", param)
+            backends.check_device_for_fused("", param)
         dtypes: list[Any] = [None if name is None else getattr(torch, name) for name in formats]
         if torch.uint8 in dtypes:  # with scales
             return None

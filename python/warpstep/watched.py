@@ -55,7 +55,7 @@ class WatchedPlan(Plan):
         self._has_statistics = tail.statistics
         for mention in with_grads(optimizer, self.repeated):
             self._step_operators(optimizer, [mention], step_tail)
-        self._note_steps(optimizer)
+        self._versions.note_step(optimizer)
         if tail.zero_grads or tail.unscales:  # once all have been read: several may have the same
             reference.leave((grad for _, _, grad in params), tail)
         return None
@@ -108,7 +108,7 @@ class WatchedPlan(Plan):
             or tail.clip_coef is not None
             or tail.statistics
             or group.get("ema_decay") is not None
-            or not self._is_of_dtypes(group)
+            or not self.options.is_of_dtypes(group)
             or any(tensor.dtype == torch.uint8 for tensor in tensors.values())
             or (self.options.rule, decay_form(group)) not in OF_FORM
             or any(isinstance(n.of(group), Tensor) for n in self.options.rule.numbers[2:])

@@ -1,0 +1,67 @@
+"""Parameters that the reference steps: computed as options say, noticed to be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from warpstep import reference
+from warpstep.entries import Entry, place_of, version_of, was_written, with_grads
+from warpstep.options import Options
+from warpstep.shards import first_element, layout_of, own_part, summed
+from warpstep.stored import Stored
+from warpstep.tail import Tail
+
+
+def compute(
+    entry: Entry, grad: Tensor, group: dict[str, Any], options: Options, tail: Tail, taken: bool
+) -> reference.Computed:
+    """One parameter's step, not yet stored."""
+    param, state, layout = entry.param, entry.state, layout_of(entry.param)
+    copy = options.copies.get(param)
+    first = first_element(param)
+    by_parts = layout is not None and not options.is_of_dtypes(group)
+    if by_parts:  # bits are of no use to DTensor's operations
+        state = {key: own_part(tensor) for key, tensor in state.items()}
+        param, grad = own_part(param), own_part(grad)
+        copy = None if copy is None else own_part(copy)
+    computed = reference.computed(
+        param,
+        grad,
+        state,
+        group,
+        options.rule,
+        tail,
+        taken,
+        layout=layout if by_parts else None,
+        stored=Stored(options.precision, entry.number, first, copy),
+    )
+    if by_parts and computed.sums is not None:
+        computed.sums = summed(computed.sums, layout)
+    return computed
+
+
+class Versions:
+    """How often parameters with a residual were written to, as of the last step."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._versions = {entry: version_of(entry.param) for entry in entries}
+
+    def written(self, optimizer: Optimizer) -> list[Tensor]:
+        """Those that were written to since."""
+        placed = ((place_of(optimizer, entry), then) for entry, then in self._versions.items())
+        return [p for p, then in placed if p is not None and was_written(p, then)]
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """A step has written to those that have a gradient."""
+        for entry, param, _ in with_grads(optimizer, self._versions):
+            self._versions[entry] = version_of(param)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """All are as they should be, whatever was written to them."""
+        for entry in self._versions:
+            if (param := place_of(optimizer, entry)) is not None:
+                self._versions[entry] = version_of(param)
