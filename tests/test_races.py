@@ -28,9 +28,14 @@ OPTIONS = [
 SMALLER = {
     "recipes.h": [
         (
-            r"= List<Formats<float64.*?>>;.*?;",
-            "= List<Formats<float32, float32, float32>>;\nusing AllRules = List<AdamW<false>>;",
-        )
+            r"UniformFormats = List<.*?>>;",
+            "UniformFormats = List<Formats<float32, float32, float32>>;",
+        ),
+        (
+            r"using AllBuilt = .*?using AllRules = .*?;",
+            "using AllBuilt = List<Built<AdamW<false>, UniformFormats>>;\n"
+            "using AllRules = List<AdamW<false>>;",
+        ),
     ],
     "cuda/tiles.cu": [(r"using UsedMost =.*?;", "using UsedMost = FormatsList<>;")],
 }
