@@ -196,3 +196,34 @@ def test_a_parameter_that_is_met_twice_keeps_its_master(backend):
         optimizer.step()
         other.step()
     assert torch.equal(optimizer.master_parameters()[param], exact)
+
+
+def test_saving_among_averages_keeps_the_masters():
+    """The averages in the parameters' place are not what somebody wrote to them."""
+    param = new_params(shapes=[(100,)])[0]
+    optimizer = warpstep.AdamW([param], master="residual", ema_decay=0.9)
+    take_steps(optimizer, range(2))
+    before = copy.deepcopy(optimizer.state[param])
+    master = optimizer.master_parameters()[param]
+    with optimizer.swap_ema():
+        saved = copy.deepcopy(optimizer.state_dict()["state"][0])
+        pickle.dumps(optimizer)
+        for one in (optimizer.master_parameters, lambda: optimizer.set_master_parameters({})):
+            with pytest.raises(RuntimeError, match=r"inside swap_ema\(\)"):
+                one()
+    for key, value in before.items():
+        assert torch.equal(saved[key], value), key
+    assert torch.equal(optimizer.master_parameters()[param], master)
+
+
+def test_copies_are_copied_with_their_parameters():
+    params = [nn.Parameter(random((100,), i)) for i in range(2)]
+    copies = {params[1]: torch.zeros(100, dtype=BF16)}
+    optimizer = warpstep.AdamW(params, copies=copies)
+    take_steps(optimizer, range(1))
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        ((param, found),) = other.copies.items()
+        assert param is params_of(other)[1]
+        take_steps(other, range(1, 2))
+        assert torch.equal(found, param.detach().to(BF16))
+    assert torch.equal(copies[params[1]], params[1].detach().to(BF16))

@@ -26,7 +26,11 @@ class KeepsMasters(Averaging):
         """Each parameter's float32 value: its master where it has one, else a copy of itself.
 
         The values are new tensors; of a sharded parameter, sharded as it is.
+
+        Raises:
+            RuntimeError: inside ``swap_ema()``.
         """
+        self._check_not_swapped("master_parameters")
         self._forget_stale_residuals()
         found = {}
         for param in (param for group in self.param_groups for param in group["params"]):
@@ -50,7 +54,9 @@ class KeepsMasters(Averaging):
 
         Raises:
             ValueError: a parameter has no master, or its value does not fit; nothing is written.
+            RuntimeError: inside ``swap_ema()``.
         """
+        self._check_not_swapped("set_master_parameters")
         names = names_of(self.param_groups)
         groups = {p: group for group in self.param_groups for p in group["params"]}
         new = []
@@ -81,9 +87,15 @@ class KeepsMasters(Averaging):
         if self.plan is not None:
             self.plan.note_versions(self)
 
+    def _check_not_swapped(self, name: str) -> None:
+        if self._averages_swapped:
+            raise RuntimeError(
+                f"{name}() inside swap_ema(): the parameters hold their averages. Leave it first."
+            )
+
     def _forget_stale_residuals(self) -> None:
         """What was written to a parameter counts, not the residual of its value before."""
-        if self.plan is None:
+        if self.plan is None or self._averages_swapped:  # these were written to for a while
             return
         with torch.no_grad():
             for param in self.plan.written_params(self):

@@ -11,7 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,6 +32,7 @@ RECIPES = {
     "stochastic-8bit": {"rounding": "stochastic", "state_dtype": "8bit", "backend": "reference"},
     "residual": {"master": "residual"},
 }
+FLAT = {"residual-8bit", "stochastic"}  # whose checkpoints are; the others' are nested
 STEPS = 2  # before a checkpoint, and after
 
 
@@ -86,6 +91,10 @@ def results(model, optimizer):
     return found
 
 
+def form_of(recipe):
+    return StateDictOptions(flatten_optimizer_state_dict=recipe in FLAT)
+
+
 def through(ranks, folder, rank):
     """A run that is not interrupted; it leaves checkpoints on its way, one of them meanwhile."""
     warnings.simplefilter("ignore")
@@ -93,7 +102,7 @@ def through(ranks, folder, rank):
     for recipe in RECIPES:
         model, optimizer = new(recipe, ranks)
         train(model, optimizer, 0, STEPS)
-        weights, state = get_state_dict(model, optimizer)
+        weights, state = get_state_dict(model, optimizer, options=form_of(recipe))
         saved = {"model": weights, "optimizer": state}
         if recipe == "residual-8bit":
             dcp.async_save(saved, checkpoint_id=f"{folder}/{ranks}-{recipe}").result()
@@ -109,11 +118,15 @@ def resumed(saved_by, ranks, folder):
     found = {}
     for recipe in RECIPES:
         model, optimizer = new(recipe, ranks, seed=1)
-        weights, state = get_state_dict(model, optimizer)
+        weights, state = get_state_dict(model, optimizer, options=form_of(recipe))
         saved = {"model": weights, "optimizer": state}
         dcp.load(saved, checkpoint_id=f"{folder}/{saved_by}-{recipe}")
         set_state_dict(
-            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+            model,
+            optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=form_of(recipe),
         )
         train(model, optimizer, STEPS, 2 * STEPS)
         found[recipe] = results(model, optimizer)
