@@ -71,6 +71,7 @@ def optimizer_for(groups, options, recipe, backend, **more):
         amsgrad=options.amsgrad,
         maximize=options.maximize,
         state_dtype=None if recipe[2] == recipe[0] else recipe[2],
+        rounding="nearest",  # at random, see support/low_precision.py
         decay_form=options.decay_form,
         backend=backend,
         **more,
