@@ -4,7 +4,6 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
-from support.environment import EMULATED, INTERPRETED
 from support.parameters import random
 from support.recipes import set_grad
 from warpstep import codecs
@@ -24,8 +23,6 @@ RECIPES = {
 }
 # Blocks of 8 bits, whole and cut short; and what is too small, or cut otherwise, for them.
 SHAPES = [(64, 64), (3, 128, 64), (65_536 + 37,), (17,), (100, 33), (0,), ()]
-if EMULATED or INTERPRETED:  # where a launch takes a hundred times as long
-    SHAPES = [(70, 64), (17,), (130, 33), (0,), ()]
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq"}
 
 
