@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -38,14 +39,19 @@ constexpr std::size_t kStack =
 
 bool finds_races() { return __tsan_create_fiber != nullptr; }
 
+// The shuffles of one mask that a thread has come to, and what it gave in the last two.
+struct Exchanges {
+  unsigned count = 0;
+  std::uint32_t given[2] = {};
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
-  // Shuffles: how many this thread has come to, and what it gave in the last two; and those that it
-  // waits for, lanes of its warp, or none.
-  unsigned exchanges = 0, waits_for = 0;
-  std::uint32_t given[2] = {};
+  // By mask: threads that have met in a part of a warp may go on alone, and meet the others later.
+  std::map<unsigned, Exchanges> exchanges;
+  unsigned waits_for = 0;      // the mask of the shuffle that it waits in, or none
   void* fake_stack = nullptr;  // the address sanitizer's
   void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by
 };
@@ -111,11 +117,13 @@ void fiber_main() {
 
 // Whether all that a thread's shuffle waits for have come to it.
 bool has_met(unsigned thread) {
-  const Fiber& fiber = block.fibers[thread];
+  Fiber& fiber = block.fibers[thread];
+  const unsigned mask = fiber.waits_for;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    if ((fiber.waits_for >> lane & 1) == 0) continue;
+    if ((mask >> lane & 1) == 0) continue;
     const unsigned other = thread / 32 * 32 + lane;
-    if (other >= block.fibers.size() || block.fibers[other].exchanges < fiber.exchanges) {
+    if (other >= block.fibers.size() ||
+        block.fibers[other].exchanges[mask].count < fiber.exchanges[mask].count) {
       return false;
     }
   }
@@ -139,7 +147,8 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
   if (finds_races()) block.scheduler.sanitized = __tsan_get_current_fiber();
   for (Fiber& fiber : block.fibers) {
     fiber.done = false;
-    fiber.exchanges = fiber.waits_for = 0;
+    fiber.exchanges.clear();
+    fiber.waits_for = 0;
     fiber.fake_stack = nullptr;
     if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
     if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
@@ -213,8 +222,9 @@ void synchronize_threads() {
 std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
   Fiber& fiber = *block.current;
   const unsigned thread = block.thread.x;
-  const unsigned parity = fiber.exchanges++ % 2;
-  fiber.given[parity] = value;
+  Exchanges& mine = fiber.exchanges[mask];
+  const unsigned parity = mine.count++ % 2;
+  mine.given[parity] = value;
   fiber.waits_for = mask;
   if ((mask >> lane & mask >> thread % 32 & 1) == 0) {
     diverged = "a shuffle with a thread that its mask lacks";
@@ -222,13 +232,14 @@ std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
   }
   if (!has_met(thread)) to_scheduler(fiber);
   fiber.waits_for = 0;
-  return block.fibers[thread / 32 * 32 + lane].given[parity];
+  return block.fibers[thread / 32 * 32 + lane].exchanges[mask].given[parity];
 }
 
 void synchronize_warp(unsigned mask) {
   const unsigned thread = block.thread.x, warp = thread / 32 * 32;
   Fiber& first = block.fibers[warp + static_cast<unsigned>(__builtin_ctz(mask))];
-  void* const barrier = &first.given[block.fibers[thread].exchanges % 2];
+  const unsigned count = block.fibers[thread].exchanges[mask].count;
+  void* const barrier = &first.exchanges[mask].given[count % 2];
   if (finds_races()) __tsan_release(barrier);
   exchange(mask, 0, thread % 32);
   if (finds_races()) __tsan_acquire(barrier);
