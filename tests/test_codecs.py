@@ -223,3 +223,15 @@ def test_a_last_block_may_be_short(signed, reach):
     assert torch.equal(scales, padded_scales)
     decoded = codecs.decoded(codes, scales, signed=signed)
     assert torch.equal(decoded, codecs.decoded(padded, scales, signed=signed)[:70])
+
+
+def test_a_negative_number_among_squares_is_nan_and_no_part_of_the_scale():
+    """As the kernels have it: only a state from elsewhere, or a beta beyond one, has such."""
+    numbers = torch.full((64,), 0.25)
+    numbers[3], numbers[9] = -1000.0, -0.0
+    codes, scales = encoded(numbers, signed=False)
+    assert scales.tolist() == [125]
+    found = codecs.decoded(codes, scales, signed=False)
+    assert found.isnan().nonzero().flatten().tolist() == [3]
+    assert found[9] == 0
+    assert (found[10:] == 0.25).all()

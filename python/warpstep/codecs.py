@@ -85,7 +85,7 @@ def encoded(numbers: Tensor, *, random: Tensor | None) -> tuple[Tensor, Tensor]:
     magnitude = bits & 0x7FFFFFFF
     if not signed:
         magnitude = torch.where(numbers >= 0, magnitude, 0x7FFFFFFF)
-    finite = torch.where(numbers.isfinite(), bits & 0x7FFFFFFF, 0)
+    finite = torch.where(magnitude < 0x7F800000, magnitude, 0)
     padded = torch.nn.functional.pad(finite, (0, -len(finite) % BLOCK))
     largest = padded.view(-1, BLOCK).amax(dim=1)
     scales = ((largest + 0x300000) >> 23).clamp(min=reach + 1)
