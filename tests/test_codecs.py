@@ -1,6 +1,9 @@
 """Codecs of low precision against their definitions: exact numbers, and known answers of Philox."""
 
 import math
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +37,44 @@ def philox(counter, key):
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_the_oracle_gives_the_known_answers(counter, key, result):
     assert philox(counter, key) == result
+
+
+PROGRAM = r"""
+#include <cstdio>
+
+#include "blocks.h"
+
+using namespace warpstep;
+
+// Arguments are the counter and the key, as numbers in the base of 16.
+int main(int, char** argument) {
+  std::uint32_t c[4], k[2], words[kDrawn / 2];
+  for (auto& word : c) std::sscanf(*++argument, "%x", &word);
+  for (auto& word : k) std::sscanf(*++argument, "%x", &word);
+  const Keys keys(k[0] | std::uint64_t{k[1]} << 32);
+  const Draw from(keys, bits_as<float>(c[2]), c[3] / 8, c[3] % 8);
+  draw(from, c[0] | std::uint64_t{c[1]} << 32, words);
+  for (const std::uint32_t word : words) std::printf("%08x ", word);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def draw(tmp_path_factory):
+    """The kernels' own draw(), in a program of its own."""
+    compiler = shutil.which("c++") or pytest.skip("needs a C++ compiler")
+    program = str(tmp_path_factory.mktemp("draw") / "draw")
+    kernels = Path(__file__).parents[1] / "kernels"
+    command = [compiler, "-std=c++17", f"-I{kernels}", "-xc++", "-", "-o", program]
+    subprocess.run(command, input=PROGRAM.encode(), check=True)
+    return program
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
+def test_the_kernels_draws_are_philoxs(draw, counter, key, result):
+    arguments = [f"{word:x}" for word in (*counter, *key)]
+    run = subprocess.run([draw, *arguments], check=True, capture_output=True, text=True)
+    assert tuple(int(word, 16) for word in run.stdout.split()) == result
 
 
 @pytest.mark.parametrize("first", [0, 3, 8 * 2**32 - 8, 2**40 + 5])
