@@ -70,7 +70,13 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["warpstep", "warpstep.kernels", "warpstep.kernels.triton", "warpstep.rules"],
+    packages=[
+        "warpstep",
+        "warpstep.compat",
+        "warpstep.kernels",
+        "warpstep.kernels.triton",
+        "warpstep.rules",
+    ],
     package_dir={"warpstep": "python/warpstep", "warpstep.kernels": "kernels"},
     include_package_data=False,  # which takes the folders of C++ sources for packages
     package_data={"warpstep": ["py.typed", "*.pyi"]},

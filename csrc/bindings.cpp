@@ -121,10 +121,17 @@ PYBIND11_MODULE(_native, m) {
            py::arg("decoupled"));
 
   py::class_<PlanOptions>(m, "PlanOptions")
-      .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies) {
-             return PlanOptions{seed, std::move(firsts), std::move(copies)};
+      .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies, py::dict counters,
+                       py::object grad_name, bool watches_masters) {
+             return PlanOptions{seed,
+                                std::move(firsts),
+                                std::move(copies),
+                                std::move(counters),
+                                std::move(grad_name),
+                                watches_masters};
            }),
-           py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"));
+           py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"),
+           py::arg("counters"), py::arg("grad_name"), py::arg("watches_masters"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,

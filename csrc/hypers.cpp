@@ -13,6 +13,7 @@ struct Names {
   PyObject* decay_form = PyUnicode_InternFromString("decay_form");
   PyObject* base_lr = PyUnicode_InternFromString("base_lr");
   PyObject* ema_decay = PyUnicode_InternFromString("ema_decay");
+  PyObject* step = PyUnicode_InternFromString("step");
 };
 const Names& names() {
   static const Names all;
@@ -126,8 +127,10 @@ bool BoundGroup::has_params(PyObject* group) const {
 bool BoundGroup::has_same_items(PyObject* group) const {
   std::size_t seen = 0;
   PyObject *key, *value;
-  for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value); seen += 2) {
+  for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
+    if (key == names().step) continue;  // a count, which is no hyper-parameter
     if (seen == items_.size() || items_[seen] != key || items_[seen + 1] != value) return false;
+    seen += 2;
   }
   return seen != 0 && seen == items_.size();
 }
@@ -135,6 +138,7 @@ bool BoundGroup::has_same_items(PyObject* group) const {
 void BoundGroup::remember_items(PyObject* group) {
   PyObject *key, *value;
   for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
+    if (key == names().step) continue;
     items_.insert(items_.end(), {key, value});
     // Numbers, flags, words and pairs; what else a group holds is not the plan's to keep alive.
     if (PyFloat_Check(value) || PyLong_Check(value) || PyUnicode_Check(value) ||

@@ -22,7 +22,10 @@ void* address_of(py::handle tensor) {
 Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
            const std::vector<int>& assignments, const std::vector<BucketSpec>& buckets,
            py::object match_layout, const PlanOptions& options)
-    : keys_(std::move(keys)), match_layout_(std::move(match_layout)) {
+    : keys_(std::move(keys)),
+      match_layout_(std::move(match_layout)),
+      grad_name_(options.grad_name),
+      watches_masters_(options.watches_masters) {
   for (const BucketSpec& spec : buckets) {
     PlanBucket& bucket = buckets_.emplace_back();
     bucket.backend = spec.backend;
@@ -64,7 +67,7 @@ Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
     const std::size_t first = bound_items_.size();
     if (PyDict_Check(tensors.ptr())) {
       for (auto [name, tensor] : py::reinterpret_borrow<py::dict>(tensors)) {
-        names_.append(name);
+        kept_.append(name);
         bound_items_.push_back({name.ptr(), tensor.ptr()});
       }
     }
@@ -84,7 +87,6 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
   if (!read(own_part_of(bound.param, bound.layout), param)) {
     throw py::type_error("a parameter has no memory");
   }
-  bound.format = param.format;
   bound.is_complex = param.is_complex;
   bound.ndim = param.ndim;
   bound.dims = dims_.size();
@@ -101,8 +103,10 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
     return view.data;
   };
   const std::int64_t numel = param.numel();
+  const py::object& master = spec.keys.at(kParam);
+  if (!master.is_none()) bound.operands[kParam] = py::object(state[master]).ptr();
   row.operands[kParam] =
-      bind(own_part_of(bound.param, bound.layout), recipe.formats[kParam], numel);
+      bind(own_part_of(bound.stepped(), bound.layout), recipe.formats[kParam], numel);
   const py::handle object(bound.param);
   for (std::uint32_t i = kMoment; i < kStable; ++i) {
     if (recipe.formats[i] == Format::none) continue;
@@ -116,7 +120,9 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
     bound.version = tensor_reader().version_of(bound.param);
   }
   if (!spec.counter.is_none()) {
-    const py::object counter = state[spec.counter];
+    const bool is_apart = options.counters.contains(object);
+    const py::object counter = is_apart ? options.counters[object] : state[spec.counter];
+    if (is_apart) kept_.append(counter);
     bound.counter = counter.ptr();
     row.step = static_cast<float*>(bind(counter.ptr(), Format::float32, 1));
   }
@@ -167,6 +173,8 @@ void Plan::keep_alive() {
 void Plan::let_go() {
   keeper_.clear();
   for (PlanBucket& bucket : buckets_) bucket.held_grads.clear();
+  const auto let_go_last = std::move(named_grads_);
+  named_grads_.clear();
 }
 
 bool Plan::is_brief() const {
@@ -195,7 +203,7 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     }
   }
   for (const BoundParam& bound : params_) {
-    if (zeroes_after && has_grad(bound)) zeroed_after.push_back(gradient_of(bound.param));
+    if (zeroes_after && has_grad(bound)) zeroed_after.push_back(grad_of(bound));
   }
   increment_versions(step_tail.zero_grads || step_tail.unscale_grads);
 
@@ -291,7 +299,8 @@ void Plan::increment_versions(bool grads_too) {
   for (BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
     reader.increment_version(bound.param);
-    if (grads_too) reader.increment_grad_version(bound.param);
+    if (grads_too && grad_name_.is_none()) reader.increment_grad_version(bound.param);
+    if (grads_too && !grad_name_.is_none()) reader.increment_version(grad_of(bound).ptr());
     if (bound.operands[kResidual] != nullptr) bound.version = reader.version_of(bound.param);
   }
 }
@@ -322,7 +331,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     for (const py::object& object : objects) Py_VISIT(object.ptr());
     return 0;
   };
-  Py_VISIT(names_.ptr());
+  Py_VISIT(kept_.ptr());
   Py_VISIT(match_layout_.ptr());
   for (const BoundGroup& group : groups_) {
     if (const int stop = group.traverse(visit, arg)) return stop;
@@ -336,6 +345,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
       if (const int stop = visit_all(*grads)) return stop;
     }
   }
+  if (const int stop = visit_all(named_grads_)) return stop;
   for (const auto* grads : {&gathered_, &remembered_}) {
     for (const RememberedGrad& remembered : *grads) {
       Py_VISIT(remembered.param.ptr());
@@ -352,13 +362,15 @@ void Plan::clear() {
   const auto buckets = std::move(buckets_);
   const auto gathered = std::move(gathered_);
   const auto remembered = std::move(remembered_);
+  const auto named_grads = std::move(named_grads_);
   groups_.clear();
   params_.clear();
   buckets_.clear();
   gathered_.clear();
   remembered_.clear();
+  named_grads_.clear();
   states_.clear();
-  names_ = py::list();
+  kept_ = py::list();
   match_layout_ = py::none();
   keeper_.clear();
 }

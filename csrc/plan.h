@@ -39,8 +39,13 @@ struct BucketSpec {
 // What a plan is made with beside tensors and groups.
 struct PlanOptions {
   std::uint64_t seed = 0;  // of random bits
-  py::dict firsts;  // of shards, by parameter: where its first element is in the whole tensor
-  py::dict copies;  // by parameter: what gets its value after each step
+  py::dict firsts;    // of shards, by parameter: where its first element is in the whole tensor
+  py::dict copies;    // by parameter: what gets its value after each step
+  py::dict counters;  // by parameter: step counters that are in no state
+  // What parameters call their gradients: None for torch's own, else an attribute in Python.
+  py::object grad_name = py::none();
+  // Whether a write to a parameter with a residual makes the plan stale.
+  bool watches_masters = true;
 };
 
 // The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
@@ -58,9 +63,9 @@ struct StepTail {
 // Where it lets go of the GIL (a launch that takes long), or Python runs between `check` and
 // `launch`, `keeper_` owns what was found until the launch has ended. `copied_grads` (laid out as
 // their parameters) and `copied_from` (what they are copies of) live until the next check,
-// `held_grads` until the launch. `gathered_` are gradients whose norm is being taken, `remembered_`
-// those that a clipping has measured: the gradients themselves, until a step has used it or
-// forget_grads() is called.
+// `held_grads` and `named_grads_` until the launch. `gathered_` are gradients whose norm is being
+// taken, `remembered_` those that a clipping has measured: the gradients themselves, until a step
+// has used it or forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own, `keys` those of its rule; `assignments` has
@@ -150,17 +155,19 @@ class Plan {
     PyObject* param = nullptr;  // alive once check_groups() has found it in its place
     int assignment = no_state;
     std::uint32_t row = 0;
-    Format format{};
     bool is_complex = false;
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
     // Of the state; null for what is not there. Alive while check_state() finds them in their
-    // place.
+    // place. The first is a master of other dtype in the parameter's place, whose copy that is.
     PyObject* operands[kStable] = {};
     PyObject* counter = nullptr;
     std::int64_t version = 0;  // of one with a residual: after the last step
     ShardLayout layout;        // its gradient and state have the same; not its step
     std::uint64_t seen = 0;    // the number of the last look in place that found it as bound
+
+    // What the rule works on.
+    PyObject* stepped() const { return operands[kParam] != nullptr ? operands[kParam] : param; }
   };
 
   // One entry of the optimizer's state.
@@ -181,13 +188,17 @@ class Plan {
   const char* check_groups(PyObject* param_groups, Scope scope);
   const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
   const char* check_tensors(Scope scope, int threads);
+  void ask_for_grads();
+  py::object grad_of(const BoundParam& bound) const;
+  TensorReader::Grad read_grad(const BoundParam& bound, Look look, TensorView& view,
+                               py::object& held) const;
   const char* look_at(const BoundParam& bound, Scope scope, Look look);
   const char* check_param(const BoundParam& bound, Look look) const;
   const char* gather_grad(const BoundParam& bound, Look look);
   template <class Visit>
   void visit_with_residual(py::handle param_groups, Visit&& visit);
-  static TensorReader::Grad read_shard_of_grad(const BoundParam& bound, TensorView& view,
-                                               py::object& held);
+  TensorReader::Grad read_shard_of_grad(const BoundParam& bound, TensorView& view,
+                                        py::object& held) const;
   void prefetch_states_after(std::size_t at) const;
   void prefetch_params_after(std::size_t at, Scope scope) const;
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
@@ -196,6 +207,7 @@ class Plan {
   static void launch_least(const PlanBucket& bucket, const Launch& launch, int threads);
   void increment_versions(bool grads_too);
   bool has_grad(const BoundParam& bound) const;
+  bool is_grad(PyObject* grad, PyObject* param) const;
   static const void* address_of_grad(PyObject* grad, const BoundParam& bound);
 
   GroupKeys keys_;
@@ -221,7 +233,10 @@ class Plan {
   Keeper keeper_;
   std::uint64_t looks_ = 0;
   py::object match_layout_;
-  py::list names_;  // keeps the names in bound_items_ alive
+  py::object grad_name_;                 // or None: see PlanOptions
+  std::vector<py::object> named_grads_;  // what has that name: one a parameter; null for none
+  bool watches_masters_;
+  py::list kept_;  // the names in bound_items_, and counters that are in no state
 };
 
 }  // namespace warpstep

@@ -167,8 +167,28 @@ int Plan::looking_threads(int threads) const {
   return 1;
 }
 
+// Gradients under a name of Python's: asked for one by one, and then looked at like all others.
+void Plan::ask_for_grads() {
+  named_grads_.clear();
+  named_grads_.reserve(params_.size());
+  for (const BoundParam& bound : params_) {
+    py::object grad = gradient_named(grad_name_.ptr(), bound.param);
+    named_grads_.push_back(grad.is_none() ? py::object() : std::move(grad));
+  }
+}
+
+py::object Plan::grad_of(const BoundParam& bound) const {
+  if (grad_name_.is_none()) return gradient_of(bound.param);
+  const auto index = static_cast<std::size_t>(&bound - params_.data());
+  return index < named_grads_.size() && named_grads_[index] ? named_grads_[index] : py::none();
+}
+
 const char* Plan::check_tensors(Scope scope, int threads) {
   ++looks_;
+  if (!grad_name_.is_none()) {
+    if (scope == Scope::everything) keep_alive();  // Python may run now
+    ask_for_grads();
+  }
   look_on_threads(threads, params_.size(), [&](std::size_t i) {
     prefetch_params_after(i, scope);
     if (look_at(params_[i], scope, Look::in_place) == nullptr) params_[i].seen = looks_;
@@ -247,9 +267,11 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
     return is_at(own_part_of(tensor, bound.layout), address) &&
            is_like_param(bound, view, format) && same_layout(view, shape, strides);
   };
-  if (!is_operand_at(bound.param, row.operands[kParam], bound.format))
+  if (!is_operand_at(bound.stepped(), row.operands[kParam], bucket.recipe.formats[kParam])) {
     return "a parameter's memory changed";
-  if (bound.operands[kResidual] != nullptr && reader.version_of(bound.param) != bound.version) {
+  }
+  if (bound.operands[kResidual] != nullptr && watches_masters_ &&
+      reader.version_of(bound.param) != bound.version) {
     return "a parameter with a residual was written to";
   }
   static constexpr const char* kMoved = "a state tensor's memory changed";
@@ -300,9 +322,24 @@ void Plan::note_versions(py::handle param_groups) {
                       [](py::handle, std::int64_t& then, std::int64_t now) { then = now; });
 }
 
+TensorReader::Grad Plan::read_grad(const BoundParam& bound, Look look, TensorView& view,
+                                   py::object& held) const {
+  const TensorReader& reader = tensor_reader();
+  if (bound.layout) return read_shard_of_grad(bound, view, held);
+  if (!grad_name_.is_none()) {
+    const py::object& grad = named_grads_[static_cast<std::size_t>(&bound - params_.data())];
+    if (!grad) return TensorReader::Grad::none;
+    const bool readable = look == Look::in_place ? reader.read_in_place(grad.ptr(), view)
+                                                 : reader.read(grad.ptr(), view);
+    return readable ? TensorReader::Grad::readable : TensorReader::Grad::unreadable;
+  }
+  return look == Look::in_place ? reader.read_grad_in_place(bound.param, view)
+                                : reader.read_grad(bound.param, view, held);
+}
+
 TensorReader::Grad Plan::read_shard_of_grad(const BoundParam& bound, TensorView& view,
-                                            py::object& held) {
-  held = gradient_of(bound.param);
+                                            py::object& held) const {
+  held = grad_of(bound);
   if (held.is_none()) return TensorReader::Grad::none;
   PyObject* const own = own_part_of(held.ptr(), bound.layout);
   return own != nullptr && tensor_reader().read(own, view) ? TensorReader::Grad::readable
@@ -313,10 +350,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   const TensorReader& reader = tensor_reader();
   TensorView view;
   py::object held;
-  const TensorReader::Grad grad = bound.layout ? read_shard_of_grad(bound, view, held)
-                                  : look == Look::in_place
-                                      ? reader.read_grad_in_place(bound.param, view)
-                                      : reader.read_grad(bound.param, view, held);
+  const TensorReader::Grad grad = read_grad(bound, look, view, held);
   if (bound.assignment == no_state) {
     return grad == TensorReader::Grad::none ? nullptr : "a parameter got its first gradient";
   }
@@ -339,7 +373,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   const bool one = numel == 1;
   if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
     if (look == Look::in_place) return "a copy is needed";
-    bucket.copied_from.push_back(gradient_of(bound.param));
+    bucket.copied_from.push_back(grad_of(bound));
     bucket.copied_grads.push_back(
         match_layout_(py::handle(own_part_of(bound.param, bound.layout)),
                       py::handle(own_part_of(bucket.copied_from.back().ptr(), bound.layout))));

@@ -13,7 +13,7 @@ const char* Plan::gather_grads(py::handle param_groups, int threads) {
   // Owned from here on: another thread may replace them while their norm is taken.
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
-    py::object grad = gradient_of(bound.param);
+    py::object grad = grad_of(bound);
     const std::int64_t version = tensor_reader().version_of(grad.ptr());
     const void* const address = address_of_grad(grad.ptr(), bound);
     gathered_.push_back({py::reinterpret_borrow<py::object>(bound.param), std::move(grad), &bound,
@@ -39,12 +39,17 @@ Plan::Unchanged Plan::compare_grads() const {
   const TensorReader& reader = tensor_reader();
   for (const RememberedGrad& remembered : remembered_) {
     PyObject* const grad = remembered.grad.ptr();
-    if (!reader.is_grad(grad, remembered.param.ptr())) continue;
+    if (!is_grad(grad, remembered.param.ptr())) continue;
     ++found.kept;
     found.unwritten += reader.version_of(grad) == remembered.version &&
                        address_of_grad(grad, *remembered.bound) == remembered.address;
   }
   return found;
+}
+
+bool Plan::is_grad(PyObject* grad, PyObject* param) const {
+  if (grad_name_.is_none()) return tensor_reader().is_grad(grad, param);
+  return gradient_named(grad_name_.ptr(), param).ptr() == grad;
 }
 
 const void* Plan::address_of_grad(PyObject* grad, const BoundParam& bound) {

@@ -161,6 +161,14 @@ py::object gradient_of(PyObject* param) {
   return py::reinterpret_steal<py::object>(grad);
 }
 
+py::object gradient_named(PyObject* name, PyObject* param) {
+  PyObject* const grad = PyObject_GetAttr(param, name);
+  if (grad != nullptr) return py::reinterpret_steal<py::object>(grad);
+  if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw py::error_already_set();
+  PyErr_Clear();
+  return py::none();
+}
+
 void set_tensor_reader(TensorReader value) { reader = value; }
 
 const TensorReader& tensor_reader() {

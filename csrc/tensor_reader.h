@@ -116,6 +116,8 @@ class TensorReader {
 
 // `tensor.grad`, as Python has it.
 py::object gradient_of(PyObject* param);
+// What a parameter has for a gradient under another name; None where it has no such attribute.
+py::object gradient_named(PyObject* name, PyObject* param);
 
 // Set once, from torch, before any plan is made.
 void set_tensor_reader(TensorReader reader);

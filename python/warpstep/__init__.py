@@ -1,6 +1,6 @@
 """warpstep: AdamW, Adam and SGD in one pass, in place of ``torch.optim``'s."""
 
-from warpstep import functional, torch_ops
+from warpstep import compat, functional, torch_ops
 from warpstep.adam import Adam
 from warpstep.adamw import AdamW
 from warpstep.backends import BackendUnavailableError, native
@@ -16,6 +16,7 @@ __all__ = [
     "AdamW",
     "BackendUnavailableError",
     "__version__",
+    "compat",
     "disable",
     "enable",
     "enabled",

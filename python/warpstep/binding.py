@@ -27,7 +27,8 @@ def bound(
     module, _ = backends.native()
     rule = options.rule
     if module is None:
-        return PythonPlan(optimizer, rule, [bucket.entries for bucket in buckets])
+        entries = [bucket.entries for bucket in buckets]
+        return PythonPlan(optimizer, rule, entries, options.grad_name)
     keys = module.GroupKeys(
         numbers=[(n.key, -1 if n.which is None else n.which) for n in rule.numbers],
         switches=rule.switches(),
@@ -51,7 +52,12 @@ def bound(
         ],
         match_layout=match_layout,
         options=module.PlanOptions(
-            seed=options.precision.seed, firsts=_firsts(buckets), copies=dict(options.copies)
+            seed=options.precision.seed,
+            firsts=_firsts(buckets),
+            copies=dict(options.copies),
+            counters=dict(options.counters),
+            grad_name=None if options.grad_name == "grad" else options.grad_name,
+            watches_masters=options.watches_masters,
         ),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from warpstep import backends
 from warpstep.entries import Entry
-from warpstep.precision import Precision
+from warpstep.options import Options
 from warpstep.recipes import Recipe
 from warpstep.shards import first_element, largest, own_part, smallest, summed
 from warpstep.tail import Tail
@@ -36,9 +35,7 @@ class Bucket:
     # Where some group's decay is "min": float64[tensors + chunks], Launch::least of layout.h.
     least: Tensor | None = None
 
-    def bind(
-        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
-    ) -> None:
+    def bind(self, bound: Any, index: int, options: Options) -> None:
         """Makes what launches need, once its tensors are bound."""
         self.bound, self.index = bound, index
 
@@ -127,11 +124,9 @@ class CudaBucket(Bucket):
     tables: dict[str, Tensor] = field(default_factory=dict)
     stream: Any = None  # the one that the tables are known to be used on
 
-    def bind(
-        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
-    ) -> None:
+    def bind(self, bound: Any, index: int, options: Options) -> None:
         """Puts the stable tables in the device's memory."""
-        super().bind(bound, index, precision, copies)
+        super().bind(bound, index, options)
         self.tables = {
             name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
             for name, data in bound.host_tables(index).items()
@@ -181,32 +176,36 @@ class TritonBucket(Bucket):
         assert kernel is not None
         return kernel
 
-    def bind(
-        self, bound: Any, index: int, precision: Precision, copies: Mapping[Tensor, Tensor]
-    ) -> None:
+    def bind(self, bound: Any, index: int, options: Options) -> None:
         """Makes the tensor table that Triton's kernels read."""
 
         def of_state(key: str | None) -> list[Tensor] | None:
             return None if key is None else [_flat(entry.state[key]) for entry in self.entries]
 
         params = [_flat(entry.param.detach()) for entry in self.entries]
-        to = None
+        to = counters = None
         if self.recipe.copy is not None:
-            to = [own_part(copies[entry.param].detach()) for entry in self.entries]
-        _, *keys, _, _ = self.recipe.keys()  # the parameter, a copy and a gradient are in no state
+            to = [own_part(options.copies[entry.param].detach()) for entry in self.entries]
+        if self.recipe.counts_steps:
+            counters = [
+                options.counters[entry.param] if options.counters else entry.state["step"]
+                for entry in self.entries
+            ]
+        # A copy and a gradient are in no state, a parameter only where it is a master.
+        master, *keys, _, _ = self.recipe.keys()
         firsts = None  # where nothing is drawn or in blocks, nobody asks
         if not self.recipe.is_plain:
             firsts = [first_element(entry.param) for entry in self.entries]
         self.table = self._kernel.TensorTable(
-            [params, *map(of_state, keys), to],
-            of_state("step" if self.recipe.counts_steps else None),
+            [of_state(master) or params, *map(of_state, keys), to],
+            counters,
             [entry.group for entry in self.entries],
             self.device,
             firsts=firsts,
             numbers=[entry.number for entry in self.entries],
-            seed=precision.seed,
+            seed=options.precision.seed,
         )
-        super().bind(bound, index, precision, copies)
+        super().bind(bound, index, options)
 
     @property
     def chunks(self) -> int:

@@ -20,9 +20,8 @@ def compute(
     entry: Entry, grad: Tensor, group: dict[str, Any], options: Options, tail: Tail, taken: bool
 ) -> reference.Computed:
     """One parameter's step, not yet stored."""
-    param, state, layout = entry.param, entry.state, layout_of(entry.param)
-    copy = options.copies.get(param)
-    first = first_element(param)
+    param, state, group, copy, _ = options.stepped(entry.param, entry.state, group)
+    layout, first = layout_of(param), first_element(param)
     by_parts = layout is not None and not options.is_of_dtypes(group)
     if by_parts:  # bits are of no use to DTensor's operations
         state = {key: own_part(tensor) for key, tensor in state.items()}

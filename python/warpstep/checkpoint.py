@@ -46,7 +46,7 @@ def load(
             raise KeyError(f"{key}: an optimizer's state dict has it, this one {list(state_dict)}")
 
     ids = [list(group["params"]) for group in state_dict["param_groups"]]
-    groups = _loaded_groups(optimizer, rule, deepcopy(state_dict["param_groups"]))
+    groups = loaded_groups(optimizer, rule, deepcopy(state_dict["param_groups"]))
     places = (
         (param, group, parameter_name(optimizer.param_groups, g, i))
         for g, group in enumerate(groups)
@@ -87,7 +87,7 @@ def _another(rule: Rule) -> str:
     return f"Is it the state dict of another optimizer? Load one of {rule.title}"
 
 
-def _loaded_groups(
+def loaded_groups(
     optimizer: Averaging, rule: Rule, groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The groups of a state dict, with the optimizer's parameters and what a step needs."""

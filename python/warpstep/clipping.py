@@ -89,17 +89,18 @@ class RememberedGrad:
 
     param: Tensor
     grad: Tensor
+    name: str  # the attribute of the parameter that it is
     version: int
     address: int
 
     @classmethod
-    def of(cls, param: Tensor, grad: Tensor) -> RememberedGrad:
+    def of(cls, param: Tensor, grad: Tensor, name: str) -> RememberedGrad:
         """``param``'s gradient, as it is now."""
-        return cls(param, grad, *_version_and_address(grad))
+        return cls(param, grad, name, *_version_and_address(grad))
 
     def is_kept(self) -> bool:
         """Whether it is its parameter's gradient still."""
-        return self.param.grad is self.grad
+        return getattr(self.param, self.name, None) is self.grad
 
     def is_unwritten(self) -> bool:
         """Whether neither its version counter nor its memory is another since."""

@@ -41,10 +41,13 @@ def place_of(optimizer: Optimizer, entry: Entry) -> Tensor | None:
     return None
 
 
-def with_grads(optimizer: Optimizer, entries: Iterable[Entry]) -> list[WithGrad]:
+def with_grads(
+    optimizer: Optimizer, entries: Iterable[Entry], grad_name: str = "grad"
+) -> list[WithGrad]:
     """Those entries whose parameter has a gradient, with both."""
     placed = ((entry, place_of(optimizer, entry)) for entry in entries)
-    return [(e, p, p.grad) for e, p in placed if p is not None and p.grad is not None]
+    found = ((e, p, getattr(p, grad_name, None)) for e, p in placed if p is not None)
+    return [(e, p, grad) for e, p, grad in found if grad is not None]
 
 
 def publish(optimizer: Optimizer, entries: list[Entry]) -> None:

@@ -227,9 +227,12 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             )
         self._forget_stale_residuals()
         self.plan = None  # never a stale one, should the next line raise
-        options = Options(self.rule, self.backend, self.precision, self.copies)
-        self.plan = kind(self, options)
+        self.plan = kind(self, self._plan_options())
         return self.plan
+
+    def _plan_options(self) -> Options:
+        """What a new plan is asked for."""
+        return Options(self.rule, self.backend, self.precision, self.copies)
 
     def _plan_of_grads(self) -> Plan | None:
         """The plan, with gradients gathered; nothing else is looked at."""

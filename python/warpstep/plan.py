@@ -7,6 +7,7 @@ The native module compares a plan with the optimizer at each step and says when 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +76,9 @@ class Plan:
             survey = self._survey_of(group)
             for i, param in enumerate(group["params"]):
                 state = optimizer.state.get(param)
-                if param.grad is None and not state and options.rule.has_state(group):
+                grad = options.grad_of(param)
+                begins = state or options.begins_all or not options.rule.has_state(group)
+                if grad is None and not begins:
                     assignments.append(NO_STATE)
                     continue
                 entry = Entry(g, i, param, state or {}, len(assignments))
@@ -84,7 +87,7 @@ class Plan:
                     if repeated or survey is None or not survey.sorts(entry):
                         self._prepare(optimizer, entry, repeated)
                 except (RuntimeError, TypeError):
-                    if param.grad is not None:
+                    if grad is not None:
                         raise
                     assignments.append(NO_STATE)  # nothing to step: it may be as it likes
                     continue
@@ -109,7 +112,7 @@ class Plan:
         )
         of_min = {g for g, group in enumerate(groups) if decay_form(group) == "min"}
         for index, bucket in enumerate(self.buckets):
-            bucket.bind(self._bound, index, options.precision, options.copies)
+            bucket.bind(self._bound, index, options)
             if of_min and any(entry.group in of_min for entry in bucket.entries):
                 bucket.keep_least()
         # Not to keep alive what a framework moves away or a program lets go of.
@@ -124,7 +127,9 @@ class Plan:
 
     def _survey_of(self, group: dict[str, Any]) -> Survey | None:
         options, precision = self.options, self.options.precision
-        if group.get("master") or options.copies or precision.state_dtype == "8bit":
+        if group.get("master") or options.copies or options.counters:
+            return None
+        if precision.state_dtype == "8bit":
             return None
         return Survey(
             group,
@@ -133,48 +138,56 @@ class Plan:
             precision=precision,
         )
 
+    def with_grads(self, optimizer: Optimizer, entries: Iterable[Entry]) -> list[WithGrad]:
+        """Those entries whose parameter has a gradient, with both."""
+        return with_grads(optimizer, entries, self.options.grad_name)
+
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
         name = parameter_name(optimizer.param_groups, entry.group, entry.index)
         param, group = entry.param, optimizer.param_groups[entry.group]
-        grad = param.grad if param.grad is not None else param
+        grad = self.options.grad_of(param)
+        grad = param if grad is None else grad
         check_gradient(name, param, grad)
-        if group["fused"] and not entry.state:
+        if group.get("fused") and not entry.state:
             backends.check_device_for_fused(name, param)
         chosen = backends.choose(self.options.backend, param.device)
 
         rule, precision = self.options.rule, self.options.precision
-        on_device = chosen != "reference" or group["fused"] or group.get("capturable")
-        entry.new_state = completed(
+        on_device = chosen != "reference" or group.get("fused") or group.get("capturable")
+        on_device = on_device or param in self.options.counters
+        stepped, state, group, copy, new_state = self.options.stepped(param, entry.state, group)
+        changes = completed(
             name,
-            param,
-            entry.state,
+            stepped,
+            state,
             rule,
             group,
             precision=precision,
             step_device=param.device if on_device else torch.device("cpu"),
         )
-        copy = self.options.copies.get(param)
-        check_copy(name, param, copy)
+        entry.new_state = {**new_state, **(changes or {})} or None
+        check_copy(name, stepped, copy)
         if repeated or chosen == "reference":
             return
-        state = {**entry.state, **(entry.new_state or {})}
+        state = {**state, **(changes or {})}
         moments = {key: state[key] for key in rule.moments_of(group)}
         ema = state["ema"] if group.get("ema_decay") is not None else None
         step = state["step"] if precision.counts_steps(rule, group) else None
         has_master = group.get("master") is not None
         recipe = Recipe(
             rule.name,
-            precision.format_of_param(param, has_master),
+            precision.format_of_param(stepped, has_master),
             real_dtype(grad.dtype),
             tuple(precision.format_of_moment(rule, key, m.dtype) for key, m in moments.items()),
             None if ema is None else real_dtype(ema.dtype),
             step is not None,
             has_master,
             None if copy is None else copy.dtype,
+            stepped is not param,
         )
         residual = state[RESIDUAL] if has_master else None
-        others = (operand for operand in (ema, residual, copy) if operand is not None)
+        others = (operand for operand in (stepped, ema, residual, copy) if operand is not None)
         walkable = is_walkable(param, grad, [*moments.values(), *others], step)
         if walkable and backends.has_kernel(chosen, recipe):
             entry.backend, entry.recipe = chosen, recipe
@@ -241,7 +254,7 @@ class Plan:
         self._bound.keep_alive()
         try:
             # All that can fail, before the first write.
-            stepped = with_grads(optimizer, self.python_only)
+            stepped = self.with_grads(optimizer, self.python_only)
             if self._versions.written(optimizer):
                 return "a parameter with a residual was written to"
             computed = self._computed_by_reference(optimizer, stepped, in_pass)
@@ -253,7 +266,7 @@ class Plan:
             reference.store(computed)
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
             self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
-            for mention in with_grads(optimizer, self.repeated):
+            for mention in self.with_grads(optimizer, self.repeated):
                 reference.store(self._computed_by_reference(optimizer, [mention], in_pass))
             if self.repeated:  # written to once more
                 self._bound.note_versions(optimizer.param_groups)
@@ -261,7 +274,8 @@ class Plan:
             self._bound.let_go()
         self._versions.note_step(optimizer)
         if later:  # all have been read
-            reference.leave((p.grad for g in optimizer.param_groups for p in g["params"]), tail)
+            params = (p for group in optimizer.param_groups for p in group["params"])
+            reference.leave(map(self.options.grad_of, params), tail)
         self._reference_sums = {
             entry: one.sums
             for (entry, _, _), one in zip(stepped, computed, strict=True)
@@ -327,11 +341,11 @@ class Plan:
 
         One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
         """
-        others = [grad for _, _, grad in with_grads(optimizer, self.python_only)]
+        others = [grad for _, _, grad in self.with_grads(optimizer, self.python_only)]
         none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
         if norm_type not in (2.0, math.inf):
             in_buckets = (entry for bucket in self.buckets for entry in bucket.entries)
-            grads = [grad for _, _, grad in with_grads(optimizer, in_buckets)]
+            grads = [grad for _, _, grad in self.with_grads(optimizer, in_buckets)]
             grads = [whole(grad) for grad in (*grads, *others) if grad.numel() > 0]
             return norm_of_norms(grads, norm_type) if grads else none
         shares = []
@@ -350,8 +364,9 @@ class Plan:
     def clipping(self, optimizer: Optimizer, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
         measured = self._bound.remember_grads()
-        elsewhere = with_grads(optimizer, self.python_only)
-        others = [RememberedGrad.of(param, grad) for _, param, grad in elsewhere]
+        elsewhere = self.with_grads(optimizer, self.python_only)
+        name = self.options.grad_name
+        others = [RememberedGrad.of(param, grad, name) for _, param, grad in elsewhere]
         return Clipping(coef, grad_scale, self, others, measured + len(others))
 
     def compare_grads(self) -> tuple[int, int]:
@@ -365,7 +380,7 @@ class Plan:
 
     def count_grads(self, optimizer: Optimizer) -> int:
         """How many parameters have a gradient, of those that are stepped once."""
-        return len(with_grads(optimizer, self.python_only)) + int(self._bound.count_grads())
+        return len(self.with_grads(optimizer, self.python_only)) + int(self._bound.count_grads())
 
     def __str__(self) -> str:
         lines = [str(bucket) for bucket in self.buckets]

@@ -26,14 +26,21 @@ class PythonPlan:
     Its methods are those of ``_native.Plan`` (see csrc/plan.h).
     """
 
-    def __init__(self, optimizer: Optimizer, rule: Rule, buckets: list[list[Entry]]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        buckets: list[list[Entry]],
+        grad_name: str = "grad",
+    ) -> None:
         self._rule = rule
+        self._grad_name = grad_name
         self._groups = optimizer.param_groups
         self._entries = buckets
         self._found: list[dict[Entry, Gathered]] = [
             {
                 entry: (param, grad, match_layout(own_part(param), own_part(grad)))
-                for entry, param, grad in with_grads(optimizer, entries)
+                for entry, param, grad in with_grads(optimizer, entries, grad_name)
             }
             for entries in buckets
         ]
@@ -59,7 +66,8 @@ class PythonPlan:
 
     def remember_grads(self) -> int:
         """Remembers the gradients gathered, as they are; how many."""
-        self._remembered = [RememberedGrad.of(param, grad) for param, grad, _ in self._gathered()]
+        name = self._grad_name
+        self._remembered = [RememberedGrad.of(p, grad, name) for p, grad, _ in self._gathered()]
         return len(self._remembered)
 
     def compare_grads(self) -> tuple[int, int]:

@@ -35,7 +35,8 @@ class Recipe(NamedTuple):
     """A rule, and the formats of what it works on: dtypes, complex ones as their real part's.
 
     ``ema`` is that of the parameter's average, or None where none is kept; ``copy`` that of a copy
-    of the parameter. With ``has_master`` the parameter has a residual in its state.
+    of the parameter. With ``has_master`` the parameter has a residual in its state; with
+    ``is_in_state`` what is stepped is a master there, and its copy the optimizer's parameter.
     """
 
     rule: str
@@ -46,6 +47,7 @@ class Recipe(NamedTuple):
     counts_steps: bool = True
     has_master: bool = False
     copy: torch.dtype | None = None
+    is_in_state: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -58,6 +60,7 @@ class Recipe(NamedTuple):
         """Bytes of state an element, without its step counter."""
         each = [f.dtype if isinstance(f, Format) else f for f in self.moments]
         each += [f for f in (self.ema, torch.int16 if self.has_master else None) if f is not None]
+        each += [self.param] if self.is_in_state and isinstance(self.param, torch.dtype) else []
         scales = sum(f.dtype == torch.uint8 for f in self.moments if isinstance(f, Format))
         return sum(dtype.itemsize for dtype in each) + scales / BLOCK
 
@@ -84,7 +87,8 @@ class Recipe(NamedTuple):
         """What a state calls each operand, in that order; None for what is not in it."""
         keys = RULES[self.rule].moments[: len(self.moments)]
         none = (None,) * (MOMENTS - len(keys))
-        names = (None, *keys, *none, *map(scale_of, keys), *none, RESIDUAL, "ema", None, None)
+        param = RESIDUAL if self.is_in_state else None
+        names = (param, *keys, *none, *map(scale_of, keys), *none, RESIDUAL, "ema", None, None)
         return tuple(
             None if found is None else name
             for name, found in zip(names, self.formats(), strict=True)
@@ -106,7 +110,7 @@ class Recipe(NamedTuple):
         return text + f": {self.state_bytes:.3g} bytes of state an element"
 
 
-# What a state calls the residual of a parameter that has one: Transformer Engine's name.
+# What a state calls a parameter's residual, or its float32 master: Transformer Engine's name.
 RESIDUAL = "master_param"
 
 

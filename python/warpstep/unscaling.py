@@ -38,3 +38,23 @@ def report_found_inf(scaler: Any, optimizer: Optimizer, found_inf: Tensor) -> No
     states = scaler._per_optimizer_states[id(optimizer)]
     states["found_inf_per_device"] = {found_inf.device: found_inf}
     states["stage"] = type(states["stage"]).UNSCALED
+
+
+def scale_and_found_inf(scaler: Any, optimizer: Optimizer) -> tuple[Tensor | None, Tensor]:
+    """What a step is to divide the gradients by, if anything, and whether one is not finite.
+
+    As ``scaler.step(optimizer)`` sees to it for an optimizer that unscales in its own step.
+
+    Raises RuntimeError where the scaler has found no gradient.
+    """
+    states = scaler._per_optimizer_states[id(optimizer)]
+    stage = states["stage"].name
+    if stage == "READY":
+        scaler._check_inf_per_device(optimizer)
+    found = list(states["found_inf_per_device"].values())
+    if not found:
+        raise RuntimeError("grad_scaler has found no gradients: step after backward()")
+    scaler._check_scale_growth_tracker("step")
+    scale: Tensor = scaler._scale
+    found_inf: Tensor = sum(one.to(scale.device, non_blocking=True) for one in found)
+    return (None if stage == "UNSCALED" else scale), found_inf

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from warpstep import backends, functional, reference
-from warpstep.entries import Entry, WithGrad, with_grads
+from warpstep.entries import Entry, WithGrad
 from warpstep.hypers import decay_form
 from warpstep.lists import OPERATORS
 from warpstep.plan import Plan
@@ -36,9 +36,8 @@ class WatchedPlan(Plan):
     """
 
     def _bind(self, optimizer: Optimizer, assignments: list[int]) -> PythonPlan:
-        return PythonPlan(
-            optimizer, self.options.rule, []
-        )  # for this step only: there is nothing to compare with
+        # For this step only: there is nothing to compare with.
+        return PythonPlan(optimizer, self.options.rule, [])
 
     def _survey_of(self, group: dict[str, Any]) -> None:
         return None  # tensors need not have memory to look at
@@ -50,10 +49,10 @@ class WatchedPlan(Plan):
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
         """Takes the step. Everything has been checked: what fails now, a mode has refused."""
         step_tail = replace(tail, zero_grads=False, unscale_grads=False)
-        params = with_grads(optimizer, self.python_only)
+        params = self.with_grads(optimizer, self.python_only)
         self._reference_sums = self._step_operators(optimizer, params, step_tail)
         self._has_statistics = tail.statistics
-        for mention in with_grads(optimizer, self.repeated):
+        for mention in self.with_grads(optimizer, self.repeated):
             self._step_operators(optimizer, [mention], step_tail)
         self._versions.note_step(optimizer)
         if tail.zero_grads or tail.unscales:  # once all have been read: several may have the same
@@ -69,11 +68,13 @@ class WatchedPlan(Plan):
         sums: dict[Entry, Tensor] = {}
         sharded: list[Tensor] = []
         for entry, param, grad in mentions:
-            group, layout = optimizer.param_groups[entry.group], layout_of(param)
             rule, state = self.options.rule, optimizer.state[param]
-            tensors = {"param": param, "grad": grad, **state}
-            if (copy := self.options.copies.get(param)) is not None:
-                tensors["copy"] = copy
+            group, layout = optimizer.param_groups[entry.group], layout_of(param)
+            stepped = self.options.stepped(param, state, group)
+            group = stepped.group
+            tensors = {"param": stepped.param, "grad": grad, **stepped.state}
+            if stepped.copy is not None:
+                tensors["copy"] = stepped.copy
             by_parts = holds_values(layout) and all(
                 layout_of(tensor) == layout for key, tensor in tensors.items() if key != "step"
             )
