@@ -70,13 +70,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=[
-        "warpstep",
-        "warpstep.compat",
-        "warpstep.kernels",
-        "warpstep.kernels.triton",
-        "warpstep.rules",
-    ],
+    packages=[f"warpstep{p}" for p in ("", ".compat", ".kernels", ".kernels.triton", ".rules")],
     package_dir={"warpstep": "python/warpstep", "warpstep.kernels": "kernels"},
     include_package_data=False,  # which takes the folders of C++ sources for packages
     package_data={"warpstep": ["py.typed", "*.pyi"]},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -16,24 +15,20 @@ from torch.optim.optimizer import ParamsT
 
 from warpstep import signals
 from warpstep.backends import BackendName
-from warpstep.checkpoint import loaded_groups
-from warpstep.compat.counts import Counts, advance, count_of, put_on_devices
-from warpstep.compat.masters import FUSED_ADAM, STATES, FusedOptions, Kept
+from warpstep.compat import state_dicts
+from warpstep.compat.counts import Counts, advance, put_on_devices
+from warpstep.compat.masters import FUSED_ADAM, OWN_KEYS, FusedOptions, Kept
 from warpstep.compat.refused import check_options
 from warpstep.groups import Members
 from warpstep.hypers import check_arguments
 from warpstep.optimizer import Optimizer
 from warpstep.options import Options
 from warpstep.plan import Plan
-from warpstep.state import parameter_name
 from warpstep.tail import Tail
 from warpstep.unscaling import scale_and_found_inf
 
-# What a step reads of a group that Transformer Engine's groups do not have.
-_OWN_KEYS = ("maximize", "decoupled_weight_decay")
 
-
-class FusedAdam(Optimizer):
+class FusedAdam(Optimizer, state_dicts.LoadsStates):
     """A drop-in for Transformer Engine's and apex's ``FusedAdam``, in one kernel launch.
 
     The formula is `warpstep.AdamW`'s, or `warpstep.Adam`'s with ``adam_w_mode=False``. The state of
@@ -146,12 +141,12 @@ class FusedAdam(Optimizer):
         if isinstance(param_group, dict):
             param_group = {**param_group, **self._own_items()}
         super().add_param_group(param_group)
-        self._complete(self.param_groups[-1])
+        self.complete_group(self.param_groups[-1])
 
     def _own_items(self) -> dict[str, bool]:
-        return dict(zip(_OWN_KEYS, (False, bool(self.adam_w_mode)), strict=True))
+        return dict(zip(OWN_KEYS, (False, bool(self.adam_w_mode)), strict=True))
 
-    def _complete(self, group: dict[str, Any]) -> None:
+    def complete_group(self, group: dict[str, Any]) -> None:
         """Adds what a step reads of a group, whoever has made it."""
         for key, value in self.defaults.items():
             group.setdefault(key, value)
@@ -241,26 +236,7 @@ class FusedAdam(Optimizer):
 
         ``portable=True``: for torch's optimizers: with a ``"step"`` in each state and no masters.
         """
-        found = super().state_dict()
-        groups = [
-            {key: value for key, value in group.items() if portable or key not in _OWN_KEYS}
-            for group in found["param_groups"]
-        ]
-        states: dict[Any, Any] = {}
-        steps = {}
-        for group in groups:
-            if "step" in group:
-                group["step"] = count_of(group["step"])
-            steps.update(dict.fromkeys(group["params"], group.get("step", 0)))
-        for key, state in found["state"].items():
-            states[key] = {
-                name: value.to(torch.float32) if value.dtype == torch.bfloat16 else value
-                for name, value in state.items()
-            }
-            if portable and key in steps:
-                states[key].pop("master_param", None)
-                states[key]["step"] = torch.tensor(float(steps[key]), dtype=torch.float32)
-        return {**found, "state": states, "param_groups": groups}
+        return state_dicts.saved(super().state_dict(), portable)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -273,34 +249,7 @@ class FusedAdam(Optimizer):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        saved = deepcopy([{**group} for group in state_dict["param_groups"]])
-        for group in saved:  # torch's, which are another optimizer's to read
-            group.pop("decoupled_weight_decay", None)
-        ids = [list(group["params"]) for group in saved]
-        groups = loaded_groups(self, self.rule, saved)
-        places = {
-            key: (param, group, parameter_name(self.param_groups, g, i))
-            for g, group in enumerate(groups)
-            for i, (key, param) in enumerate(zip(ids[g], group["params"], strict=True))
-        }
-        kept = self._kept()
-        state: dict[Any, Any] = type(self.state)(dict)
-        for key, value in state_dict["state"].items():
-            if key not in places:
-                state[key] = deepcopy(value)
-                continue
-            param, group, name = places[key]
-            state[param] = _loaded_state(name, param, group, value, kept)
-        for group in groups:
-            if "step" in group:
-                group["step"] = count_of(group["step"])
-            self._complete(group)
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        state_dicts.load(self, self._kept(), state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         names = (
@@ -312,7 +261,7 @@ class FusedAdam(Optimizer):
 
     # ---- Steps
 
-    def zero_grad(self, set_to_none: bool | None = None) -> None:  # type: ignore[override]
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Resets the gradients that the step reads; by default they are None afterwards."""
         if set_to_none is None:
             set_to_none = True if self.set_grad_none is None else self.set_grad_none
@@ -396,7 +345,7 @@ class FusedAdam(Optimizer):
 
     def _plan_options(self) -> Options:
         for group in self.param_groups:
-            self._complete(group)
+            self.complete_group(group)
         if self.capturable:
             put_on_devices(self.param_groups)
         self._planned_for = self._asked()
@@ -441,33 +390,3 @@ class FusedAdam(Optimizer):
                 "construct the optimizer with capturable=True"
             )
         return capturing
-
-
-def _loaded_state(
-    name: str, param: Tensor, group: dict[str, Any], saved: Any, kept: Kept
-) -> dict[str, Any]:
-    """One parameter's state; a count that it has is its group's."""
-    misfit = f"loaded state dict does not fit {name}"
-    if not isinstance(saved, dict):
-        raise ValueError(f"{misfit}: its state is {saved!r}, expected a dict")
-    state = {}
-    for key, value in saved.items():
-        if value is None:
-            continue
-        if key == "step":
-            count = count_of(value)
-            if group.setdefault("step", count) != count:
-                raise ValueError(
-                    f"{misfit}: it has taken {count} steps, its group {group['step']}: all "
-                    "parameters of a group must have taken as many"
-                )
-        elif key not in STATES:
-            raise ValueError(f"{misfit}: its state has {key!r}, and there is {', '.join(STATES)}")
-        elif key not in kept.names and param.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"{misfit}: it has a master: construct with master_weights=True")
-        elif key in kept.names:
-            try:
-                state[key] = kept.loaded(key, param, value)
-            except ValueError as error:
-                raise ValueError(f"{misfit}: {error}") from None
-    return state

@@ -16,11 +16,13 @@ from warpstep.rules import ADAMW
 from warpstep.shards import own_part
 from warpstep.state import describe, is_dense, is_plain, match_layout, same_layout
 
+# What a step reads of a group beside numbers, and Transformer Engine's groups do not have.
+OWN_KEYS = ("maximize", "decoupled_weight_decay")
 # The moments are two, and nothing in a group but numbers decides what a step is.
 FUSED_ADAM = replace(
     ADAMW,
     title="FusedAdam's",
-    flags=("maximize", "decoupled_weight_decay"),
+    flags=OWN_KEYS,
     moments=("exp_avg", "exp_avg_sq"),
     optional={},
 )
@@ -197,7 +199,7 @@ class FusedOptions(Options):
         if state.get(_MASTER) is not None:
             new |= kept.settled(param, state[_MASTER])
         found = {**state, **new, "step": self.counters[param]}
-        own = {"master": None, "capturable": self.capturable}
+        own: dict[str, Any] = {"master": None, "capturable": self.capturable}
         stepped, copy = param, None
         if kept.has_remainder(param):
             own["master"] = "residual"
