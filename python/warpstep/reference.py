@@ -169,7 +169,7 @@ def computed(
     encoder = Encoder(stored, new_step)
     of_param = precision.format_of_param(param, has_master)
     if has_master:
-        high, low = split(p - update)
+        high, low = split((p - update).to(compute))
         written = {"param": high, RESIDUAL: low}
         after = joined(high, low)
     else:
