@@ -62,6 +62,7 @@ class FusedAdam(Optimizer, state_dicts.LoadsStates):
     """
 
     rule = FUSED_ADAM
+    _planned_for: tuple[Any, ...] | None = None  # what `_asked` said when the plan was made
 
     def __init__(
         self,
@@ -102,7 +103,6 @@ class FusedAdam(Optimizer, state_dicts.LoadsStates):
         self.use_decoupled_grad = use_decoupled_grad
         self.store_param_remainders = store_param_remainders and master_weights
         self.set_grad_none = set_grad_none
-        self._planned_for: tuple[Any, ...] | None = None
         if set_grad_none is not None:
             warnings.warn(
                 "set_grad_none is deprecated: pass set_to_none to zero_grad()",
