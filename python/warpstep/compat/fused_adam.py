@@ -15,10 +15,10 @@ from torch.optim.optimizer import ParamsT
 
 from warpstep import signals
 from warpstep.backends import BackendName
-from warpstep.compat import state_dicts
 from warpstep.compat.counts import Counts, advance, put_on_devices
 from warpstep.compat.masters import FUSED_ADAM, OWN_KEYS, FusedOptions, Kept
 from warpstep.compat.refused import check_options
+from warpstep.compat.state_dicts import LoadsStates, load, saved
 from warpstep.groups import Members
 from warpstep.hypers import check_arguments
 from warpstep.optimizer import Optimizer
@@ -28,7 +28,7 @@ from warpstep.tail import Tail
 from warpstep.unscaling import scale_and_found_inf
 
 
-class FusedAdam(Optimizer, state_dicts.LoadsStates):
+class FusedAdam(Optimizer, LoadsStates):
     """A drop-in for Transformer Engine's and apex's ``FusedAdam``, in one kernel launch.
 
     The formula is `warpstep.AdamW`'s, or `warpstep.Adam`'s with ``adam_w_mode=False``. The state of
@@ -236,7 +236,7 @@ class FusedAdam(Optimizer, state_dicts.LoadsStates):
 
         ``portable=True``: for torch's optimizers: with a ``"step"`` in each state and no masters.
         """
-        return state_dicts.saved(super().state_dict(), portable)
+        return saved(super().state_dict(), portable)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -249,7 +249,7 @@ class FusedAdam(Optimizer, state_dicts.LoadsStates):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        state_dicts.load(self, self._kept(), state_dict)
+        load(self, self._kept(), state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         names = (
