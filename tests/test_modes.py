@@ -302,3 +302,14 @@ def test_swapped_in_without_a_mode():
         assert torch.equal(tensor, before[name]), name
     optimizer.step()
     assert optimizer.state[params_of(optimizer)[0]]["step"] == 2
+
+
+def test_a_master_of_a_scalar_under_a_mode():
+    """Its constants are float64 tensors there, which a tensor of no dimensions is promoted by."""
+    params = [Parameter(torch.tensor(1.5, dtype=torch.bfloat16)) for _ in range(2)]
+    for param, mode in zip(params, (nullcontext(), Dispatched()), strict=True):
+        optimizer = warpstep.AdamW([param], master="residual", backend="reference")
+        param.grad = torch.ones_like(param)
+        with mode:
+            optimizer.step()
+    assert torch.equal(*params)
