@@ -83,33 +83,29 @@ struct Draw {
 };
 static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of eight numbers");
 
-// The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the
-// lower half of the first word.
-WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
-#ifdef __CUDA_ARCH__
-  using Lane = std::uint32_t;
-#else
-  using Lane = std::uint64_t;  // of which the lower half counts: as SIMD multiplications have it
-#endif
-  Lane c0 = static_cast<Lane>(index), c1 = static_cast<Lane>(index >> 32);
-  Lane c2 = from.step, c3 = from.operand;
+// Philox4x32-7 of a counter, in place; product_of(lane, factor) is of 32 by 32 bits.
+template <class Lane, class Product>
+WARPSTEP_FN void philox(Lane (&c)[4], const Keys& keys, Product&& product_of) {
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 7
 #endif
   for (std::uint32_t round = 0; round < kRounds; ++round) {
-    const std::uint64_t product0 = std::uint64_t{c0 & 0xffffffffu} * 0xD2511F53u;
-    const std::uint64_t product1 = std::uint64_t{c2 & 0xffffffffu} * 0xCD9E8D57u;
-    c0 = static_cast<Lane>(product1 >> 32) ^ c1 ^ from.keys.words[round][0];
-    c1 = static_cast<Lane>(product1);
-    c2 = static_cast<Lane>(product0 >> 32) ^ c3 ^ from.keys.words[round][1];
-    c3 = static_cast<Lane>(product0);
+    const auto product0 = product_of(c[0], 0xD2511F53u), product1 = product_of(c[2], 0xCD9E8D57u);
+    c[0] = static_cast<Lane>(product1 >> 32) ^ c[1] ^ keys.words[round][0];
+    c[1] = static_cast<Lane>(product1);
+    c[2] = static_cast<Lane>(product0 >> 32) ^ c[3] ^ keys.words[round][1];
+    c[3] = static_cast<Lane>(product0);
   }
-  words[0] = static_cast<std::uint32_t>(c0);
-  words[1] = static_cast<std::uint32_t>(c1);
-  words[2] = static_cast<std::uint32_t>(c2);
-  words[3] = static_cast<std::uint32_t>(c3);
+}
+
+// The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the
+// lower half of the first word.
+WARPSTEP_FN void draw(const Draw& from, std::uint64_t index, std::uint32_t (&words)[kDrawn / 2]) {
+  words[0] = static_cast<std::uint32_t>(index), words[1] = static_cast<std::uint32_t>(index >> 32);
+  words[2] = from.step, words[3] = from.operand;
+  philox(words, from.keys, [](std::uint32_t a, std::uint32_t by) { return std::uint64_t{a} * by; });
 }
 
 // One element's share of them.
@@ -165,13 +161,21 @@ WARPSTEP_FN std::int32_t base_of(std::uint32_t scale) {
   return (base < 1 ? 1 : base) << 23;
 }
 
-// With `kAllNumbers` the block is known to have no NaN and no infinity.
+// The bits of a number, as many as `Bits` has, of a float32's upper ones: sixteen are enough.
+// `base` is cut off in the same way. With `kAllNumbers` the block has no NaN and no infinity.
+template <class C, bool kAllNumbers, class Bits>
+WARPSTEP_FN Bits decoded_bits(std::uint8_t from, Bits base) {
+  constexpr int kCut = 32 - 8 * sizeof(Bits);
+  const Bits code = from & C::kNan;
+  Bits bits = code == 0 ? 0 : (code << (20 - kCut)) + base;
+  if (!kAllNumbers) {
+    bits = code < C::kInfinite ? bits : (0x7f800000 >> kCut) | (code & 1) << (22 - kCut);
+  }
+  return C::kSigned ? bits | (from & 0x80) << (24 - kCut) : bits;
+}
 template <class C, bool kAllNumbers>
 WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
-  const std::int32_t code = from & C::kNan;
-  std::int32_t bits = code == 0 ? 0 : (code << 20) + base;
-  if (!kAllNumbers) bits = code < C::kInfinite ? bits : 0x7f800000 | (code & 1) << 22;
-  return bits_as<float>(C::kSigned ? bits | (from & 0x80) << 24 : bits);
+  return bits_as<float>(decoded_bits<C, kAllNumbers, std::int32_t>(from, base));
 }
 
 // To nearest, ties away from zero, or (ue5m3) by 16 random bits for the 20 that are cut off and the

@@ -15,6 +15,10 @@ template <class A>
 WARPSTEP_FN constexpr A min_of(A a, A b) {
   return b < a ? b : a;
 }
+template <class A>
+WARPSTEP_FN constexpr A max_of(A a, A b) {
+  return a < b ? b : a;
+}
 
 // How the elements of one operand lie in memory, and how numbers become them: formats.h has the
 // codecs of one element, blocks.h those of more.
