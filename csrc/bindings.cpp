@@ -122,16 +122,18 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<PlanOptions>(m, "PlanOptions")
       .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies, py::dict counters,
-                       py::object grad_name, bool watches_masters) {
+                       py::object grad_name, bool watches_masters, bool as_fused) {
              return PlanOptions{seed,
                                 std::move(firsts),
                                 std::move(copies),
                                 std::move(counters),
                                 std::move(grad_name),
-                                watches_masters};
+                                watches_masters,
+                                as_fused};
            }),
            py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"),
-           py::arg("counters"), py::arg("grad_name"), py::arg("watches_masters"));
+           py::arg("counters"), py::arg("grad_name"), py::arg("watches_masters"),
+           py::arg("as_fused"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,

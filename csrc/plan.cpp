@@ -23,6 +23,7 @@ Plan::Plan(py::dict state, py::list param_groups, GroupKeys keys,
            const std::vector<int>& assignments, const std::vector<BucketSpec>& buckets,
            py::object match_layout, const PlanOptions& options)
     : keys_(std::move(keys)),
+      as_fused_(options.as_fused),
       match_layout_(std::move(match_layout)),
       grad_name_(options.grad_name),
       watches_masters_(options.watches_masters) {
@@ -212,8 +213,9 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
     if (bucket.backend == Backend::external) continue;
 
     Tail tail{};
+    const GradsAfter unscaled = as_fused_ ? GradsAfter::unscaled_if_taken : GradsAfter::unscaled;
     tail.grads_after = step_tail.zero_grads && !zeroes_after              ? GradsAfter::zeroed
-                       : step_tail.unscale_grads && !step_tail.zero_grads ? GradsAfter::unscaled
+                       : step_tail.unscale_grads && !step_tail.zero_grads ? unscaled
                                                                           : GradsAfter::kept;
     if (!tensors.is_none()) {
       const py::tuple of_bucket = tensors[py::int_(i)];
@@ -298,6 +300,10 @@ void Plan::increment_versions(bool grads_too) {
   const TensorReader& reader = tensor_reader();
   for (BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;
+    if (as_fused_) {
+      if (bound.counter != nullptr) reader.increment_version(bound.counter);
+      continue;
+    }
     reader.increment_version(bound.param);
     if (grads_too && grad_name_.is_none()) reader.increment_grad_version(bound.param);
     if (grads_too && !grad_name_.is_none()) reader.increment_version(grad_of(bound).ptr());

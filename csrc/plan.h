@@ -46,6 +46,9 @@ struct PlanOptions {
   py::object grad_name = py::none();
   // Whether a write to a parameter with a residual makes the plan stale.
   bool watches_masters = true;
+  // As torch's fused optimizers have it: the writes to step counters are counted, and no others;
+  // where a step is skipped, gradients are left as they are.
+  bool as_fused = false;
 };
 
 // The tail's share that is the same for all buckets of a step. `zero_grads` goes first.
@@ -211,6 +214,7 @@ class Plan {
   static const void* address_of_grad(PyObject* grad, const BoundParam& bound);
 
   GroupKeys keys_;
+  bool as_fused_;
   std::vector<PlanBucket> buckets_;
   std::vector<BoundGroup> groups_;
   std::vector<BoundParam> params_;

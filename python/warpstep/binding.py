@@ -15,7 +15,8 @@ from warpstep.shards import first_element
 from warpstep.state import match_layout
 
 # Flags that choose an implementation; and torch's flag for the form of decay.
-_PLANNED_FOR, _DECOUPLED = ("fused", "capturable", "differentiable"), "decoupled_weight_decay"
+_PLANNED_FOR = ("fused", "foreach", "capturable", "differentiable")
+_DECOUPLED = "decoupled_weight_decay"
 # What the native module calls parameters that are in no bucket of its own (csrc/plan.h).
 NO_STATE, PYTHON_ONLY = -1, -2
 
@@ -58,6 +59,7 @@ def bound(
             counters=dict(options.counters),
             grad_name=None if options.grad_name == "grad" else options.grad_name,
             watches_masters=options.watches_masters,
+            as_fused=options.as_fused,
         ),
     )
 

@@ -34,6 +34,8 @@ class Options:
     grad_name: str = "grad"  # the attribute of parameters that is their gradient
     watches_masters: bool = True  # what is written to a parameter with a residual counts
     begins_all: bool = False  # also parameters without a gradient get a state
+    # Which writes are counted, and what a skipped step leaves in the gradients: torch's fused way.
+    as_fused: bool = False
 
     def grad_of(self, param: Tensor) -> Tensor | None:
         """A parameter's gradient."""

@@ -1,5 +1,6 @@
-"""``warpstep.enable()``: warpstep's kernels under torch's own fused optimizers.
+"""``warpstep.enable()``: warpstep's kernels under torch's own optimizers.
 
+Their steps go by plans (planned.py). For steps that no plan takes, and for other callers,
 ``aten::_fused_adamw_``, ``_fused_adam_`` and ``_fused_sgd_`` (and their ``tensor_lr`` overloads)
 get another kernel on the CPU and on CUDA. What it does not take goes to the kernel that was there
 before.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep import backends, shortcut
+from warpstep import backends, planned, shortcut
 from warpstep.lists import Lists, Options, lists_of, stepper
 from warpstep.rules import ADAMW, SGD
 
@@ -30,17 +31,22 @@ _WARNING = r"(?s)Warning only once for all operators.*Overriding a previously re
 _lock = threading.RLock()
 _library: torch.library.Library | None = None
 _switched_on = False  # by enable()
+_unfused_switched_on = False  # with unfused=True
 _scopes = 0  # of enabled() that are open
+_unfused_scopes = 0  # with unfused=True
 _keys: tuple[str, ...] = ()
 _beneath: set[str] = set()  # operators that someone else has overridden from Python
 # Kernels that were registered, kept: another thread may still be in one when it is taken off.
 _kept: deque[Any] = deque(maxlen=1024)
 
 _remove_shortcut: Callable[[], None] | None = None
+_remove_plans: Callable[[], None] | None = None
 
 refusal = ""  # why the environment's wish was not granted
 taken = 0
+by_plans = 0  # of those taken
 passed_on: Counter[str] = Counter()
+unplanned: Counter[str] = Counter()
 
 
 def _taker(cuda: bool) -> Callable[[Lists, Options], bool]:
@@ -196,6 +202,20 @@ def _count() -> None:
     taken += 1
 
 
+def _count_plan() -> None:
+    global taken, by_plans
+    taken += 1
+    by_plans += 1
+
+
+def _count_unplanned(reason: str) -> None:
+    unplanned[reason] += 1
+
+
+def _takes_unfused() -> bool:
+    return _unfused_switched_on or _unfused_scopes > 0
+
+
 def _gpu_reason(params: list[Tensor]) -> str:
     return backends.unavailable_reason("cuda", params[0].device) if params else ""
 
@@ -222,7 +242,7 @@ def quiet() -> Iterator[None]:
 
 
 def _put_on() -> None:
-    global _library, _keys, _remove_shortcut
+    global _library, _keys, _remove_shortcut, _remove_plans
     keys = _usable_keys()
     library = torch.library.Library("aten", "IMPL")
     overridden = set(getattr(torch.library, "_impls", ()))
@@ -242,10 +262,14 @@ def _put_on() -> None:
         raise
     _library, _keys = library, keys
     _remove_shortcut = shortcut.put_on(_count)
+    _remove_plans = planned.put_on(_count_plan, _count_unplanned, _takes_unfused)
 
 
 def _take_off() -> None:
-    global _library, _keys, _remove_shortcut
+    global _library, _keys, _remove_shortcut, _remove_plans
+    if _remove_plans is not None:
+        _remove_plans()
+        _remove_plans = None
     if _remove_shortcut is not None:
         _remove_shortcut()
         _remove_shortcut = None
@@ -261,27 +285,43 @@ def _update() -> None:
         _take_off()
 
 
-def enable() -> None:
-    """Puts warpstep's kernels under torch's fused AdamW, Adam and SGD, for this process.
+def enable(unfused: bool = False) -> None:
+    """Puts warpstep's kernels under torch's AdamW, Adam and SGD, for this process.
 
     Every ``torch.optim.AdamW(..., fused=True)``, ``Adam(..., fused=True)`` and ``SGD(...,
-    fused=True)``, whenever it was constructed, then steps on them, as does any other caller of
-    ``torch._fused_adamw_``, ``torch._fused_adam_`` and ``torch._fused_sgd_``. The semantics are
-    torch's (steps, grad_scale, found_inf, gradients left unscaled); results differ by a few
-    roundings a step. Calls that warpstep has no kernel for, or whose tensors have layouts that
-    differ, go to torch's kernel: ``warpstep.status()`` counts them by reason. Calling it again
-    changes nothing.
+    fused=True)``, whenever it was constructed, then steps by a plan, as warpstep's own classes do:
+    one launch for all its groups. So do instances of derived classes that have no ``step`` of their
+    own. Their state, its dtypes and counters stay as torch has them, so that a checkpoint, a copy or
+    ``disable()`` finds a plain torch optimizer at any moment; hooks, schedulers, closures and a
+    ``GradScaler`` go on as before. The semantics are torch's (steps, grad_scale, found_inf,
+    gradients left unscaled); results differ by a few roundings a step.
+
+    What no plan takes, and any other caller of ``torch._fused_adamw_``, ``torch._fused_adam_`` and
+    ``torch._fused_sgd_``, gets warpstep's kernels for the operators. Calls that warpstep has no
+    kernel for, or whose tensors have layouts that differ, go to torch's kernel. A compiled step
+    calls the operators. ``warpstep.status()`` counts all of it by reason. Calling it again changes
+    nothing, but that ``unfused=True`` is added.
 
     A kernel that someone else registers for these operators while this is enabled may hold ours
     (``torch.library.get_kernel``), to pass calls on. After ``disable()`` it cannot: torch raises
     "SafeKernelFunction has been invalidated". Register it before ``enable()``, or take it off
     before ``disable()``.
 
+    Args:
+        unfused: also take instances for which no implementation was chosen, ``fused`` and
+            ``foreach`` both None, which torch steps by its loop or by foreach. ``fused=False``, any
+            ``foreach`` and ``differentiable=True`` stay torch's. What is then different: each value
+            is rounded once, where torch rounds after each operation (in bfloat16 that shows); new
+            step counters are float32 on the parameter's device, as with ``fused=True``, where torch
+            has them on the CPU (or in float64, if that is the default dtype), and those that are
+            elsewhere are moved there by the next step; version counters advance by one for each
+            parameter, and not at all for moments.
+
     Raises:
         BackendUnavailableError: there is no native module, or torch cannot hand over its own
             kernels; nothing has been changed then.
     """
-    global _switched_on
+    global _switched_on, _unfused_switched_on
     with _lock:
         if not _switched_on:
             _usable_keys()
@@ -291,37 +331,41 @@ def enable() -> None:
             except BaseException:
                 _switched_on = False
                 raise
+        _unfused_switched_on = _unfused_switched_on or unfused
 
 
 def enable_if_asked() -> None:
     """``enable()`` if the environment asks for it; where it cannot, ``status()`` says why."""
     global refusal
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
+    if (asked := os.environ.get(ENVIRONMENT_VARIABLE)) in ("1", "all"):
         try:
-            enable()
+            enable(unfused=asked == "all")
         except backends.BackendUnavailableError as error:  # importing never fails
-            refusal = str(error)
+            refusal = f"{ENVIRONMENT_VARIABLE}={asked} could not be granted: {error}"
 
 
 def disable() -> None:
-    """Undoes ``enable()``: torch's kernels are in their place again, the very ones.
+    """Undoes ``enable()``: torch's functions and kernels are in their place again, the very ones.
 
     Inside ``with enabled():`` this takes effect when the last such scope ends.
     """
-    global _switched_on
+    global _switched_on, _unfused_switched_on
     with _lock:
-        _switched_on = False
+        _switched_on = _unfused_switched_on = False
         _update()
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(unfused: bool = False) -> Iterator[None]:
     """``enable()`` for the inside of a ``with``; scopes may be nested. For the whole process.
+
+    Args:
+        unfused: as ``enable`` has it.
 
     Raises:
         BackendUnavailableError: as ``enable``.
     """
-    global _scopes
+    global _scopes, _unfused_scopes
     with _lock:
         _scopes += 1
         try:
@@ -329,11 +373,13 @@ def enabled() -> Iterator[None]:
         except BaseException:
             _scopes -= 1
             raise
+        _unfused_scopes += unfused
     try:
         yield
     finally:
         with _lock:
             _scopes -= 1
+            _unfused_scopes -= unfused
             _update()
 
 
@@ -345,13 +391,16 @@ def is_enabled() -> bool:
 def report() -> str:
     """One line for ``warpstep.status()``."""
     line = f"torch's fused optimizers: {'warpstep on ' + ' and '.join(_keys) if _keys else 'own'}"
+    if _library is not None and _takes_unfused():
+        line += ", and those for which nothing was chosen"
     if refusal:
-        line += f" ({ENVIRONMENT_VARIABLE}=1 could not be granted: {refusal})"
+        line += f" ({refusal})"
     if _library is not None and not taken and not passed_on:
         line += "; no call yet: it takes those of optimizers constructed with fused=True"
     if taken or passed_on:
-        line += f"; {taken} calls taken"
+        line += f"; {taken} calls taken, {by_plans} of them whole steps by plans"
         line += "".join(f", {count} passed on to torch ({why})" for why, count in passed_on.items())
+    line += "".join(f"; {count} steps without a plan ({why})" for why, count in unplanned.items())
     if _library is not None and _beneath:
         line += f"; overridden by others before: {', '.join(sorted(_beneath))}"
     return line

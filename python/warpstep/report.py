@@ -27,9 +27,13 @@ class Status:
             (compute capabilities), how tensors are read, whose threads it uses; or ``missing``, and
             why.
         enabled: whether torch's fused optimizers run on warpstep's kernels (``warpstep.enable()``).
-        taken: how many of their calls warpstep's kernels have taken in this process.
-        passed_on: how many went to torch's kernels all the same, by reason.
-        override: the report's line about these three.
+        taken: how many of their calls warpstep's kernels have taken in this process: whole steps,
+            and calls of torch's operators.
+        by_plans: how many of those were whole steps.
+        passed_on: how many calls went to torch's kernels all the same, by reason.
+        unplanned: how many steps of theirs no plan took, by reason; their calls of torch's fused
+            operators, if they make any, are among those of ``taken`` and ``passed_on``.
+        override: the report's line about these.
     """
 
     versions: dict[str, str]
@@ -39,7 +43,9 @@ class Status:
     native: dict[str, Any] = field(default_factory=dict)
     enabled: bool = False
     taken: int = 0
+    by_plans: int = 0
     passed_on: dict[str, int] = field(default_factory=dict)
+    unplanned: dict[str, int] = field(default_factory=dict)
     override: str = ""
 
     def __str__(self) -> str:
@@ -106,6 +112,8 @@ def status() -> Status:
         about,
         override.is_enabled(),
         override.taken,
+        override.by_plans,
         dict(override.passed_on),
+        dict(override.unplanned),
         override.report(),
     )
