@@ -8,21 +8,19 @@ before.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from warpstep import backends, planned, shortcut
-from warpstep.lists import Lists, Options, lists_of, stepper
-from warpstep.rules import ADAMW, SGD
+from warpstep.counts import Counts
+from warpstep.fused_operators import OPERATORS
 
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 # Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
@@ -43,181 +41,11 @@ _remove_shortcut: Callable[[], None] | None = None
 _remove_plans: Callable[[], None] | None = None
 
 refusal = ""  # why the environment's wish was not granted
-taken = 0
-by_plans = 0  # of those taken
-passed_on: Counter[str] = Counter()
-unplanned: Counter[str] = Counter()
-
-
-def _taker(cuda: bool) -> Callable[[Lists, Options], bool]:
-    """What takes a call on a device, or counts why it goes to torch's kernel."""
-    step = stepper().step
-    threads = torch.get_num_threads
-
-    def takes(lists: Lists, options: Options) -> bool:
-        reason = _gpu_reason(lists.tensors[0]) if cuda else ""
-        reason = reason or step(
-            lists.rule.name,
-            lists.tensors,
-            options,
-            cuda=cuda,
-            dispatched=True,
-            always=False,
-            count_writes=False,
-            threads=threads(),
-        )
-        if reason is None:
-            _count()
-        else:
-            passed_on[reason] += 1
-        return reason is None
-
-    return takes
-
-
-# The kernel for one operator and key; `original` takes what it does not. torch has its kernels
-# leave the gradients unscaled.
-_Kernel = Callable[..., None]
-
-
-def _adam_kernel(original: Any, cuda: bool, coupled: bool) -> _Kernel:
-    takes = _taker(cuda)
-
-    def fused(
-        keys: Any,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
-        *,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        weight_decay: float,
-        eps: float,
-        amsgrad: bool,
-        maximize: bool,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-        options = Options(
-            lr,
-            (weight_decay, beta1, beta2, eps),
-            maximize,
-            coupled,
-            grad_scale,
-            found_inf,
-            advance_steps=False,  # torch has
-            unscale_grads=True,
-        )
-        if not takes(lists_of(ADAMW, lists, {"amsgrad": amsgrad}), options):
-            original.call_boxed(
-                keys,
-                *lists,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=weight_decay,
-                eps=eps,
-                amsgrad=amsgrad,
-                maximize=maximize,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-
-    return fused
-
-
-def _sgd_kernel(original: Any, cuda: bool) -> _Kernel:
-    takes = _taker(cuda)
-
-    def fused(
-        keys: Any,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        *,
-        weight_decay: float,
-        momentum: float,
-        lr: float | Tensor,
-        dampening: float,
-        nesterov: bool,
-        maximize: bool,
-        is_first_step: bool,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        if is_first_step and buffers:
-            # They are memory as it was found, which the kernel would read, and which would stay if
-            # the step is skipped for an inf. Through .data, which counts no write: torch counts it.
-            torch._foreach_zero_([buffer.data for buffer in buffers])
-        options = Options(
-            lr,
-            (weight_decay, momentum, dampening, nesterov),
-            maximize,
-            True,
-            grad_scale,
-            found_inf,
-            advance_steps=not is_first_step,  # without counters: this is the second step, or first
-            unscale_grads=True,
-        )
-        lists = lists_of(SGD, (params, grads, buffers, []), {"momentum": buffers})
-        if not takes(lists, options):
-            original.call_boxed(
-                keys,
-                params,
-                grads,
-                buffers,
-                weight_decay=weight_decay,
-                momentum=momentum,
-                lr=lr,
-                dampening=dampening,
-                nesterov=nesterov,
-                maximize=maximize,
-                is_first_step=is_first_step,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
-
-    return fused
-
-
-# Each with what makes its kernel.
-OPERATORS: dict[str, Callable[[Any, bool], _Kernel]] = {
-    name + overload: kernel
-    for name, kernel in (
-        ("_fused_adamw_", functools.partial(_adam_kernel, coupled=False)),
-        ("_fused_adam_", functools.partial(_adam_kernel, coupled=True)),
-        ("_fused_sgd_", _sgd_kernel),
-    )
-    for overload in ("", ".tensor_lr")
-}
-
-
-def _count() -> None:
-    global taken
-    taken += 1
-
-
-def _count_plan() -> None:
-    global taken, by_plans
-    taken += 1
-    by_plans += 1
-
-
-def _count_unplanned(reason: str) -> None:
-    unplanned[reason] += 1
+counts = Counts()
 
 
 def _takes_unfused() -> bool:
     return _unfused_switched_on or _unfused_scopes > 0
-
-
-def _gpu_reason(params: list[Tensor]) -> str:
-    return backends.unavailable_reason("cuda", params[0].device) if params else ""
 
 
 def _usable_keys() -> tuple[str, ...]:
@@ -253,7 +81,7 @@ def _put_on() -> None:
                 original = torch.library.get_kernel(f"aten::{name}", key)
                 if f"aten/{name}/{key}" in overridden:
                     _beneath.add(f"aten::{name} on {key}")
-                kernel = kernel_of(original, key == "CUDA")
+                kernel = kernel_of(original, key == "CUDA", counts)
                 with quiet():
                     library.impl(name, kernel, key, with_keyset=True, allow_override=True)
                 _kept.append(torch.library.get_kernel(f"aten::{name}", key))
@@ -261,8 +89,8 @@ def _put_on() -> None:
         library._destroy()
         raise
     _library, _keys = library, keys
-    _remove_shortcut = shortcut.put_on(_count)
-    _remove_plans = planned.put_on(_count_plan, _count_unplanned, _takes_unfused)
+    _remove_shortcut = shortcut.put_on(counts)
+    _remove_plans = planned.put_on(counts, _takes_unfused)
 
 
 def _take_off() -> None:
@@ -291,8 +119,8 @@ def enable(unfused: bool = False) -> None:
     Every ``torch.optim.AdamW(..., fused=True)``, ``Adam(..., fused=True)`` and ``SGD(...,
     fused=True)``, whenever it was constructed, then steps by a plan, as warpstep's own classes do:
     one launch for all its groups. So do instances of derived classes that have no ``step`` of their
-    own. Their state, its dtypes and counters stay as torch has them, so that a checkpoint, a copy or
-    ``disable()`` finds a plain torch optimizer at any moment; hooks, schedulers, closures and a
+    own. Their state, its dtypes and counters stay as torch has them, so that a checkpoint, a copy
+    or ``disable()`` finds a plain torch optimizer at any moment; hooks, schedulers, closures and a
     ``GradScaler`` go on as before. The semantics are torch's (steps, grad_scale, found_inf,
     gradients left unscaled); results differ by a few roundings a step.
 
@@ -395,12 +223,9 @@ def report() -> str:
         line += ", and those for which nothing was chosen"
     if refusal:
         line += f" ({refusal})"
-    if _library is not None and not taken and not passed_on:
+    if _library is not None and not counts.taken and not counts.passed_on:
         line += "; no call yet: it takes those of optimizers constructed with fused=True"
-    if taken or passed_on:
-        line += f"; {taken} calls taken, {by_plans} of them whole steps by plans"
-        line += "".join(f", {count} passed on to torch ({why})" for why, count in passed_on.items())
-    line += "".join(f"; {count} steps without a plan ({why})" for why, count in unplanned.items())
+    line += str(counts)
     if _library is not None and _beneath:
         line += f"; overridden by others before: {', '.join(sorted(_beneath))}"
     return line

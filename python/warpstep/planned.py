@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 - not torch.optim's, where ours may be
 
 from warpstep import modes, signals
+from warpstep.counts import Counts
 from warpstep.entries import Entry
 from warpstep.options import Options
 from warpstep.plan import Plan
@@ -194,8 +195,7 @@ def _beside(optimizer: Optimizer) -> _Beside:
 def planning(
     original: Any,
     kind: type[Optimizer],
-    count: Callable[[], None],
-    pass_on: Callable[[str], None],
+    counts: Counts,
     takes_unfused: Callable[[], bool],
     is_on: Callable[[], bool],
 ) -> Any:
@@ -216,9 +216,10 @@ def planning(
         try:
             _beside(self).step(self, kind, takes_unfused())
         except NotPlanned as reason:
-            pass_on(str(reason))
+            counts.unplanned[str(reason)] += 1
         else:
-            count()
+            counts.taken += 1
+            counts.by_plans += 1
             return loss
         original(self)
         return loss
@@ -242,24 +243,17 @@ def _place_of_step(kind: type[Optimizer]) -> CellType | None:
     return places[0] if len(places) == 1 else None
 
 
-def put_on(
-    count: Callable[[], None],
-    pass_on: Callable[[str], None],
-    takes_unfused: Callable[[], bool],
-) -> Callable[[], None]:
+def put_on(counts: Counts, takes_unfused: Callable[[], bool]) -> Callable[[], None]:
     """Has the steps of torch's optimizers go by plans. Returns what undoes it.
 
-    Args:
-        count: called for each step that a plan took.
-        pass_on: called with the reason for each that none took.
-        takes_unfused: whether optimizers are taken for which no implementation was chosen.
+    ``takes_unfused`` tells whether to take optimizers for which no implementation was chosen.
     """
     on = True
     places = []
     for kind in KINDS:
         if (place := _place_of_step(kind)) is not None:
             original = place.cell_contents
-            ours = planning(original, kind, count, pass_on, takes_unfused, lambda: on)
+            ours = planning(original, kind, counts, takes_unfused, lambda: on)
             place.cell_contents = ours
             places.append((place, ours, original))
 

@@ -111,9 +111,9 @@ def status() -> Status:
         launches,
         about,
         override.is_enabled(),
-        override.taken,
-        override.by_plans,
-        dict(override.passed_on),
-        dict(override.unplanned),
+        override.counts.taken,
+        override.counts.by_plans,
+        dict(override.counts.passed_on),
+        dict(override.counts.unplanned),
         override.report(),
     )

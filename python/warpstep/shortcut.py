@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, modes
+from warpstep.counts import Counts
 from warpstep.lists import Options, lists_of, stepper
 from warpstep.rules import ADAMW
 
@@ -29,8 +30,8 @@ KNOWN = [
 ]
 
 
-def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool]) -> Any:
-    """In place of torch's ``original``; ``count`` is called for each call taken.
+def shorter(original: Any, counts: Counts, is_on: Callable[[], bool]) -> Any:
+    """In place of torch's ``original``; ``counts`` counts the calls taken.
 
     Someone may have wrapped it, and it cannot be taken off: then ``is_on`` says if it is wanted.
     """
@@ -78,7 +79,7 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
             )
             if reason is None:
                 increment_version(state_steps)  # as torch's addition to them does
-                count()
+                counts.taken += 1
                 return
         original(
             params,
@@ -95,14 +96,14 @@ def shorter(original: Any, count: Callable[[], None], is_on: Callable[[], bool])
     return fused_adam
 
 
-def put_on(count: Callable[[], None]) -> Callable[[], None]:
+def put_on(counts: Counts) -> Callable[[], None]:
     """Puts the shortcut in its place. Returns what takes it off again."""
     module: Any = importlib.import_module("torch.optim.adam")  # no attribute of torch.optim
     original = getattr(module, NAME, None)
     if original is None or list(inspect.signature(original).parameters) != KNOWN:
         return lambda: None  # another torch: the operators are overridden all the same
     on = True
-    ours = shorter(original, count, lambda: on)
+    ours = shorter(original, counts, lambda: on)
     setattr(module, NAME, ours)
 
     def take_off() -> None:
