@@ -19,14 +19,14 @@ params = [torch.nn.Parameter(torch.ones(3)) for _ in range(9)]
 for p in params:
     p.grad = torch.ones(3)
 {then}
-torch.optim.AdamW(params, fused=True).step()
+torch.optim.AdamW(params, fused={fused}).step()
 warpstep.status()
 print(warpstep.status().enabled, warpstep.status().taken)
 """
 
 
-def run(first="", then="", **environment):
-    program = PROGRAM.format(first=first, then=then)
+def run(first="", then="", fused=True, **environment):
+    program = PROGRAM.format(first=first, then=then, fused=fused)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env={**os.environ, **environment},
@@ -44,12 +44,14 @@ def run(first="", then="", **environment):
         ({"first": "import warpstep.autoenable"}, ["True", "1"]),
         ({"WARPSTEP_ENABLE": "1"}, ["True", "1"]),
         ({"WARPSTEP_ENABLE": "0"}, ["False", "0"]),
+        ({"WARPSTEP_ENABLE": "all", "fused": None}, ["True", "1"]),
         ({"then": "warpstep.enable()"}, ["True", "1"]),
         ({"then": "warpstep.enable(); warpstep.disable(); warpstep.enable()"}, ["True", "1"]),
         ({"then": "filters = list(__import__('warnings').filters); warpstep.enable(); "
           "assert filters == __import__('warnings').filters"}, ["True", "1"]),
     ],
-    ids=["import", "autoenable", "environment", "environment 0", "enable", "again", "filters"],
+    ids=["import", "autoenable", "environment", "environment 0", "environment all", "enable",
+         "again", "filters"],
 )  # fmt: skip
 def test_processes(arguments, expected):
     """Importing enables nothing unless asked to; nothing warns, nothing is printed."""

@@ -89,8 +89,12 @@ def _put_on() -> None:
         library._destroy()
         raise
     _library, _keys = library, keys
-    _remove_shortcut = shortcut.put_on(counts)
-    _remove_plans = planned.put_on(counts, _takes_unfused)
+    try:
+        _remove_shortcut = shortcut.put_on(counts)
+        _remove_plans = planned.put_on(counts, _takes_unfused)
+    except BaseException:
+        _take_off()
+        raise
 
 
 def _take_off() -> None:

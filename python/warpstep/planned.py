@@ -173,6 +173,9 @@ def _check(optimizer: Optimizer, kind: type[Optimizer], unfused: bool) -> bool:
             raise NotPlanned("a group with a key that warpstep's own classes read")
         if rule.counts_steps(group) and not rule.is_whole:
             raise NotPlanned("dampened momentum, for which torch's state has no count of steps")
+        is_refused = unchosen and group.get("capturable")
+        if is_refused and any(param.device.type == "cpu" for param in group["params"]):
+            raise NotPlanned("capturable=True on the CPU, which torch's unfused steps refuse")
         fused.add(not unchosen)
     if len(fused) == 2:
         raise NotPlanned("groups with and without fused=True")
@@ -254,8 +257,9 @@ def put_on(counts: Counts, takes_unfused: Callable[[], bool]) -> Callable[[], No
         if (place := _place_of_step(kind)) is not None:
             original = place.cell_contents
             ours = planning(original, kind, counts, takes_unfused, lambda: on)
-            place.cell_contents = ours
             places.append((place, ours, original))
+    for place, ours, _ in places:
+        place.cell_contents = ours
 
     def take_off() -> None:
         nonlocal on
