@@ -62,8 +62,8 @@ class Case:
     says on which devices torch.compile joins in: it takes from seconds to minutes a case.
     `sequence` names what a competitor runs inside the clock (bench/sequences.py). `threads` is how
     many of torch's the CPU has for it, all if None; `only` who is measured, all if empty.
-    `optimizer` is the class that steps. `recipe` names what warpstep keeps (RECIPES), if it is not
-    what torch does.
+    With `sharded`, tensors are DTensors, over a mesh of this one process. `optimizer` is the class
+    that steps. `recipe` names what warpstep keeps (RECIPES), if it is not what torch does.
     """
 
     id: str
@@ -80,6 +80,7 @@ class Case:
     sequence: str = "step"
     threads: int | None = None
     only: tuple[str, ...] = ()
+    sharded: bool = False
     optimizer: str = "AdamW"
     recipe: str = ""
 
@@ -228,6 +229,13 @@ def _sequences(id: str, shapes: Shapes) -> tuple[Case, ...]:
     return tuple(Case(f"{id}/{s}", "tail", shapes, quick=True, sequence=s) for s in sequences)
 
 
+def _enabled(case: Case, *more: str) -> tuple[Case, ...]:
+    """Torch's optimizers on warpstep's kernels."""
+    return tuple(
+        replace(case, id=f"{case.id}/{s}", sequence=s, quick=True) for s in ("enabled", *more)
+    )
+
+
 def _beside_busy_core(id: str, shapes: Shapes, quick: bool = False) -> Case:
     """What the threads of a step cost where one of them has to wait for a core."""
     id = f"{id}/busy-core"
@@ -273,6 +281,9 @@ CASES: tuple[Case, ...] = (
     # The tail in one pass, and torch's optimizers on warpstep's kernels.
     *_sequences("gpt2-124m", gpt2(12, 768)),
     *_sequences("2000x256", equal(2000, 256)),
+    *_enabled(Case("465-groups", "tail", equal(465, 64), groups=465)),
+    *_enabled(Case("400x1024", "tail", equal(400, 1024)), "unfused"),
+    *_enabled(Case("300-shards", "tail", equal(300, 256), sharded=True, devices=CPU)),
     # One large tensor: nothing but memory traffic.
     *_in_both(Case("one-2^26", "large", equal(1, 2**26), devices=CPU, compiled_on=CPU, quick=True)),
     *_in_both(

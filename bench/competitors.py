@@ -81,9 +81,9 @@ class Competitor:
     def build(self, groups: Groups, case: Case) -> tuple[torch.optim.Optimizer, Step]:
         """An optimizer of these groups, and the case's sequence over them, ready to be called."""
         sequence, hypers = case.sequence, HYPERS[case.optimizer]
-        if sequence == "enabled" and self.id != PLAIN:
+        if sequence in sequences.ENABLED and self.id != PLAIN:
             enabled: torch.optim.Optimizer = getattr(torch.optim, case.optimizer)(
-                groups, lr=LR, fused=True, **hypers
+                groups, lr=LR, fused=sequences.ENABLED[sequence], **hypers
             )
             return enabled, enabled.step
         more = sequences.options(sequence) if self.id == OURS else {}
@@ -130,7 +130,7 @@ COMPETITORS: tuple[Competitor, ...] = (
         "torch.optim",
         "AdamW",
         (("fused", True),),
-        sequences=("step", "clip", "tail", "enabled"),
+        sequences=("step", "clip", "tail", *sequences.ENABLED),
         optimizers=WITH_SGD,
     ),
     Competitor(
@@ -146,7 +146,7 @@ COMPETITORS: tuple[Competitor, ...] = (
         graph=True,
         against=OUR_GRAPH,
     ),
-    Competitor(PLAIN, "warpstep", "AdamW", sequences=("clip", "tail", "stats", "enabled")),
+    Competitor(PLAIN, "warpstep", "AdamW", sequences=("clip", "tail", "stats", *sequences.ENABLED)),
     Competitor("torch-foreach", "torch.optim", "AdamW", (("foreach", True),), optimizers=WITH_SGD),
     Competitor("torch-forloop", "torch.optim", "AdamW", (("foreach", False),), optimizers=WITH_SGD),
     Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),

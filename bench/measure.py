@@ -18,6 +18,7 @@ from bench.copying import Tensors, copy_loop
 from bench.devices import Cpu, Cuda, clock
 from bench.machine import Others, busy_core
 from bench.sequences import surroundings
+from bench.shards import as_shards, local
 
 WARM_UP_STEPS = 3
 
@@ -113,8 +114,9 @@ class Entry:
     ) -> None:
         self.id = competitor.id
         self.device = device
-        self.parameters = [torch.nn.Parameter(placed_like(t, case.offset)) for t in initial]
-        self.gradients = gradients
+        own = [placed_like(t, case.offset) for t in initial]
+        self.parameters = [torch.nn.Parameter(t) for t in (as_shards(own) if case.sharded else own)]
+        self.gradients = as_shards(gradients) if case.sharded else gradients
         groups: Groups = [
             {"params": self.parameters[i :: case.groups], "lr": LR * (1 + i / case.groups)}
             for i in range(case.groups)
@@ -311,7 +313,7 @@ def mean_difference(entry: Entry, other: Entry) -> float:
     """
     with torch.no_grad():
         total = sum(
-            float((p.float() - q.float()).abs().sum(dtype=torch.float64))
+            float((local(p).float() - local(q).float()).abs().sum(dtype=torch.float64))
             for p, q in zip(entry.parameters, other.parameters, strict=True)
         )
     return total / sum(p.numel() for p in entry.parameters)

@@ -25,7 +25,11 @@ IN_WORDS = {
     "tail": "unscale (GradScaler), clip, step, average the weights",
     "stats": "step with statistics, against without",
     "enabled": "torch's fused optimizer under enable(), against without",
+    "unfused": "torch's optimizer by default, under enable(unfused=True), against without",
 }
+
+# Sequence -> `fused` of torch's optimizer, which is enabled for one of the two that step.
+ENABLED = {"enabled": True, "unfused": None}
 
 
 def torchs(sequence: str, optimizer: Any) -> Step:
@@ -86,7 +90,9 @@ def options(sequence: str) -> dict[str, object]:
 
 def surroundings(sequence: str, is_ours: bool) -> AbstractContextManager[None]:
     """In which a competitor's turn takes place."""
-    return warpstep.enabled() if sequence == "enabled" and is_ours else nullcontext()
+    if not is_ours or sequence not in ENABLED:
+        return nullcontext()
+    return warpstep.enabled(unfused=sequence == "unfused")
 
 
 def scaler_on(device: torch.device) -> torch.amp.GradScaler:
