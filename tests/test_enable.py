@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import warpstep
+from support.enabling import each_way, go
 from support.environment import EMULATED
 from support.lists import HYPERS, assert_same_lists, clones, flat, streams
 from support.parameters import new_params, set_grads, take_steps
@@ -38,8 +39,10 @@ def counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"lr": "tensor"}])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_steps_as_torch(kind, options, dtype):
+@each_way
+def test_steps_as_torch(way, kind, options, dtype, monkeypatch):
     """Parameters and state are a few roundings from torch's; all calls are taken."""
+    go(way, monkeypatch)
     options = {"weight_decay": 0.1, "fused": True, **options}
     if options.get("lr"):
         options["lr"] = torch.tensor(0.01)
@@ -62,17 +65,14 @@ def test_steps_as_torch(kind, options, dtype):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_bits_of_warpsteps_own(kind):
-    """The bits are those of warpstep's optimizer, by the shortcut and by the operator."""
-    ours = new_params(SIZES)
+@each_way
+def test_bits_of_warpsteps_own(way, kind, monkeypatch):
+    go(way, monkeypatch)
+    ours, mine = new_params(SIZES), new_params(SIZES)
     take_steps(getattr(warpstep, kind.__name__)(ours, weight_decay=0.1), range(4))
-    for patched in (True, False):
-        mine = new_params(SIZES)
-        with warpstep.enabled():
-            if not patched:
-                override._remove_shortcut()
-            take_steps(kind(mine, weight_decay=0.1, fused=True), range(4))
-        assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
+    with warpstep.enabled():
+        take_steps(kind(mine, weight_decay=0.1, fused=True), range(4))
+    assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in override.OPERATORS if "adam" in name])
@@ -97,8 +97,10 @@ def test_operators(name):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-7)
 
 
-def test_a_launch_a_step():
+@each_way
+def test_a_launch_a_step(way, monkeypatch):
     """One launch for all tensors, whatever their number."""
+    go(way, monkeypatch)
     params = new_params([(2,)] * 500)
     optimizer = torch.optim.AdamW(params, fused=True)
     with warpstep.enabled():
@@ -214,8 +216,10 @@ def test_integers_are_torchs_error():
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_scale_and_inf(kind, found_inf):
+@each_way
+def test_scale_and_inf(way, kind, found_inf, monkeypatch):
     """Gradients are left unscaled as torch leaves them; an inf changes nothing."""
+    go(way, monkeypatch)
     results = []
     for on in (False, True):
         params = new_params(SIZES)
@@ -251,8 +255,10 @@ def test_operator_with_scale_and_inf(found_inf):
     assert_same_lists(mine, before, [5] if found_inf == 0 else range(6))
 
 
-def test_grad_scaler():
+@each_way
+def test_grad_scaler(way, monkeypatch):
     """torch.amp.GradScaler skips the step with the inf, and goes on."""
+    go(way, monkeypatch)
     results = []
     for on in (False, True):
         params = new_params(SIZES)
@@ -308,8 +314,10 @@ def test_compiled_step():
         torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-6)
 
 
-def test_tensor_betas():
+@each_way
+def test_tensor_betas(way, monkeypatch):
     """Tensor betas are numbers by the time they reach the operator; all is taken all the same."""
+    go(way, monkeypatch)
     mine, theirs = new_params(SIZES), new_params(SIZES)
     betas = (torch.tensor(0.9), torch.tensor(0.99))
     take_steps(torch.optim.AdamW(theirs, betas=(0.9, 0.99), fused=True), range(4))
@@ -323,7 +331,8 @@ def test_tensor_betas():
 
 
 def test_another_torch(monkeypatch):
-    """Where the private function differs from what is known, the operators alone are taken."""
+    """Where the private function differs from what is known, it is not replaced."""
+    go("shortcut", monkeypatch)
     module = sys.modules["torch.optim.adam"]
     original = module._fused_adam
     monkeypatch.setattr(module, "_fused_adam", lambda *args, new=None, **kw: original(*args, **kw))
@@ -379,8 +388,10 @@ def test_over_anothers_override():
     assert called == [1, 1]
 
 
-def test_threads():
+@each_way
+def test_threads(way, monkeypatch):
     """Steps in several threads while another one enables and disables."""
+    go(way, monkeypatch)
     models = [new_params(SIZES) for _ in range(3)]
     optimizers = [torch.optim.AdamW(m, fused=True) for m in models]
     workers = [threading.Thread(target=take_steps, args=(o, range(30))) for o in optimizers]

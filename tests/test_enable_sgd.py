@@ -8,6 +8,7 @@ import torch
 
 import warpstep
 from support.bits import assert_same
+from support.enabling import go
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
 from support.sgd_pairs import LR, assert_near, assert_states_near, each_variant
@@ -66,8 +67,10 @@ def assert_lists_near(mine, theirs, steps=1):
 @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @each_variant
-def test_steps_as_torch(options, dtype, lr):
+@pytest.mark.parametrize("way", ["plans", "operators"])
+def test_steps_as_torch(way, options, dtype, lr, monkeypatch):
     """Parameters and buffers are a few roundings from torch's; all calls are taken."""
+    go(way, monkeypatch)
     pair = [
         torch.optim.SGD(new_params(SIZES, dtype=dtype), lr=lr, fused=True, **options)
         for _ in range(2)
@@ -87,7 +90,9 @@ def test_steps_as_torch(options, dtype, lr):
 
 
 @each_variant
-def test_bits_of_warpsteps_own(options):
+@pytest.mark.parametrize("way", ["plans", "operators"])
+def test_bits_of_warpsteps_own(way, options, monkeypatch):
+    go(way, monkeypatch)
     if options.get("dampening"):
         options = {**options, "dampening": 0.25}
     ours, mine = new_params(SIZES), new_params(SIZES)
@@ -150,8 +155,10 @@ def test_a_first_step_that_is_skipped_leaves_no_garbage():
     assert_lists_near(mine, theirs)
 
 
-def test_grad_scaler():
+@pytest.mark.parametrize("way", ["plans", "operators"])
+def test_grad_scaler(way, monkeypatch):
     """torch.amp.GradScaler skips the step with the inf, and goes on."""
+    go(way, monkeypatch)
     pair = [torch.optim.SGD(new_params(), lr=LR, momentum=0.9, fused=True) for _ in range(2)]
     for on, optimizer in zip((False, True), pair, strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

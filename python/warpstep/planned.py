@@ -158,10 +158,6 @@ class _Beside:
 
 def _check(optimizer: Optimizer, kind: type[Optimizer], unfused: bool) -> bool:
     """Whether all groups have fused=True. Raises `NotPlanned` for what is not to be planned."""
-    for name in ("step", "_init_group"):
-        own = inspect.unwrap(getattr(type(optimizer), name))
-        if own is not inspect.unwrap(getattr(kind, name)):
-            raise NotPlanned(f"a class with a {name!r} of its own")
     rule, fused = KINDS[kind], set()
     for group in optimizer.param_groups:
         unchosen = group.get("fused") is None and group.get("foreach") is None
@@ -179,6 +175,10 @@ def _check(optimizer: Optimizer, kind: type[Optimizer], unfused: bool) -> bool:
         fused.add(not unchosen)
     if len(fused) == 2:
         raise NotPlanned("groups with and without fused=True")
+    for name in ("step", "_init_group"):
+        own = inspect.unwrap(getattr(type(optimizer), name))
+        if own is not inspect.unwrap(getattr(kind, name)):
+            raise NotPlanned(f"a class with a {name!r} of its own")
     return True in fused
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 
+import pytest
 import torch
 
 import warpstep
 from support import sgd_pairs
 from support.parameters import new_params, params_of, set_grads
 from support.tolerance import bound
+from warpstep import planned, shortcut
 
 LR = 0.01
 KINDS = {
@@ -16,6 +18,17 @@ KINDS = {
     "SGD": (torch.optim.SGD, {"lr": LR, "momentum": 0.9}),
 }
 SHAPES = [(5, 3), (), (17,), (0, 2), (40, 7)]
+
+
+def go(way, monkeypatch):
+    """Has enable() take torch's steps one way only: by plans, the shortcut or the operators."""
+    if way != "plans":
+        monkeypatch.setattr(planned, "_place_of_step", lambda kind: None)
+    if way == "operators":
+        monkeypatch.setattr(shortcut, "KNOWN", [])
+
+
+each_way = pytest.mark.parametrize("way", ["plans", "shortcut", "operators"])
 
 
 def torchs(name="AdamW", params=None, **options):
