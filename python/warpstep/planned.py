@@ -39,8 +39,9 @@ KINDS: dict[type[Optimizer], Rule] = {
 }
 # What warpstep's own classes have in a group and torch's do not read.
 _OWN_KEYS = frozenset({"decay_form", "base_lr", "ema_decay", "master"})
-# So many steps at most are left to torch before another plan is tried.
-_LONGEST_REST = 64
+# So many plans in a row may last for one step, as when a run begins; then steps are left to torch,
+# so many at most before another plan is tried.
+_BRIEF, _LONGEST_REST = 2, 64
 
 CHOSEN = "fused=False, foreach or differentiable=True was asked for"
 UNCHOSEN = "fused=True was not asked for: enable(unfused=True) takes these, too"
@@ -91,6 +92,7 @@ class _Beside:
     owner: type | None = None  # the optimizer's class when the plan was made
     is_fused: bool = True
     served: int = 0  # steps that the plan has taken
+    brief: int = 0  # how many plans in a row have taken only one
     patience: int = 0  # how many steps are left to torch where a plan is of no use
     rest: int = 0  # how many still are
     why: str = ""
@@ -111,11 +113,12 @@ class _Beside:
             if capturing:
                 raise NotPlanned("a graph capture before such a step was taken eagerly")
             if self.plan is not None:
-                if self.served == 1:  # making it may have cost more than it has saved
-                    self._leave_steps(f"plans that last for one step: {stale}")
-                else:
-                    self.patience = 0
                 self.plan = None
+                self.brief = self.brief + 1 if self.served == 1 else 0
+                if self.brief == 0:
+                    self.patience = 0
+                elif self.brief > _BRIEF:  # making them may cost more than they save
+                    self._leave_steps(f"plans that last for one step: {stale}")
             if self.rest > 0:
                 self.rest -= 1
                 raise NotPlanned(self.why)
