@@ -92,17 +92,13 @@ def launches(expected):
 
 @contextlib.contextmanager
 def calls_taken(steps):
-    """Within, warpstep must take ``steps`` of torch's fused steps or more, and pass none on.
-
-    More, because torch makes one call for each group.
-    """
+    """Within, plans must take ``steps`` of torch's fused steps or more, and nothing be left."""
     before = warpstep.status()
-    taken, passed_on = before.taken, dict(before.passed_on)
     with warpstep.enabled():
         yield
     after = warpstep.status()
-    assert after.taken - taken >= steps
-    assert after.passed_on == passed_on
+    assert after.by_plans - before.by_plans >= steps
+    assert (after.passed_on, after.unplanned) == (before.passed_on, before.unplanned)
 
 
 # ---- Several processes
