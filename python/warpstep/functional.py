@@ -10,18 +10,25 @@ from torch import Tensor
 
 from warpstep import modes
 from warpstep.list_steps import run
-from warpstep.lists import OPERATORS
+from warpstep.lists import OPERATORS, low_precision_names
+from warpstep.precision import Rounding
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
+ListRounding = Literal[Rounding, "stochastic_exp_avg_sq"]
 
 
 def _call(name: str, given: Sequence[Sequence[Tensor]], backend: str, **options: Any) -> None:
     """The step of `OPERATORS[name]`, or of torch's operator of that name where one looks."""
     tensors = [g if isinstance(g, list) else list(g) for g in given]
+    for low in low_precision_names(OPERATORS[name].rule.moments):
+        if options[low] is not None and not isinstance(options[low], list):
+            options[low] = list(options[low])
     # Tracers and modes are to see an operator; without a tensor there is none to call.
     if any(tensors) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.
         overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        if options["seed"] >= 2**63:  # torch's integers have 64 bits and a sign
+            options["seed"] -= 2**64
         getattr(getattr(torch.ops.warpstep, name), overload)(*tensors, **options)
         return
     run(*OPERATORS[name].bound(tensors, options), backend)
@@ -46,6 +53,15 @@ def adamw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    max_exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: ListRounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of AdamW on lists of tensors, in place, in one launch for all of a recipe.
@@ -115,6 +131,15 @@ def adamw_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
+        max_exp_avg_sq_scales=max_exp_avg_sq_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -137,6 +162,15 @@ def adam_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    max_exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: ListRounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of Adam on lists of tensors: as `adamw_`, but weight decay joins the gradient.
@@ -164,6 +198,15 @@ def adam_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
+        max_exp_avg_sq_scales=max_exp_avg_sq_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -183,6 +226,13 @@ def sgd_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    momentum_buffer_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of SGD, with or without momentum, on lists of tensors: as `adamw_` otherwise.
@@ -225,6 +275,13 @@ def sgd_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        momentum_buffer_scales=momentum_buffer_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -244,6 +301,13 @@ def sgdw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    momentum_buffer_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of SGDW on lists of tensors: as `sgd_`, but weight decay stays out of the gradient.
@@ -268,6 +332,13 @@ def sgdw_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        momentum_buffer_scales=momentum_buffer_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
