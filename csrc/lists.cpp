@@ -73,14 +73,17 @@ bool is_contiguous(const TensorView& view) {
 // How an operand is stored whose memory has a format.
 Format stored_as(std::uint32_t operand, Format format, const TensorLists& lists,
                  const ListOptions& options) {
+  if (format != Format::uint8 && format != Format::bfloat16) return format;
   const bool is_moment = operand >= kMoment && operand < kMomentEnd;
   // AdamW's moments after the first: never negative, and slow to decay.
   const bool is_square = is_moment && operand != kMoment && options.rule == RuleId::adamw;
-  if (is_moment && format == Format::uint8) return is_square ? Format::ue5m3 : Format::e4m3;
+  if (format == Format::uint8) {
+    return is_square ? Format::ue5m3 : is_moment ? Format::e4m3 : format;
+  }
   const bool has_master = lists.of[kResidual] != nullptr;
   const bool at_random = (operand == kParam && options.stochastic_params && !has_master) ||
                          (is_square && options.stochastic_squares);
-  return at_random && format == Format::bfloat16 ? Format::bfloat16_stochastic : format;
+  return at_random ? Format::bfloat16_stochastic : format;
 }
 
 }  // namespace
@@ -145,8 +148,10 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       if (view.data == nullptr && numel != 0) return "memory that was freed";
       const Format format = stored_as(k, view.format, lists, options);
       if (k == kCopy && param.format != Format::float32) return "no kernel for the dtypes";
-      draws |= is_stochastic(format);
-      in_blocks |= is_in_blocks(format);
+      if (format != view.format) {
+        draws |= is_stochastic(format);
+        in_blocks |= is_in_blocks(format);
+      }
       recipe.formats[k] = format;
       (k == kGrad ? grad : row.operands[k]) = view.data;
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,23 +26,25 @@ STOCHASTIC_SQUARES = "stochastic_exp_avg_sq"
 
 def check_options(lists: Lists, options: Options) -> None:
     """Raises where the options of rounding are none: what kernels would take as they are."""
-    if (options.rounding, options.seed) != (None, 0):
+    if options.rounding is not None or options.seed != 0:
         _check_rounding(lists, options)
-    limits = {"param_indices": 2**32, "first_elements": 2**63}
-    for name, limit in limits.items():
-        given = getattr(options, name)
-        if given is None:
-            continue
-        for i, number in enumerate(given):
-            if not isinstance(number, int):
-                raise TypeError(f"{name}[{i}] is {number!r}, expected an integer")
-            if not 0 <= number < limit:
-                raise ValueError(f"{name}[{i}] is {number}, which is not in [0, {limit})")
-        if len(given) != len(lists.tensors[0]):
-            raise ValueError(
-                f"{name} has {len(given)} numbers and params {len(lists.tensors[0])} tensors: give "
-                "one for each"
-            )
+    if options.param_indices is not None:
+        _check_numbers("param_indices", options.param_indices, lists, 2**32)
+    if options.first_elements is not None:
+        _check_numbers("first_elements", options.first_elements, lists, 2**63)
+
+
+def _check_numbers(name: str, given: Sequence[int], lists: Lists, limit: int) -> None:
+    for i, number in enumerate(given):
+        if not isinstance(number, int):
+            raise TypeError(f"{name}[{i}] is {number!r}, expected an integer")
+        if not 0 <= number < limit:
+            raise ValueError(f"{name}[{i}] is {number}, which is not in [0, {limit})")
+    if len(given) != len(lists.tensors[0]):
+        raise ValueError(
+            f"{name} has {len(given)} numbers and params {len(lists.tensors[0])} tensors: give one "
+            "for each"
+        )
 
 
 def _check_rounding(lists: Lists, options: Options) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -56,11 +56,13 @@ class Lists(NamedTuple):
 
     def for_kernels(self) -> tuple[list[Tensor] | None, ...] | None:
         """The lists of low precision as the native module takes them."""
-        names = low_precision_names(self.moments)
-        return tuple(map(self.low_precision.get, names)) if self.low_precision else None
+        if not self.low_precision:
+            return None
+        return tuple(map(self.low_precision.get, low_precision_names(self.moments)))
 
 
-def low_precision_names(moments: Iterable[str]) -> tuple[str, ...]:
+@functools.cache
+def low_precision_names(moments: tuple[str, ...]) -> tuple[str, ...]:
     """What the lists of low precision are called: of moments, the scales; and of parameters."""
     return (*(scales_of(moment) for moment in moments), RESIDUALS, COPIES)
 
