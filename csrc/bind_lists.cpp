@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <string>
+#include <vector>
 
 #include "lists.h"
 #include "names.h"
@@ -14,7 +16,8 @@ namespace {
 
 // The fields of warpstep.lists.Options, in their order there.
 constexpr std::array kFields{"lr",         "numbers",   "maximize",      "coupled",
-                             "grad_scale", "found_inf", "advance_steps", "unscale_grads"};
+                             "grad_scale", "found_inf", "advance_steps", "unscale_grads",
+                             "rounding",   "seed",      "param_indices", "first_elements"};
 
 class Fields {
  public:
@@ -22,6 +25,11 @@ class Fields {
     if (fields.size() != kFields.size()) throw py::type_error("not warpstep.lists.Options");
   }
   py::handle next() { return PyTuple_GET_ITEM(fields_.ptr(), at_++); }
+  template <class T>
+  std::vector<T> numbers() {  // None: by default
+    const py::handle given = next();
+    return given.is_none() ? std::vector<T>() : given.cast<std::vector<T>>();
+  }
   double number() { return next().cast<double>(); }
   bool flag() { return next().cast<bool>(); }
 
@@ -29,6 +37,18 @@ class Fields {
   const py::tuple& fields_;
   Py_ssize_t at_ = 0;
 };
+
+// A list, or None, for each moment's scales, the residuals and the copies.
+void add_low_precision(const py::tuple& given, std::size_t moments, TensorLists& lists) {
+  if (given.size() != moments + 2) throw py::value_error("scales, residuals, copies are needed");
+  for (std::size_t i = 0; i < given.size(); ++i) {
+    const py::handle list = PyTuple_GET_ITEM(given.ptr(), i);
+    if (list.is_none()) continue;
+    if (!PyList_Check(list.ptr())) throw py::type_error("not a list");
+    const std::size_t after_scales = i == moments ? std::size_t{kResidual} : std::size_t{kCopy};
+    lists.of[i < moments ? kScale + i : after_scales] = list.ptr();
+  }
+}
 
 }  // namespace
 
@@ -41,7 +61,7 @@ void bind_lists(py::module_& m) {
           "step",
           [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists,
              const py::tuple& given, bool cuda, bool dispatched, bool always, bool count_writes,
-             int threads) {
+             int threads, const py::object& low_precision) {
             Fields fields(given);
             ListOptions options{};
             options.rule = rule_named(rule);
@@ -55,6 +75,15 @@ void bind_lists(py::module_& m) {
             const py::handle grad_scale = fields.next(), found_inf = fields.next();
             options.advance_steps = fields.flag();
             options.unscale_grads = fields.flag();
+            const py::handle rounding = fields.next();
+            if (!rounding.is_none()) {
+              const auto word = rounding.cast<std::string>();
+              options.stochastic_params = word == "stochastic";
+              options.stochastic_squares = word == "stochastic" || word == "stochastic_exp_avg_sq";
+            }
+            options.seed = fields.next().cast<std::uint64_t>();
+            options.param_indices = fields.numbers<std::uint32_t>();
+            options.first_elements = fields.numbers<std::int64_t>();
             options.cuda = cuda;
             options.dispatched = dispatched;
             options.always = always;
@@ -63,12 +92,20 @@ void bind_lists(py::module_& m) {
             if (lists.size() < 3 || lists.size() > 3 + kMomentEnd - kMoment) {
               throw py::value_error("params, grads, moments and steps are needed");
             }
-            const TensorLists given_lists{
-                lists.front(), lists[1], {lists.begin() + 2, lists.end() - 1}, lists.back()};
+            TensorLists given_lists;
+            const std::size_t moments = lists.size() - 3;
+            given_lists.of[kParam] = lists[0].ptr();
+            given_lists.of[kGrad] = lists[1].ptr();
+            for (std::size_t i = 0; i < moments; ++i) {
+              given_lists.of[kMoment + i] = lists[2 + i].ptr();
+            }
+            given_lists.state_steps = lists.back().ptr();
+            if (!low_precision.is_none()) add_low_precision(low_precision, moments, given_lists);
             return stepper.step(given_lists, lr, grad_scale, found_inf, options);
           },
           py::arg("rule"), py::arg("lists"), py::arg("options"), py::kw_only(), py::arg("cuda"),
-          py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"));
+          py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"),
+          py::arg("low_precision") = py::none());
 }
 
 }  // namespace warpstep

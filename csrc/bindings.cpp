@@ -86,8 +86,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("uses_torchs_threads", uses_parallel_for);
   m.def("launch_counts", [] {
     py::dict counts;
-    counts["cpu"] = launch_counts().cpu;
-    counts["cuda"] = launch_counts().cuda;
+    counts["cpu"] = launch_counts().cpu.load();
+    counts["cuda"] = launch_counts().cuda.load();
     return counts;
   });
   m.def("touch_streams", [](const std::vector<std::array<py::object, 4>>& tensors, int threads) {

@@ -2,6 +2,7 @@
 // and lists share.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -30,9 +31,9 @@ struct Bucket {
   Launch launch_of(const Tail& tail, const Hyper* hypers, std::size_t groups) const;
 };
 
-// How many kernels were launched since the module was loaded.
+// How many kernels were launched since the module was loaded, by threads without the GIL, too.
 struct LaunchCounts {
-  std::uint64_t cpu = 0, cuda = 0;
+  std::atomic<std::uint64_t> cpu{0}, cuda{0};
 };
 LaunchCounts& launch_counts();
 

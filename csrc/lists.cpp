@@ -46,16 +46,58 @@ const char* read_lr(py::handle lr, dlpack::Device device, Hyper& hyper) {
   return nullptr;
 }
 
+// NOTE [letting go of the GIL]
+// A brief launch keeps the GIL, because owning its tensors costs as much as it does; but not where
+// it has few of them: a chunk of an offloaded optimizer's, say, that one thread steps while another
+// runs the backward pass. From so many elements a tensor on, owning is a hundredth of the step; and
+// of fewer in all, taking the GIL again may cost more than was won.
+constexpr std::int64_t kElementsOfTensor = std::int64_t{1} << 15;
+constexpr std::int64_t kElementsOfAll = std::int64_t{1} << 17;
+bool is_worth_letting_go(std::int64_t elements, const std::vector<Bucket>& buckets) {
+  std::int64_t tensors = 0;
+  for (const Bucket& bucket : buckets) tensors += static_cast<std::int64_t>(bucket.rows.size());
+  return elements >= std::max(kElementsOfAll, tensors * kElementsOfTensor);
+}
+
+std::size_t size_of(PyObject* list) { return static_cast<std::size_t>(PyList_GET_SIZE(list)); }
+
+bool is_contiguous(const TensorView& view) {
+  std::int64_t expected = 1;
+  for (std::int32_t d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+// How an operand is stored whose memory has a format.
+Format stored_as(std::uint32_t operand, Format format, const TensorLists& lists,
+                 const ListOptions& options) {
+  if (format != Format::uint8 && format != Format::bfloat16) return format;
+  const bool is_moment = operand >= kMoment && operand < kMomentEnd;
+  // AdamW's moments after the first: never negative, and slow to decay.
+  const bool is_square = is_moment && operand != kMoment && options.rule == RuleId::adamw;
+  if (format == Format::uint8) {
+    return is_square ? Format::ue5m3 : is_moment ? Format::e4m3 : format;
+  }
+  const bool has_master = lists.of[kResidual] != nullptr;
+  const bool at_random = (operand == kParam && options.stochastic_params && !has_master) ||
+                         (is_square && options.stochastic_squares);
+  return at_random ? Format::bfloat16_stochastic : format;
+}
+
 }  // namespace
 
 const char* ListStepper::gather(const TensorLists& lists, const ListOptions& options,
                                 std::vector<Bucket>& buckets) const {
-  const std::size_t count = lists.params.size();
-  bool same = lists.grads.size() == count;
-  for (const py::list& moments : lists.moments) same &= moments.size() == count;
+  const auto count = static_cast<std::size_t>(PyList_GET_SIZE(lists.of[kParam]));
+  bool same = true;
+  for (PyObject* list : lists.of) same &= list == nullptr || size_of(list) == count;
+  same &= options.param_indices.empty() || options.param_indices.size() == count;
+  same &= options.first_elements.empty() || options.first_elements.size() == count;
   // SGD, whose steps are alike but for a first one with dampening, does without counters.
-  const bool counts = !lists.state_steps.empty() || options.rule != RuleId::sgd;
-  if (!same || (counts && lists.state_steps.size() != count)) return "lists of different lengths";
+  const bool counts = size_of(lists.state_steps) != 0 || options.rule != RuleId::sgd;
+  if (!same || (counts && size_of(lists.state_steps) != count)) return "lists of different lengths";
   const TensorReader& reader = tensor_reader();
   const auto readable = [&](PyObject* object, TensorView& view) {
     return (options.dispatched || is_torchs_own(object)) && reader.read(object, view);
@@ -65,45 +107,57 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   dlpack::Device device{};       // the first tensor's
   for (std::size_t i = 0; i < count; ++i) {
     TensorView param;
-    if (!readable(PyList_GET_ITEM(lists.params.ptr(), i), param))
+    if (!readable(PyList_GET_ITEM(lists.of[kParam], i), param))
       return "a tensor of a subclass, or without strides";
     if (i == 0) device = param.device;
     const std::int64_t numel = param.numel();
     if (!is_dense(param)) return "gaps in memory";
 
-    PyObject* objects[kOperands] = {};
-    objects[kParam] = PyList_GET_ITEM(lists.params.ptr(), i);
-    objects[kGrad] = PyList_GET_ITEM(lists.grads.ptr(), i);
-    for (std::size_t k = 0; k < lists.moments.size(); ++k) {
-      objects[kMoment + k] = PyList_GET_ITEM(lists.moments[k].ptr(), i);
-    }
     TensorRow row{};
     void* grad = nullptr;
     RecipeKey recipe{options.rule, {}};
+    bool draws = false, in_blocks = false;
     for (std::uint32_t k = 0; k < kOperands; ++k) {
-      if (objects[k] == nullptr) continue;
+      if (lists.of[k] == nullptr) continue;
+      PyObject* const object = PyList_GET_ITEM(lists.of[k], i);
       TensorView view = param;
-      if (k != kParam && !readable(objects[k], view)) {
+      if (k != kParam && !readable(object, view)) {
         return "a tensor of a subclass, or without strides";
       }
       if (!view.known_format) return "no kernel for the dtypes";
+      const bool is_scale = k >= kScale && k < kScaleEnd;
+      if (is_scale && !is_in_blocks(recipe.formats[k - kScale + kMoment])) {
+        if (view.numel() != 0) return "scales of a moment that has none";
+        continue;
+      }
       if (!on_device(view, device)) return "several devices";
-      if (view.ndim != param.ndim || view.is_complex != param.is_complex)
+      if (is_scale) {
+        if (view.is_complex || view.numel() != elements_of(k, numel) || !is_contiguous(view)) {
+          return "scales that do not fit";
+        }
+      } else if (view.ndim != param.ndim || view.is_complex != param.is_complex) {
         return "shapes that differ";
-      for (std::int32_t d = 0; d < param.ndim; ++d) {
+      }
+      for (std::int32_t d = 0; d < param.ndim && !is_scale; ++d) {
         if (view.shape[d] != param.shape[d]) return "shapes that differ";
         if (view.strides[d] != param.strides[d] && param.shape[d] != 1 && numel != 0) {
           return "strides that differ";
         }
       }
-      if (!options.dispatched && is_lazy(objects[k], view, numel)) return "a lazy tensor";
+      if (!options.dispatched && is_lazy(object, view, numel)) return "a lazy tensor";
       if (view.data == nullptr && numel != 0) return "memory that was freed";
-      recipe.formats[k] = view.format;
+      const Format format = stored_as(k, view.format, lists, options);
+      if (k == kCopy && param.format != Format::float32) return "no kernel for the dtypes";
+      if (format != view.format) {
+        draws |= is_stochastic(format);
+        in_blocks |= is_in_blocks(format);
+      }
+      recipe.formats[k] = format;
       (k == kGrad ? grad : row.operands[k]) = view.data;
     }
     if (counts) {
       TensorView step;
-      if (!readable(PyList_GET_ITEM(lists.state_steps.ptr(), i), step))
+      if (!readable(PyList_GET_ITEM(lists.state_steps, i), step))
         return "a tensor of a subclass, or without strides";
       if (!step.known_format || step.is_complex || step.format != Format::float32 ||
           step.numel() != 1 || !on_device(step, device) || step.data == nullptr) {
@@ -111,7 +165,12 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       }
       row.step = static_cast<float*>(step.data);
     }
+    if (draws && !counts) return "random bits, which are a function of the step, without steps";
     row.numel = numel;
+    row.number =
+        options.param_indices.empty() ? static_cast<std::uint32_t>(i) : options.param_indices[i];
+    row.first = options.first_elements.empty() ? 0 : options.first_elements[i];
+    if (in_blocks && row.first % kBlock != 0) return "a range that begins within a block";
 
     while (last < buckets.size() && !(buckets[last].recipe == recipe)) ++last;
     if (last == buckets.size()) {
@@ -122,6 +181,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       if (!has_cpu_recipe(recipe)) return "no kernel for the dtypes";
       buckets.emplace_back().recipe = recipe;
       buckets.back().device = device;
+      buckets.back().seed = options.seed;
       buckets.back().rows.reserve(count - i);
       buckets.back().grads.reserve(count - i);
     }
@@ -139,17 +199,20 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
 // Tells autograd what will be written.
 void ListStepper::count_writes(const TensorLists& lists, const ListOptions& options,
                                const Tail& tail) {
-  const auto count = [](const py::list& list) {
-    for (py::handle tensor : list) tensor_reader().increment_version(tensor.ptr());
+  const auto count = [](PyObject* list) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      tensor_reader().increment_version(PyList_GET_ITEM(list, i));
+    }
   };
-  count(lists.params);
-  for (const py::list& moments : lists.moments) count(moments);
+  for (std::uint32_t k = 0; k < kOperands; ++k) {
+    const bool is_written = k != kGrad || tail.grads_after != GradsAfter::kept;
+    if (lists.of[k] != nullptr && is_written) count(lists.of[k]);
+  }
   if (options.advance_steps) count(lists.state_steps);
-  if (tail.grads_after != GradsAfter::kept) count(lists.grads);
 }
 
 const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
-                              py::handle found_inf, ListOptions options) {
+                              py::handle found_inf, ListOptions& options) {
   std::vector<Bucket> buckets;
   if (const char* why = gather(lists, options, buckets)) return why;
   if (buckets.empty()) return nullptr;
@@ -170,20 +233,20 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
   if (options.cuda) return launch_cuda(lists, buckets, options, tail);
   std::int64_t elements = 0;
   for (const Bucket& bucket : buckets) elements += bucket.elements;
-  const bool is_brief = elements <= kBriefElements;
+  const bool keeps_gil = elements <= kBriefElements && !is_worth_letting_go(elements, buckets);
   Keeper keeper;  // other threads may change the lists
-  if (!is_brief || !tensor_reader().uses_handles()) {
-    const auto keep = [&](const py::list& list) {
-      for (py::handle tensor : list) keeper.keep(tensor.ptr());
+  if (!keeps_gil || !tensor_reader().uses_handles()) {
+    const auto keep = [&](PyObject* list) {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) keeper.keep(PyList_GET_ITEM(list, i));
     };
-    keep(lists.params);
-    keep(lists.grads);
-    for (const py::list& moments : lists.moments) keep(moments);
+    for (PyObject* list : lists.of) {
+      if (list != nullptr) keep(list);
+    }
     keep(lists.state_steps);
   }
   if (options.count_writes) count_writes(lists, options, tail);
   std::optional<py::gil_scoped_release> release;
-  if (!is_brief) release.emplace();
+  if (!keeps_gil) release.emplace();
   for (const Bucket& bucket : buckets) {
     step_on_cpu(bucket, bucket.launch_of(tail, &options.hyper, 1), options.threads);
   }

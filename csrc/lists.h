@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -16,23 +17,26 @@ namespace warpstep {
 
 namespace py = pybind11;
 
-// One entry a tensor. `moments` are those that the rule has; `state_steps` is empty where steps are
-// not counted.
+// Python lists with one entry a tensor, which the caller keeps alive.
 struct TensorLists {
-  py::list params, grads;
-  std::vector<py::list> moments;
-  py::list state_steps;
+  std::array<PyObject*, kOperands> of{};  // by operand; null where there is none
+  PyObject* state_steps;                  // empty where steps are not counted
 };
 
 struct ListOptions {
   RuleId rule;
   Hyper hyper;
-  bool cuda;           // else the CPU's kernel
-  bool advance_steps;  // else the caller has done it
-  bool unscale_grads;  // write the gradients back, divided by grad_scale
-  bool dispatched;     // through torch's dispatcher, which leaves no subclass and nothing lazy
-  bool always;         // even where uploading tables costs more than the launch saves
-  bool count_writes;   // increment the version counters of what is written
+  bool cuda;                                   // else the CPU's kernel
+  bool advance_steps;                          // else the caller has done it
+  bool unscale_grads;                          // write the gradients back, divided by grad_scale
+  bool stochastic_params, stochastic_squares;  // in bfloat16: rounded at random
+  std::uint64_t seed;                          // of random bits
+  // Of each tensor: its parameter's number, and where in that it begins. Empty: 0, 1, ...; and 0.
+  std::vector<std::uint32_t> param_indices;
+  std::vector<std::int64_t> first_elements;
+  bool dispatched;    // through torch's dispatcher, which leaves no subclass and nothing lazy
+  bool always;        // even where uploading tables costs more than the launch saves
+  bool count_writes;  // increment the version counters of what is written
   int threads;
 };
 
@@ -44,7 +48,7 @@ class ListStepper {
 
   // Checks everything, then launches. Returns null, or why nothing was done.
   const char* step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
-                   py::handle found_inf, ListOptions options);
+                   py::handle found_inf, ListOptions& options);
 
  private:
   const char* gather(const TensorLists& lists, const ListOptions& options,

@@ -92,6 +92,17 @@ def test_parameters_of_other_dtypes(dtype, state_dtype, backend, device):
     assert_steps(warpstep.AdamW, {"state_dtype": state_dtype}, options, backend, device, dtype)
 
 
+def test_a_parameter_with_gaps_is_rounded_at_random_too(backend, device):
+    """No kernel walks it: the reference does, in the order of its indices."""
+    wide = random((6, 64), 1, device).to(BF16)
+    params = [torch.nn.Parameter(p) for p in (wide.clone()[:, ::2], wide[:, ::2].contiguous())]
+    for param, name in zip(params, (backend, "reference"), strict=True):
+        optimizer = warpstep.AdamW([param], lr=1e-2, rounding="stochastic", backend=name)
+        param.grad = random(param.shape, 2, device).to(BF16)
+        optimizer.step()
+    assert torch.equal(*params)
+
+
 # ---- The exact master
 
 

@@ -113,4 +113,5 @@ class ListStepper:
         always: bool,
         count_writes: bool,
         threads: int,
+        low_precision: tuple[list[Tensor] | None, ...] | None = None,
     ) -> str | None: ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from warpstep.lists import Operator, list_names, used_lists
+from warpstep.lists import Operator, list_names, low_precision_names, used_lists
 
 SCALARS = ("lr", "grad_scale", "found_inf")
 _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
@@ -30,32 +30,41 @@ def rule(overload: Callable[..., None], operator: Operator) -> Callable[..., Non
     """What vmap calls for ``overload``, one of torch.ops.warpstep's, in its place.
 
     A step is element by element, so that a batch of tensors is stepped as one tensor; where each
-    entry of the batch has a step counter of its own, as so many tensors, in the same call. Only
-    where lr, grad_scale or found_inf differ is there a call an entry.
+    entry of the batch has a step counter of its own, or draws random bits or lies in blocks, as so
+    many tensors, in the same call. Only where lr, grad_scale or found_inf differ is there a call an
+    entry. All entries have the random bits that one of them would have alone.
     """
+    names = list_names(operator.rule)
+    low = low_precision_names(operator.rule.moments)
 
     def batched(_keys: Any, *lists: list[Tensor], **options: Any) -> None:
         level = _functorch.current_level()
+        streams_of_low = [options.pop(name, None) for name in low]
 
         def outside(tensor: Tensor) -> Batch:
             value, dim = _functorch._unwrap_batched(tensor, level)
             return Batch(value, False) if dim is None else Batch(value.movedim(dim, 0), True)
 
         with torch._C._ExcludeDispatchKeyGuard(_BATCHED):
-            given = dict.fromkeys(operator.flags, False) | options
-            used = used_lists(operator.rule, given)
+            given = operator.defaults | options
+            used = [
+                *used_lists(operator.rule, given),
+                *(each is not None for each in streams_of_low),
+            ]
             streams = [
                 [outside(tensor) for tensor in stream] if is_used else []
-                for stream, is_used in zip(lists, used, strict=True)
+                for stream, is_used in zip((*lists, *streams_of_low), used, strict=True)
             ]
             scalars = {
                 key: outside(options[key])
                 for key in SCALARS
                 if isinstance(options.get(key), Tensor)
             }
-            for call, numbers in _calls(operator, streams, scalars, options):
+            for call, numbers in _calls(operator, streams, scalars, given):
                 if any(call):  # a batch may have no entry
-                    overload(*call, **{**options, **numbers})
+                    of_low = dict(zip(low, call[len(names) :], strict=True))
+                    of_low = {name: stream for name, stream in of_low.items() if stream}
+                    overload(*call[: len(names)], **{**options, **numbers, **of_low})
 
     return batched
 
@@ -64,17 +73,22 @@ def _calls(
     operator: Operator,
     streams: list[list[Batch]],
     scalars: dict[str, Batch],
-    options: dict[str, Any],
-) -> list[tuple[list[list[Tensor]], dict[str, Tensor]]]:
-    """The operator's calls that make up one: its lists, and the scalars that are tensors."""
-    numbers = {key: scalar.tensor for key, scalar in scalars.items()}
+    given: dict[str, Any],
+) -> list[tuple[list[list[Tensor]], dict[str, Any]]]:
+    """The operator's calls that make up one: its lists, and the options that differ.
+
+    ``streams`` has the lists of low precision after the others.
+    """
+    numbers: dict[str, Any] = {key: scalar.tensor for key, scalar in scalars.items()}
+    steps = len(list_names(operator.rule)) - 1
     optional = [i for i, k in enumerate(operator.rule.moments, 2) if k in operator.rule.optional]
-    optional += [len(streams) - 1] if operator.rule.counted_for is not None else []
+    optional += [steps] if operator.rule.counted_for is not None else []
+    optional += range(steps + 1, len(streams))
     needed = [s for s in range(len(streams)) if streams[s] or s not in optional]
     if any(len(streams[s]) != len(streams[0]) for s in needed):  # which the operator complains of
         return [([[batch.tensor for batch in stream] for stream in streams], numbers)]
     of_scalars = next((key for key, scalar in scalars.items() if scalar.mapped), "")
-    _check(operator, streams, needed, of_scalars, options)
+    _check(operator, streams, needed, of_scalars, given)
     if of_scalars:
         return [
             (
@@ -83,17 +97,29 @@ def _calls(
             )
             for index in range(len(scalars[of_scalars].tensor))
         ]
+    draws = given["rounding"] not in (None, "nearest") or any(streams[steps + 1 : -2])  # or blocks
     call: list[list[Tensor]] = [[] for _ in streams]
+    origins: list[int] = []
     for i, param in enumerate(streams[0]):
-        step = streams[-1][i] if streams[-1] else None
-        for s in needed:
-            batch = streams[s][i]
-            if step is not None and step.mapped:
-                call[s] += [batch.at(index) for index in range(len(step.tensor))]
+        batches = {s: streams[s][i] for s in needed}
+        step = batches.get(steps)
+        apart = (step is not None and step.mapped) or (draws and param.mapped)
+        size = len(next(b for b in batches.values() if b.mapped).tensor) if apart else 1
+        for s, batch in batches.items():
+            if apart:
+                call[s] += [batch.at(index) for index in range(size)]
             elif s == 1 and param.mapped and not batch.mapped:
                 call[s].append(batch.tensor.expand(param.tensor.shape))
             else:
                 call[s].append(batch.tensor)
+        if apart and step is not None and not step.mapped:  # which advances by one
+            others = [step.tensor.clone() for _ in range(size - 1)]
+            call[steps][len(origins) + 1 :] = others
+        origins += [i] * size
+    indices, firsts = given["param_indices"], given["first_elements"]
+    if draws or indices is not None or firsts is not None:
+        numbers["param_indices"] = [i if indices is None else indices[i] for i in origins]
+        numbers["first_elements"] = [0 if firsts is None else firsts[i] for i in origins]
     return [(call, numbers)]
 
 
@@ -102,17 +128,19 @@ def _check(
     streams: list[list[Batch]],
     needed: list[int],
     of_scalars: str,
-    options: dict[str, Any],
+    given: dict[str, Any],
 ) -> None:
     """Raises where one tensor would have to take the results of a whole batch."""
-    names, steps = list_names(operator.rule), len(streams) - 1
-    advances = options.get("advance_steps", True)
-    unscales = options.get("unscale_grads", False) and options.get("grad_scale") is not None
+    names = list_names(operator.rule)
+    steps = len(names) - 1
+    names += low_precision_names(operator.rule.moments)
+    unscales = given["unscale_grads"] and given["grad_scale"] is not None
     for i in range(len(streams[0])):
         of_lists = (f"{names[s]}[{i}]" for s in needed if streams[s][i].mapped)
         mapped = of_scalars or next(of_lists, "")
         for s in needed if mapped else ():
-            written = s != steps or (advances and of_scalars)
+            written = s != steps or (given["advance_steps"] and of_scalars)
+            written = written and streams[s][i].tensor.numel() > 0
             if not streams[s][i].mapped and written and (s != 1 or unscales):
                 raise RuntimeError(
                     f"vmap: the step writes to {names[s]}[{i}], of which there is one for the "

@@ -10,18 +10,25 @@ from torch import Tensor
 
 from warpstep import modes
 from warpstep.list_steps import run
-from warpstep.lists import OPERATORS
+from warpstep.lists import OPERATORS, low_precision_names
+from warpstep.precision import Rounding
 
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
+ListRounding = Literal[Rounding, "stochastic_exp_avg_sq"]
 
 
 def _call(name: str, given: Sequence[Sequence[Tensor]], backend: str, **options: Any) -> None:
     """The step of `OPERATORS[name]`, or of torch's operator of that name where one looks."""
     tensors = [g if isinstance(g, list) else list(g) for g in given]
+    for low in low_precision_names(OPERATORS[name].rule.moments):
+        if (stream := options[low]) is not None and not isinstance(stream, list):
+            options[low] = list(stream)
     # Tracers and modes are to see an operator; without a tensor there is none to call.
     if any(tensors) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.
         overload = "tensor_lr" if isinstance(options["lr"], Tensor) else "default"
+        if options["seed"] >= 2**63:  # torch's integers have 64 bits and a sign
+            options["seed"] -= 2**64
         getattr(getattr(torch.ops.warpstep, name), overload)(*tensors, **options)
         return
     run(*OPERATORS[name].bound(tensors, options), backend)
@@ -46,6 +53,15 @@ def adamw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    max_exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: ListRounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of AdamW on lists of tensors, in place, in one launch for all of a recipe.
@@ -68,6 +84,11 @@ def adamw_(
     and transforms this is the operator ``torch.ops.warpstep.adamw_``. Under ``torch.vmap`` all that
     is written needs the batch dimension, except step counters that the batch shares.
 
+    A tensor may be a contiguous range of a flat parameter, with the same range of all that belongs
+    to it: ranges get the bits that the whole would. Count their step once, before the first of
+    them, and pass this counter with ``advance_steps=False`` to each. They may be stepped from
+    several threads at once; while a large one is, other Python threads run.
+
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, Algorithm 2
     (https://arxiv.org/abs/1711.05101); amsgrad: Reddi et al. (https://arxiv.org/abs/1904.09237).
 
@@ -89,10 +110,26 @@ def adamw_(
         advance_steps: count the step in ``state_steps``. False where the caller has counted it
             already, as torch has before it calls ``torch._fused_adamw_``.
         unscale_grads: with ``grad_scale``, leave the gradients unscaled, as torch's operator does.
+        residuals: for bfloat16 parameters, int16 tensors that begin as zeros: with them p is the
+            float32 of which the parameter is the nearest bfloat16 (``master="residual"``).
+        exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales: for moments of 8 bits a number
+            (uint8), the scales of their blocks of 64 elements, uint8 in the order of memory; both
+            begin as zeros. An empty tensor for a moment of another dtype.
+        copies: bfloat16 or float16 tensors that get the values of float32 parameters.
+        rounding: ``"stochastic"`` rounds bfloat16 parameters without residuals and bfloat16
+            exp_avg_sqs up or down at random, right in the mean; ``"stochastic_exp_avg_sq"`` only
+            the latter, as the classes do with ``state_dtype=torch.bfloat16``; else to nearest.
+        seed: from 0 to 2^64 - 1, of random bits: the same on every backend, a function of it, the
+            step, the parameter's index, and the element's index in the whole parameter. (An
+            operator of torch takes those above 2^63 less 2^64.)
+        param_indices: the indices of the parameters there; by default their places in ``params``.
+        first_elements: where tensors that are ranges begin in the whole parameters: multiples of 64
+            for 8-bit moments. By default 0.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
     Raises:
-        ValueError: lists differ in length, or a hyper-parameter is no number.
+        ValueError: lists differ in length, a hyper-parameter is no number, or what decides about
+            random bits is out of range.
         TypeError: an entry is no tensor, or of a dtype that cannot be stepped.
         RuntimeError: shapes or devices of one tensor's entries differ; an entry is sparse, expanded
             or has no memory; ``grad_scale`` or ``found_inf`` does not fit.
@@ -115,6 +152,15 @@ def adamw_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
+        max_exp_avg_sq_scales=max_exp_avg_sq_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -137,6 +183,15 @@ def adam_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    max_exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: ListRounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of Adam on lists of tensors: as `adamw_`, but weight decay joins the gradient.
@@ -164,6 +219,15 @@ def adam_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
+        max_exp_avg_sq_scales=max_exp_avg_sq_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -183,6 +247,13 @@ def sgd_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    momentum_buffer_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of SGD, with or without momentum, on lists of tensors: as `adamw_` otherwise.
@@ -206,7 +277,10 @@ def sgd_(
         lr: a number, or a tensor of one element. One on the parameters' GPU is read there.
         weight_decay, momentum, dampening: numbers; none is refused for its value.
         nesterov, maximize: as in torch.
-        grad_scale, found_inf, advance_steps, unscale_grads, backend: as for `adamw_`.
+        momentum_buffer_scales: as the moments' scales of `adamw_`. ``rounding="stochastic"`` needs
+            ``state_steps``.
+
+        All others are as for `adamw_`.
 
     Raises:
         ValueError, TypeError, RuntimeError, BackendUnavailableError: as `adamw_`.
@@ -225,6 +299,13 @@ def sgd_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        momentum_buffer_scales=momentum_buffer_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 
@@ -244,6 +325,13 @@ def sgdw_(
     found_inf: Tensor | None = None,
     advance_steps: bool = True,
     unscale_grads: bool = False,
+    residuals: Sequence[Tensor] | None = None,
+    momentum_buffer_scales: Sequence[Tensor] | None = None,
+    copies: Sequence[Tensor] | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    param_indices: Sequence[int] | None = None,
+    first_elements: Sequence[int] | None = None,
     backend: ListBackend = "auto",
 ) -> None:
     """One step of SGDW on lists of tensors: as `sgd_`, but weight decay stays out of the gradient.
@@ -268,6 +356,13 @@ def sgdw_(
         found_inf=found_inf,
         advance_steps=advance_steps,
         unscale_grads=unscale_grads,
+        residuals=residuals,
+        momentum_buffer_scales=momentum_buffer_scales,
+        copies=copies,
+        rounding=rounding,
+        seed=seed,
+        param_indices=param_indices,
+        first_elements=first_elements,
     )
 
 

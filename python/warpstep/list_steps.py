@@ -11,18 +11,21 @@ from torch import Tensor
 from warpstep import backends, reference, signals
 from warpstep import lists as native_lists
 from warpstep.hypers import check_group
-from warpstep.lists import Lists, Options
-from warpstep.recipes import FORMATS, Recipe, one_of, real_dtype
+from warpstep.list_checks import STOCHASTIC_SQUARES, check, check_options
+from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
+from warpstep.precision import Precision
+from warpstep.recipes import RESIDUAL, Recipe, one_of, real_dtype, scale_of
 from warpstep.rules import Rule
-from warpstep.state import check_gradient, describe, is_dense, is_freed, is_plain, match_layout
+from warpstep.state import is_dense, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
-from warpstep.stored import real_view
+from warpstep.stored import Stored, real_view
 from warpstep.tail import Tail
 
 
 def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool = False) -> None:
     """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
     check_group(_group(lists.rule, len(lists.tensors) - 3, options), lists.rule, "")
+    check_options(lists, options)
     if backend == "triton":
         raise ValueError(
             "Invalid backend: 'triton' does not take lists of tensors. Choose "
@@ -36,7 +39,7 @@ def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool 
         chosen = backends.choose(requested, params[0].device)
         if chosen in ("cpu", "cuda") and _launch(lists, options, chosen, dispatched) is None:
             return
-    _check(lists, options)
+    check(lists, options)
     _step_sorted(lists, options, requested)
 
 
@@ -51,6 +54,7 @@ def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> s
         always=True,
         count_writes=True,
         threads=torch.get_num_threads(),
+        low_precision=lists.for_kernels(),
     )
     return reason
 
@@ -68,132 +72,77 @@ def _group(rule: Rule, moments: int, options: Options) -> dict[str, Any]:
     return group
 
 
-def _goes_uncounted(lists: Lists) -> bool:
-    """Whether no steps are counted, where the rule allows that."""
-    return not lists.tensors[-1] and lists.rule.counted_for is not None
-
-
-def _check(lists: Lists, options: Options) -> None:
-    """Raises what `adamw_` documents; nothing has been written yet."""
-    params, grads, *moments, steps = lists.tensors
-    for name, tensors in zip(lists.names, lists.tensors, strict=True):
-        if len(tensors) != len(params) and not (tensors is steps and _goes_uncounted(lists)):
-            raise ValueError(
-                f"{name} has {len(tensors)} tensors and params {len(params)}: the lists must be of "
-                "one length"
-            )
-    for i, param in enumerate(params):
-        name = f"params[{i}]"
-        for of_list, tensors in zip(lists.names, lists.tensors, strict=True):
-            if not tensors:
-                continue
-            tensor = tensors[i]
-            if not isinstance(tensor, Tensor):
-                kind = type(tensor).__name__
-                raise TypeError(f"{of_list}[{i}] is of type {kind}, expected a tensor")
-            if tensor.layout != torch.strided:
-                raise RuntimeError(
-                    f"{of_list}[{i}] is of layout {tensor.layout}, expected torch.strided: call "
-                    "to_dense() on it"
-                )
-            if tensors is not steps and real_dtype(tensor.dtype) not in FORMATS:
-                raise TypeError(
-                    f"{of_list}[{i}] is {describe(tensor)}: its dtype has to be "
-                    f"{one_of(FORMATS)}, or complex"
-                )
-        check_gradient(name, param, grads[i])
-        for of_list, of_moment in zip(lists.names[2:], moments, strict=False):
-            _check_moment(name, param, f"{of_list}[{i}]", of_moment[i])
-        _check_scalars(name, param, options)
-        if not steps:
-            continue
-        step = steps[i]
-        if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
-            raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
-        if options.advance_steps and i > 0 and step is steps[i - 1]:
-            raise RuntimeError(
-                f"state_steps[{i}] is state_steps[{i - 1}]: several tensors would advance one step "
-                "counter. Give each its own, or advance it once and pass advance_steps=False."
-            )
-
-
-def _check_scalars(name: str, param: Tensor, options: Options) -> None:
-    for label, scalar in (("grad_scale", options.grad_scale), ("found_inf", options.found_inf)):
-        if scalar is None:
-            continue
-        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-            found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
-            raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
-        if scalar.device != param.device:
-            raise RuntimeError(
-                f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
-            )
-
-
-def _check_moment(name: str, param: Tensor, of_moment: str, moment: Tensor) -> None:
-    if moment.shape != param.shape or moment.device != param.device:
-        raise RuntimeError(
-            f"{name} is {describe(param)}, {of_moment} is {describe(moment)}: shape and device "
-            "must be the same"
-        )
-    if moment.is_complex() != param.is_complex():
-        raise TypeError(
-            f"{name} is {describe(param)}, {of_moment} is {describe(moment)}: both must be real, "
-            "or both complex"
-        )
-    if is_freed(moment):
-        raise RuntimeError(
-            f"{of_moment} has elements and no memory: its storage was freed. Bring it back before "
-            "the step."
-        )
-
-
 def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
     """Steps lists that were checked: by kernels what they take, the others by the reference."""
-    by_kernel: dict[tuple[str, torch.device], list[list[Tensor]]] = {}
-    by_reference: list[tuple[list[Tensor], Tensor | None]] = []
+    by_kernel: dict[tuple[str, torch.device], list[int]] = {}
+    by_reference: list[int] = []
     grad_scale, found_inf = (
         None if scalar is None else scalar.to(torch.float32)
         for scalar in (options.grad_scale, options.found_inf)
     )
     options = options._replace(grad_scale=grad_scale, found_inf=found_inf)
-    *streams, steps = lists.tensors
-    counters: Sequence[Tensor | None] = steps or [None] * len(streams[0])
-    for *one, step in zip(*streams, counters, strict=True):
-        param = one[0]
+    grads = list(lists.tensors[1])
+    for i, param in enumerate(lists.tensors[0]):
         chosen = backends.choose(requested, param.device)
-        if not _has_kernel(chosen, lists.rule, one, step, options):
-            by_reference.append((one, step))
+        if not _has_kernel(chosen, lists, options, i):
+            by_reference.append(i)
             continue
-        one[1] = match_layout(param, one[1])
-        all_of = by_kernel.setdefault((chosen, param.device), [[] for _ in lists.tensors])
-        for mine, added in zip(all_of, (*one, *(() if step is None else (step,))), strict=False):
-            mine.append(added)
+        grads[i] = match_layout(param, grads[i])
+        by_kernel.setdefault((chosen, param.device), []).append(i)
 
     # What can fail comes first.
-    computed = [_compute(lists.rule, one, step, options) for one, step in by_reference]
+    computed = [_compute(lists, options, i) for i in by_reference]
     with signals.deferred():
         reference.store(computed)
         for (backend, _), some in by_kernel.items():
-            reason = _launch(lists._replace(tensors=some), options, backend, dispatched=True)
+            theirs = options._replace(
+                param_indices=[_number(options.param_indices, i, i) for i in some],
+                first_elements=[_number(options.first_elements, i, 0) for i in some],
+            )
+            reason = _launch(lists.chosen(some, grads), theirs, backend, dispatched=True)
             if reason is not None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 
 
-def _has_kernel(
-    backend: str, rule: Rule, one: list[Tensor], step: Tensor | None, options: Options
-) -> bool:
-    param, grad, *moments = one
-    formats = [real_dtype(tensor.dtype) for tensor in (param, grad, *moments)]
-    recipe = Recipe(rule.name, formats[0], formats[1], tuple(formats[2:]))
+def _number(given: Sequence[int] | None, index: int, default: int) -> int:
+    return default if given is None else given[index]
+
+
+def _precision_of(options: Options) -> Precision:
+    """What an optimizer has been asked for that rounds as the options say."""
+    if options.rounding == STOCHASTIC_SQUARES:  # as where bfloat16 moments were asked for
+        return Precision(state_dtype=torch.bfloat16, seed=options.seed)
+    stochastic = options.rounding == "stochastic"
+    return Precision(rounding="stochastic" if stochastic else "nearest", seed=options.seed)
+
+
+def _has_kernel(backend: str, lists: Lists, options: Options, i: int) -> bool:
+    """Whether a kernel takes a tensor's entries, the gradient in the parameter's layout."""
+    param, grad, *moments = (stream[i] for stream in lists.tensors[:-1])
+    step = lists.tensors[-1][i] if lists.tensors[-1] else None
+    of = {name: tensors[i] for name, tensors in lists.low_precision.items()}
+    residual, copy, precision = of.get(RESIDUALS), of.get(COPIES), _precision_of(options)
+    recipe = Recipe(
+        lists.rule.name,
+        precision.format_of_param(param, residual is not None),
+        real_dtype(grad.dtype),
+        tuple(
+            precision.format_of_moment(lists.rule, key, moment.dtype)
+            for key, moment in zip(lists.moments, moments, strict=True)
+        ),
+        counts_steps=step is not None,
+        has_master=residual is not None,
+        copy=None if copy is None else copy.dtype,
+    )
     copied = not has_layout_of(grad, param)
+    others = [*moments, *(tensor for tensor in (residual, copy) if tensor is not None)]
     return (
         backend in ("cpu", "cuda")
         and backends.has_kernel(backend, recipe)
-        and all(is_plain(tensor) for tensor in (param, *moments))
+        and all(is_plain(tensor) for tensor in (param, *moments, *of.values()))
         and is_plain(grad.resolve_conj().resolve_neg())
         and is_dense(param)
-        and all(has_layout_of(moment, param) for moment in moments)
+        and all(has_layout_of(other, param) for other in others)
         and not (copied and options.unscale_grads)
         and (
             step is None
@@ -202,19 +151,31 @@ def _has_kernel(
     )
 
 
-def _compute(
-    rule: Rule, one: list[Tensor], step: Tensor | None, options: Options
-) -> reference.Computed:
+def _compute(lists: Lists, options: Options, i: int) -> reference.Computed:
     """One tensor's step by the reference, not yet stored."""
-    param, grad, *moments = one
-    state = dict(zip(rule.moments, moments, strict=False))
-    if step is not None:
+    rule, low = lists.rule, lists.low_precision
+    param, grad, *moments = (stream[i] for stream in lists.tensors[:-1])
+    state = dict(zip(lists.moments, moments, strict=True))
+    state |= {scale_of(key): low[scales_of(key)][i] for key in state if scales_of(key) in low}
+    group = _group(rule, len(moments), options)
+    if RESIDUALS in low:
+        state[RESIDUAL] = low[RESIDUALS][i]
+        group["master"] = "residual"
+    counts = bool(lists.tensors[-1])
+    if counts:
+        step = lists.tensors[-1][i]
         state["step"] = step if options.advance_steps else step - 1
     tail = Tail(options.grad_scale, options.found_inf)
     taken = options.found_inf is None or options.found_inf.item() == 0
-    group = _group(rule, len(moments), options)
-    counts = step is not None
-    computed = reference.computed(param, grad, state, group, rule, tail, taken, counts_steps=counts)
+    stored = Stored(
+        _precision_of(options),
+        _number(options.param_indices, i, i),
+        _number(options.first_elements, i, 0),
+        low[COPIES][i] if COPIES in low else None,
+    )
+    computed = reference.computed(
+        param, grad, state, group, rule, tail, taken, counts_steps=counts, stored=stored
+    )
     if options.unscale_grads and options.grad_scale is not None and taken:
         with torch.no_grad():
             unscaled = real_view(grad) * (1 / options.grad_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from itertools import compress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from warpstep import backends
 from warpstep.rules import ADAMW, SGD, Rule
+
+RESIDUALS, COPIES = "residuals", "copies"  # lists of low precision
 
 
 class Options(NamedTuple):
@@ -25,6 +28,10 @@ class Options(NamedTuple):
     found_inf: Tensor | None
     advance_steps: bool
     unscale_grads: bool
+    rounding: str | None = None  # of what is stored in bfloat16
+    seed: int = 0  # of random bits, which depend on the next two as well
+    param_indices: Sequence[int] | None = None  # by default the places in the lists
+    first_elements: Sequence[int] | None = None  # of ranges of parameters; by default 0
 
 
 class Lists(NamedTuple):
@@ -33,6 +40,36 @@ class Lists(NamedTuple):
     rule: Rule
     names: tuple[str, ...]
     tensors: Sequence[list[Tensor]]  # params, grads, the rule's moments, step counters (or none)
+    low_precision: Mapping[str, list[Tensor]] = MappingProxyType({})  # those given, by name
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What a state calls the moments that there are."""
+        return self.rule.moments[: len(self.tensors) - 3]
+
+    def chosen(self, indices: Sequence[int], grads: Sequence[Tensor]) -> Lists:
+        """Some of the tensors, with gradients of these in place of their own."""
+        tensors = [[stream[i] for i in indices] if stream else [] for stream in self.tensors]
+        tensors[1] = [grads[i] for i in indices]
+        low = {name: [stream[i] for i in indices] for name, stream in self.low_precision.items()}
+        return self._replace(tensors=tensors, low_precision=low)
+
+    def for_kernels(self) -> tuple[list[Tensor] | None, ...] | None:
+        """The lists of low precision as the native module takes them."""
+        if not self.low_precision:
+            return None
+        return tuple(map(self.low_precision.get, low_precision_names(self.moments)))
+
+
+@functools.cache
+def low_precision_names(moments: tuple[str, ...]) -> tuple[str, ...]:
+    """What the lists of low precision are called: of moments, the scales; and of parameters."""
+    return (*(scales_of(moment) for moment in moments), RESIDUALS, COPIES)
+
+
+def scales_of(moment: str) -> str:
+    """What the list of the scales of an 8-bit moment is called."""
+    return f"{moment}_scales"
 
 
 def list_names(rule: Rule) -> tuple[str, ...]:
@@ -80,17 +117,29 @@ class Operator(NamedTuple):
         if not tensors[-1]:  # no counter that the caller could have advanced
             common["advance_steps"] = True
         options = Options(**common, numbers=numbers, coupled=self.coupled)
-        return lists_of(self.rule, tensors, given), options
+        lists = lists_of(self.rule, tensors, given)
+        low = {n: given[n] for n in low_precision_names(lists.moments) if given[n] is not None}
+        return (lists._replace(low_precision=low) if low else lists), options
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of the arguments that may be left out."""
+        low = dict.fromkeys(low_precision_names(self.rule.moments))
+        return {**dict.fromkeys(self.flags, False), **low, **_DEFAULTS}
 
 
 Call = tuple[Lists, Options]
-# Of the arguments that every call has.
-DEFAULTS: dict[str, Any] = {
+# Of the arguments that every operator has.
+_DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "grad_scale": None,
     "found_inf": None,
     "advance_steps": True,
     "unscale_grads": False,
+    "rounding": None,
+    "seed": 0,
+    "param_indices": None,
+    "first_elements": None,
 }
 OPERATORS = {
     operator.name: operator

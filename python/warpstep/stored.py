@@ -21,16 +21,17 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def flat_as(stored: Tensor, numbers: Tensor) -> Tensor:
-    """``numbers`` in a row, in the order in which the dense ``stored`` has them in memory."""
-    laid_out = torch.empty_strided(
-        stored.shape, stored.stride(), dtype=numbers.dtype, device=numbers.device
-    )
+    """``numbers`` in a row, in the order in which ``stored`` has them in memory.
+
+    In the order of their indices where there are gaps, for which no kernel has an order.
+    """
+    laid_out = torch.empty_like(stored, dtype=numbers.dtype, device=numbers.device)
     return laid_out.copy_(numbers).as_strided((stored.numel(),), (1,))
 
 
 def shaped_as(stored: Tensor, flat: Tensor) -> Tensor:
     """The other way: numbers in a row, in the shape and the order of ``stored``."""
-    return flat.as_strided(stored.shape, stored.stride())
+    return flat.as_strided(stored.shape, torch.empty_like(stored, device="meta").stride())
 
 
 def decode_from(state: dict[str, Any], key: str, *, squares: bool) -> Tensor:
@@ -70,7 +71,7 @@ class Encoder:
 
     def _random(self, tensor: Tensor, operand: int) -> Tensor:
         assert self.step is not None
-        step = self.step.to(tensor.device, torch.float32)
+        step = self.step.to(tensor.device, torch.float32).reshape(())
         numbers = (self.of.number, operand, self.of.first, tensor.numel())
         return draws(self.of.precision.seed, step, *numbers)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpstep import batching, functional, list_steps
-from warpstep.lists import DEFAULTS, OPERATORS, Operator, list_names
+from warpstep.lists import OPERATORS, Operator, list_names, low_precision_names
 
 KEYS = ("CPU", "CUDA", "XPU")
 
@@ -23,22 +23,27 @@ _library = torch.library.Library("warpstep", "DEF")
 
 def _schema(operator: Operator, overload: str, lr: str) -> str:
     """Every list is declared as written to."""
-    lists = (f"Tensor({chr(97 + i)}!)[] {n}" for i, n in enumerate(list_names(operator.rule)))
+    written = (f"Tensor({chr(97 + i)}!)[]" for i in range(26))
+    lists = [f"{next(written)} {name}" for name in list_names(operator.rule)]
+    low = [f"{next(written)}? {n}=None" for n in low_precision_names(operator.rule.moments)]
     numbers = operator.numbers.items()
     own = [f"float {name}" for name, is_flag in numbers if not is_flag]
     own += [f"bool {name}=False" for name in operator.flags]
     return (
         f"{operator.name}{overload}({', '.join(lists)}, *, {lr} lr, {', '.join(own)}, "
         "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None, "
-        "bool advance_steps=True, bool unscale_grads=False) -> ()"
+        f"bool advance_steps=True, bool unscale_grads=False, {', '.join(low)}, "
+        "str? rounding=None, int seed=0, int[]? param_indices=None, int[]? first_elements=None"
+        ") -> ()"
     )
 
 
 def _implementation(operator: Operator) -> Callable[..., None]:
     def step_(*tensors: list[Tensor], **given: Any) -> None:
-        # torch leaves out what is as by default.
-        defaults = dict.fromkeys(operator.flags, False) | DEFAULTS
-        list_steps.run(*operator.bound(tensors, defaults | given), dispatched=True)
+        # torch leaves out what is as by default, and has no integers of 64 bits without a sign.
+        given = operator.defaults | given
+        given["seed"] %= 2**64
+        list_steps.run(*operator.bound(tensors, given), dispatched=True)
 
     return step_
 

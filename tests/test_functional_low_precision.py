@@ -1,0 +1,529 @@
+"""Low precision in warpstep.functional: the class's bits; ranges of a parameter; every error."""
+
+import sys
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+import warpstep
+from support.low_precision import BF16, RECIPES, moments_of, new_params
+from support.modes import Dispatched
+from support.parameters import random
+from support.recipes import set_grad
+from warpstep.functional import adam_, adamw_, sgd_
+
+HYPERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
+CLASS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8, "seed": 2**63 + 5}
+SHAPES = [(64, 64), (65, 128), (17,), (0,), ()]
+each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+@pytest.fixture
+def lists_backend(backend):
+    if backend == "triton":
+        pytest.skip("Triton takes no lists")
+    return backend
+
+
+def stepped(kind, backend, device, steps=2, shapes=SHAPES, dtype=BF16, copies=None, **options):
+    """An optimizer that has taken some steps."""
+    params = new_params(dtype, shapes, device)
+    to = None if copies is None else [torch.zeros_like(p, dtype=copies) for p in params]
+    optimizer = kind(params, **options, copies=to, backend=backend)
+    for step in range(steps):
+        give_grads(optimizer, step)
+        optimizer.step()
+    return optimizer
+
+
+def params_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def give_grads(optimizer, step, dtype=None):
+    for i, p in enumerate(params_of(optimizer)):
+        p.grad = None
+        set_grad(p, random(p.shape, 100 * step + i, p.device).to(dtype or p.dtype))
+
+
+def lists_of(optimizer):
+    """Clones of what an optimizer has, as arguments by name; gradients apart."""
+    params, moments = params_of(optimizer), {}
+    states = [optimizer.state[p] for p in params]
+    for key in moments_of(states[0]):
+        moments[f"{key}s"] = [s[key].clone() for s in states]
+        if any(f"{key}_scale" in s for s in states):  # else nothing has 8 bits
+            none = torch.zeros(0, device=params[0].device)
+            moments[f"{key}_scales"] = [s.get(f"{key}_scale", none).clone() for s in states]
+    found = {"params": [p.detach().clone() for p in params], **moments}
+    found["state_steps"] = [s["step"].clone() for s in states if "step" in s]
+    if "master_param" in states[0]:
+        found["residuals"] = [s["master_param"].clone() for s in states]
+    if optimizer.copies:
+        found["copies"] = [optimizer.copies[p].clone() for p in params]
+    return found
+
+
+def grads_of(optimizer):
+    return [p.grad.clone() for p in params_of(optimizer)]
+
+
+def rounding_of(recipe, has_squares=True):
+    """What an optimizer's options round: see warpstep.functional.adamw_."""
+    if recipe.get("rounding") is None and recipe.get("state_dtype") and has_squares:
+        return "stochastic_exp_avg_sq"
+    return recipe.get("rounding")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensors in expected.items():
+        for i, (a, b) in enumerate(zip(found[name], tensors, strict=True)):
+            assert torch.equal(a, b), f"{name}[{i}]"
+
+
+def call(function, lists, grads, **options):
+    if function is not sgd_:
+        lists = {"max_exp_avg_sqs": [], **lists}
+    function(grads=grads, **lists, **options)
+
+
+# ---- The bits of the class
+
+
+@each_recipe
+@pytest.mark.parametrize("case", ["adamw", "adam-amsgrad", "sgd"])
+def test_bits_of_the_class(lists_backend, device, recipe, case):
+    """Every recipe that a class has: parameters, residuals, moments, scales and counters."""
+    options = {**CLASS, **recipe}
+    if case == "sgd":
+        options = {"lr": 1e-2, "momentum": 0.9, "seed": options["seed"], **recipe}
+        if isinstance(recipe.get("state_dtype"), tuple):
+            options["state_dtype"] = recipe["state_dtype"][0]
+        kind, function = warpstep.SGD, sgd_
+        hypers = {"lr": 1e-2, "weight_decay": 0.0, "momentum": 0.9, "dampening": 0.0}
+    elif case == "adamw":
+        kind, function, hypers = warpstep.AdamW, adamw_, HYPERS
+    else:
+        kind, function, hypers = warpstep.Adam, adam_, {**HYPERS, "amsgrad": True}
+        options["amsgrad"] = True
+    optimizer = stepped(kind, lists_backend, device, **options)
+    lists = lists_of(optimizer)
+    for step in (2, 3):
+        give_grads(optimizer, step)
+        before = warpstep.status().launches
+        optimizer.step()
+        between = warpstep.status().launches
+        call(
+            function,
+            lists,
+            grads_of(optimizer),
+            **hypers,
+            rounding=rounding_of(recipe, function is not sgd_),
+            seed=options["seed"],
+            backend=lists_backend,
+        )
+        after = warpstep.status().launches
+        for backend in after:  # nothing is left to the reference
+            assert after[backend] - between[backend] == between[backend] - before[backend]
+    assert_same(lists, lists_of(optimizer))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
+def test_copies(lists_backend, device, dtype, grad_dtype):
+    """float32 masters of what a model computes with: gradients of 16 bits in, copies out."""
+    optimizer = stepped(
+        warpstep.AdamW, lists_backend, device, dtype=torch.float32, copies=dtype, **CLASS
+    )
+    lists = lists_of(optimizer)
+    give_grads(optimizer, 2, grad_dtype)
+    optimizer.step()
+    call(adamw_, lists, grads_of(optimizer), **HYPERS, backend=lists_backend)
+    assert_same(lists, lists_of(optimizer))
+    for param, copy in zip(lists["params"], lists["copies"], strict=True):
+        assert torch.equal(copy, param.to(dtype))
+
+
+def test_what_a_parameter_is_called_and_where_it_begins_decide_the_bits(lists_backend, device):
+    """Tensors in another order, with their numbers, have the bits that they had."""
+    recipe = RECIPES["stochastic-8bit"]
+    optimizer = stepped(warpstep.AdamW, lists_backend, device, **CLASS, **recipe)
+    lists, n = lists_of(optimizer), len(SHAPES)
+    lists = {name: tensors[::-1] for name, tensors in lists.items()}
+    give_grads(optimizer, 2)
+    optimizer.step()
+    options = {"rounding": "stochastic", "seed": CLASS["seed"], "backend": lists_backend}
+    numbers = list(range(n))[::-1]
+    other = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+    grads = grads_of(optimizer)[::-1]
+    call(adamw_, lists, grads, **HYPERS, **options, param_indices=numbers)
+    lists = {name: tensors[::-1] for name, tensors in lists.items()}
+    assert_same(lists, lists_of(optimizer))
+    call(adamw_, other, grads, **HYPERS, **options)
+    assert not torch.equal(other["params"][-1], lists["params"][0])
+
+
+@pytest.mark.parametrize("recipe", ["stochastic", "residual"])
+def test_gaps_in_memory(lists_backend, device, recipe):
+    """What has no kernel is stepped by the reference: the bits of the same without gaps."""
+    wide = random((6, 64), 0, device).to(BF16)
+    param = wide[:, ::2]
+    lists = {
+        "params": [param],
+        "exp_avgs": [torch.zeros(param.shape, device=device)],
+        "exp_avg_sqs": [torch.zeros(param.shape, device=device, dtype=BF16)],
+        "state_steps": [torch.zeros((1, 1), device=device)],
+    }
+    if recipe == "residual":
+        lists["residuals"] = [torch.zeros_like(param, dtype=torch.int16)]
+    dense = {name: [t.clone().contiguous() for t in ts] for name, ts in lists.items()}
+    grads, kept = [random(param.shape, 5, device).to(BF16)], wide[:, 1::2].clone()
+    options = {"rounding": "stochastic", "seed": 3}
+    call(adamw_, lists, grads, **HYPERS, **options, backend=lists_backend)
+    call(adamw_, dense, grads, **HYPERS, **options, backend="reference")
+    assert_same(lists, dense)
+    assert torch.equal(wide[:, 1::2], kept)
+
+
+# ---- Ranges of a parameter, as offloaders step them
+
+RANGES = [(0, 64), (64, 20_032), (20_032, 66_000)]
+
+
+def flat_recipe(recipe, backend, device, numel=66_000):
+    """An optimizer of one flat parameter that has stepped once, its lists, and a gradient."""
+    copies = {"dtype": torch.float32, "copies": BF16}
+    options = copies if recipe == "copies" else RECIPES[recipe]
+    optimizer = stepped(
+        warpstep.AdamW, backend, device, steps=1, shapes=[(numel,)], **CLASS, **options
+    )
+    give_grads(optimizer, 1, BF16)
+    return optimizer, lists_of(optimizer), grads_of(optimizer)[0]
+
+
+def step_range(lists, grad, begin, end, recipe, **options):
+    """One range of a flat parameter, whose step has been counted."""
+    some = {}
+    for name, (tensor,) in lists.items():
+        if name == "state_steps":
+            some[name] = [tensor]
+        elif name.endswith("_scales"):
+            some[name] = [tensor[begin // 64 : -(-end // 64)]]
+        else:
+            some[name] = [tensor[begin:end]]
+    call(
+        adamw_,
+        some,
+        [grad[begin:end]],
+        **HYPERS,
+        rounding=rounding_of(RECIPES.get(recipe, {})),
+        seed=CLASS["seed"],
+        first_elements=[begin],
+        advance_steps=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["residual-8bit", "stochastic-8bit", "stochastic", "copies"])
+def test_ranges_have_the_bits_of_the_whole(lists_backend, device, recipe):
+    """In any order, with one counter that the caller has advanced once."""
+    optimizer, lists, grad = flat_recipe(recipe, lists_backend, device)
+    lists["state_steps"][0] += 1
+    for begin, end in RANGES[::-1]:
+        step_range(lists, grad, begin, end, recipe, backend=lists_backend)
+    optimizer.step()
+    assert_same(lists, lists_of(optimizer))
+
+
+def test_ranges_of_no_blocks_begin_anywhere(lists_backend, device):
+    """Eight elements draw together, and may be parted."""
+    optimizer, lists, grad = flat_recipe("stochastic", lists_backend, device)
+    lists["state_steps"][0] += 1
+    for begin, end in ((0, 3), (3, 1_029), (1_029, 66_000)):
+        step_range(lists, grad, begin, end, "stochastic", backend=lists_backend)
+    optimizer.step()
+    assert_same(lists, lists_of(optimizer))
+
+
+@pytest.mark.parametrize("recipe", ["copies", "stochastic-8bit"])
+def test_ranges_from_several_threads(recipe):
+    """At once, large enough for each to let go of the GIL: the bits of the whole."""
+    numel = 2**19 + 64 * 3
+    optimizer, lists, grad = flat_recipe(recipe, "cpu", "cpu", numel)
+    lists["state_steps"][0] += 1
+    bounds = [0, 2**17, 2**18, 2**18 + 2**17, numel]
+    failed = []
+
+    def step(begin, end):
+        try:
+            step_range(lists, grad, begin, end, recipe)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=step, args=pair) for pair in pairwise(bounds)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    optimizer.step()
+    assert_same(lists, lists_of(optimizer))
+
+
+@pytest.mark.parametrize("elements", [2**17, 2**22 + 64], ids=["a chunk", "all"])
+def test_another_thread_runs_while_kernels_do(elements):
+    """The GIL is not held: another thread, which takes it only when it is let go, counts."""
+    lists = {
+        "params": [torch.zeros(elements)],
+        "exp_avgs": [torch.zeros(elements)],
+        "exp_avg_sqs": [torch.zeros(elements)],
+        "state_steps": [torch.zeros(())],
+    }
+    grads, count, done = [torch.ones(elements)], 0, False
+
+    def counting():
+        nonlocal count
+        while not done:
+            count += 1
+            time.sleep(0)  # lets go of the GIL
+
+    before_interval = sys.getswitchinterval()
+    other = threading.Thread(target=counting)
+    try:
+        sys.setswitchinterval(1000.0)  # nobody has to let go of it
+        other.start()
+        for _ in range(2000):  # until the other thread has had a core meanwhile
+            before = count
+            call(adamw_, lists, grads, **HYPERS)
+            if count != before:
+                break
+        assert count != before
+    finally:
+        done = True
+        sys.setswitchinterval(before_interval)
+        other.join()
+
+
+# ---- Operators of torch
+
+
+def operator_arguments(recipe="residual-8bit"):
+    optimizer = stepped(
+        warpstep.AdamW, "cpu", "cpu", steps=1, shapes=[(64, 64), (3,)], **CLASS, **RECIPES[recipe]
+    )
+    lists, grads = lists_of(optimizer), grads_of(optimizer)
+    names = ("params", "exp_avgs", "exp_avg_sqs", "state_steps")
+    params, exp_avgs, exp_avg_sqs, steps = (lists.pop(name) for name in names)
+    options = {"rounding": rounding_of(RECIPES[recipe]), "seed": 7, "param_indices": [4, 9]}
+    return (params, grads, exp_avgs, exp_avg_sqs, [], steps), {**HYPERS, **lists, **options}
+
+
+def test_opcheck():
+    """Schema, fake implementation, autograd registration and AOT dispatch hold."""
+    lists, options = operator_arguments()
+    torch.library.opcheck(torch.ops.warpstep.adamw_.default, lists, options)
+    lists, options = operator_arguments()
+    options = {key: options[key] for key in HYPERS} | {"copies": [p.bfloat16() for p in lists[0]]}
+    lists = [[t.float() for t in stream] for stream in lists]
+    torch.library.opcheck(torch.ops.warpstep.adam_.default, tuple(lists), options)
+
+
+@pytest.mark.parametrize("called", [adamw_, torch.ops.warpstep.adamw_], ids=["function", "op"])
+@pytest.mark.parametrize("recipe", ["residual-8bit", "stochastic-8bit"])
+def test_compiled_and_as_an_operator(called, recipe):
+    """Whole under fullgraph=True, and of the eager call's bits."""
+
+    def step(lists, options):
+        called(*lists, **{**options, "seed": 2**63 - 1})
+        return [param * 2 for param in lists[0]]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found, expected = operator_arguments(recipe), operator_arguments(recipe)
+    for _ in range(2):
+        assert all(map(torch.equal, compiled(*found), step(*expected)))
+    for a, b in zip(found[0], expected[0], strict=True):
+        assert all(map(torch.equal, a, b))
+    for name in {*found[1]} - {*HYPERS, "rounding", "seed", "param_indices"}:
+        assert all(map(torch.equal, found[1][name], expected[1][name])), name
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_the_operator_takes_any_seed(seed):
+    """A seed above torch's integers has the same bits where an operator is seen."""
+    found, expected = operator_arguments("stochastic"), operator_arguments("stochastic")
+    with Dispatched() as mode:
+        adamw_(*found[0], **{**found[1], "seed": seed})
+    assert mode.seen == ["warpstep.adamw_.default"]
+    adamw_(*expected[0], **{**expected[1], "seed": seed})
+    assert all(map(torch.equal, found[0][0], expected[0][0]))
+
+
+@pytest.mark.parametrize("steps", ["own", "shared"])
+@pytest.mark.parametrize("recipe", ["residual-8bit", "stochastic-8bit", "residual"])
+def test_vmap(recipe, steps):
+    """A batch has the bits of its entries, one after the other."""
+    size, (lists, options) = 3, operator_arguments(recipe)
+    numbers = {key: options.pop(key) for key in (*HYPERS, "rounding", "seed", "param_indices")}
+
+    def stack(tensors):
+        return [torch.stack([t] * size) for t in tensors]
+
+    batch = [stack(stream) for stream in lists]
+    batch[1] = [random(g.shape, i).to(g.dtype) for i, g in enumerate(batch[1])]
+    batch[5] = [torch.tensor([1.0, 2.0, 5.0]) for _ in lists[5]] if steps == "own" else lists[5]
+    low = {name: stack(stream) for name, stream in options.items()}
+    entries = []
+    for b in range(size):
+        one = [[t[b].clone() if t.dim() else t.clone() for t in stream] for stream in batch]
+        of_low = {name: [t[b].clone() for t in stream] for name, stream in low.items()}
+        adamw_(*one, **numbers, **of_low)
+        entries.append((one, of_low))
+
+    def step(lists, low):
+        adamw_(*lists, **numbers, **low)
+        return lists[0][0] * 1
+
+    dims = [[0] * len(stream) for stream in batch[:5]] + [[0 if steps == "own" else None] * 2]
+    torch.vmap(step, in_dims=(dims, 0))(batch, low)
+    for b, (one, of_low) in enumerate(entries):
+        for stream, expected in zip(batch, one, strict=True):
+            for t, e in zip(stream, expected, strict=True):
+                assert torch.equal(t[b] if t.dim() > e.dim() else t, e)
+        for name, expected in of_low.items():
+            assert all(torch.equal(t[b], e) for t, e in zip(low[name], expected, strict=True))
+
+
+# ---- Errors
+
+
+def change(name, index, tensor):
+    return lambda lists: lists[name].__setitem__(index, tensor)
+
+
+BAD = {
+    "too few residuals": (
+        lambda ls: ls["residuals"].pop(),
+        ValueError,
+        r"residuals has 1 tensors and params 2",
+    ),
+    "residual's dtype": (
+        change("residuals", 1, torch.zeros(3)),
+        TypeError,
+        r"residuals\[1\] is float32.*residuals are int16, of bfloat16 parameters",
+    ),
+    "residual's shape": (
+        change("residuals", 1, torch.zeros(4, dtype=torch.int16)),
+        RuntimeError,
+        r"params\[1\].*residuals\[1\] is int16 of shape \(4,\)",
+    ),
+    "residual's parameter": (
+        change("params", 1, torch.zeros(3)),
+        TypeError,
+        r"params\[1\] is float32.*of bfloat16 parameters",
+    ),
+    "no scales": (
+        lambda ls: ls.pop("exp_avg_scales"),
+        TypeError,
+        r"exp_avgs\[0\] is uint8.*exp_avg_scales\[0\] is None, expected a contiguous uint8 of 64",
+    ),
+    "another block size": (
+        change("exp_avg_sq_scales", 0, torch.zeros(32, dtype=torch.uint8)),
+        TypeError,
+        r"exp_avg_sq_scales\[0\] is uint8 of shape \(32,\) on cpu, expected .* 64 elements",
+    ),
+    "scales in another order": (
+        change("exp_avg_sq_scales", 0, torch.zeros((8, 8), dtype=torch.uint8).t()),
+        TypeError,
+        r"exp_avg_sq_scales\[0\] is uint8 of shape \(8, 8\) on cpu, expected a contiguous",
+    ),
+    "scales of what has none": (
+        change("exp_avg_scales", 1, torch.zeros(1, dtype=torch.uint8)),
+        TypeError,
+        r"exp_avgs\[1\] is float32 .*exp_avg_scales\[1\] is uint8.*expected an empty tensor",
+    ),
+    "codes in another order": (
+        change("exp_avgs", 0, torch.zeros((64, 64), dtype=torch.uint8).t()),
+        RuntimeError,
+        r"params\[0\] has strides \(64, 1\), exp_avgs\[0\] \(1, 64\)",
+    ),
+    "a copy of 16 bits": (
+        lambda ls: ls.update(copies=[torch.zeros_like(p) for p in ls["params"]]),
+        TypeError,
+        r"params\[0\] is bfloat16.*copies of float32 parameters",
+    ),
+    "no tensor": (
+        change("residuals", 1, 3),
+        TypeError,
+        r"residuals\[1\] is of type int",
+    ),
+    "a rounding": (
+        lambda ls: ls.update(rounding="up"),
+        ValueError,
+        r"Invalid rounding: 'up'. Choose one of 'nearest', 'stochastic' and",
+    ),
+    "a seed": (lambda ls: ls.update(seed=1.5), TypeError, "seed should be an integer"),
+    "a large seed": (lambda ls: ls.update(seed=2**64), ValueError, "Invalid seed"),
+    "an index": (
+        lambda ls: ls.update(param_indices=[0, -1]),
+        ValueError,
+        r"param_indices\[1\] is -1",
+    ),
+    "too few indices": (
+        lambda ls: ls.update(param_indices=[0]),
+        ValueError,
+        r"param_indices has 1 numbers and params 2 tensors",
+    ),
+    "an element": (
+        lambda ls: ls.update(first_elements=["0", 0]),
+        TypeError,
+        r"first_elements\[0\] is '0', expected an integer",
+    ),
+    "within a block": (
+        lambda ls: ls.update(first_elements=[32, 0]),
+        ValueError,
+        r"first_elements\[0\] is 32.*a multiple of 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_name_the_tensor_and_change_nothing(lists_backend, device, name):
+    if device != "cpu":
+        pytest.skip("the cases are tensors of the CPU")
+    spoil, kind, message = BAD[name]
+    lists, options = operator_arguments()
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+    arguments = {**dict(zip(names, lists, strict=True)), **options, "backend": lists_backend}
+    spoil(arguments)
+    tensors = [t for v in arguments.values() if isinstance(v, list) for t in v]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(kind, match=message):
+        adamw_(**arguments)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_random_bits_need_counters():
+    """Which SGD does without otherwise."""
+    param = torch.ones(3, dtype=BF16)
+    options = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0}
+    with pytest.raises(ValueError, match=r"params\[0\].*state_steps is empty.*'stochastic' needs"):
+        sgd_([param], [param], [], [], **options, rounding="stochastic")
+    assert torch.equal(param, torch.ones(3, dtype=BF16))
+
+
+def test_float64_has_no_8_bits():
+    lists = [[torch.ones(64, dtype=torch.float64)] for _ in range(2)]
+    lists += [[torch.zeros(64, dtype=torch.uint8)] for _ in range(2)]
+    scales = [torch.zeros(1, dtype=torch.uint8)]
+    with pytest.raises(TypeError, match=r"params\[0\] is float64.*exp_avgs\[0\] of 8 bits"):
+        adamw_(
+            *(*lists, [], [torch.zeros(())]),
+            **HYPERS,
+            exp_avg_scales=scales,
+            exp_avg_sq_scales=scales,
+        )
