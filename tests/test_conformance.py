@@ -15,6 +15,7 @@ import warpstep
 from support import oracle
 from support.cases import each_options, each_recipe
 from support.conformance import assert_step, streams_of, zeros_of
+from support.environment import INTERPRETED
 from support.oracle import Options
 from support.recipes import F32, RECIPES, SIZES, make, optimizer_for, set_grad
 from warpstep.recipes import Recipe
@@ -123,7 +124,7 @@ def test_long_tensors_whose_streams_all_begin_off_the_boundary(backend, device, 
 def test_groups_have_their_own_hyper_parameters(backend, device):
     """More groups than the arguments of one CUDA launch hold, each different."""
     generator = torch.Generator().manual_seed(3)
-    count = 700
+    count = 40 if INTERPRETED else 700
     options = [Options(lr=1e-3 * (i + 1), weight_decay=i / count) for i in range(count)]
     params = [Parameter(make(5, F32, device, generator)) for _ in range(count)]
     groups = [
@@ -229,7 +230,7 @@ def test_a_step_with_found_inf_is_not_taken(backend, device, found):
 
 def test_a_thousand_steps_stay_as_near_to_the_oracle_as_torchs_fused(backend, device):
     """An independent trajectory in extended precision; torch's fused kernel is the yardstick."""
-    steps, size = 1000, 512
+    steps, size = 200 if INTERPRETED else 1000, 512
     generator = torch.Generator().manual_seed(6)
     start = make(size, F32, "cpu", generator)
     options = Options(lr=1e-3, weight_decay=0.1)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import warpstep
-from support.environment import EMULATED, INTERPRETED
+from support.environment import SLOW
 from support.low_precision import (
     BF16,
+    LONG,
     RECIPES,
+    SHAPES,
     Float32,
     assert_step_is_float32s,
     flat,
@@ -32,7 +34,7 @@ KINDS = {
 }
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 PAIRS = [(recipe, options) for recipe in RECIPES for options in OPTIONS]
-if EMULATED or INTERPRETED:  # each recipe, and each option with two of them
+if SLOW:  # each recipe, and each option with two of them
     some = ("residual-8bit", "stochastic")
     PAIRS = [(r, o) for r, o in PAIRS if o == "default" or r in some]
 each_recipe_with_options = pytest.mark.parametrize(
@@ -47,8 +49,10 @@ def grads_of(params, step, dtype=None):
     ]
 
 
-def assert_steps(kind, recipe, options, backend, device, dtype=BF16, grad_dtype=None, steps=3):
-    params = new_params(dtype, device=device)
+def assert_steps(
+    kind, recipe, options, backend, device, dtype=BF16, grad_dtype=None, steps=3, shapes=SHAPES
+):
+    params = new_params(dtype, shapes, device)
     optimizer = kind(params, backend=backend, seed=42, **recipe, **options)
     reference = Float32(kind, backend, device, options)
     for step in range(1, steps + 1):
@@ -60,6 +64,11 @@ def assert_steps(kind, recipe, options, backend, device, dtype=BF16, grad_dtype=
 @each_recipe_with_options
 def test_adamw(recipe, options, backend, device):
     assert_steps(warpstep.AdamW, recipe, {"lr": 1e-2, **options}, backend, device)
+
+
+def test_a_long_vector(backend, device):
+    recipe = RECIPES["residual-8bit"]
+    assert_steps(warpstep.AdamW, recipe, {}, backend, device, steps=2, shapes=[LONG])
 
 
 @each_recipe

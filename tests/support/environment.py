@@ -22,6 +22,7 @@ from warpstep import backends
 
 EMULATED = bool(os.environ.get("WARPSTEP_TEST_NATIVE"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SLOW = EMULATED or INTERPRETED  # where a test takes fewer cases and steps
 if INTERPRETED:
     interpreter.fuse_multiply_adds()
 HAS_GPU = torch.cuda.is_available()
