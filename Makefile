@@ -11,7 +11,7 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test quick test-huge bench report recipes gpu lint format clean
+.PHONY: help build demo test quick test-huge docs bench report recipes gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,17 +28,22 @@ PYTEST := OMP_NUM_THREADS=2 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n logica
 quick: build ## run one case of each test, in about a minute
 	@$(PYTEST) --quick --ignore tests/integrations
 
-test: build $(VENV)/.integrations ## run the test suite, some 25 minutes of one core
+test: build $(VENV)/.integrations $(VENV)/.docs ## run the test suite, some 25 minutes of one core
 	@echo "The whole suite takes some 25 minutes of one core; make quick takes about one of two."
 	@$(PYTEST)
 
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
 	WARPSTEP_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py
 
+# Material's banner about its future helps nobody here.
+docs: $(VENV)/.docs ## build the documentation site into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/docs; $(BIN)/mkdocs serve shows it."
+
 bench: build ## run the benchmark for this machine, write build/bench/ (BENCH=--record: bench/results/)
 	$(BIN)/python -m bench.run $(BENCH)
 
-report: build ## make README's tables and plots again from bench/results/
+report: build ## make the documents' tables and plots again from bench/results/
 	$(BIN)/python -m bench.report
 
 recipes: build ## train two small models with every low-precision recipe, five seeds each
@@ -79,6 +84,11 @@ $(VENV)/.installed: $(VENV)/.environment $(SOURCES)
 $(VENV)/.integrations: $(VENV)/.environment
 	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" accelerate lightning transformers
 	$(BIN)/python -m pip install -q --no-deps timm
+	@touch $@
+
+# warpstep is there already: this installs what its extra names.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q "warpstep[docs]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.environment

@@ -28,6 +28,12 @@ class Recipe:
     moved: float
     kept: float
 
+    @property
+    def code(self) -> str:
+        """The arguments that ask for it, as one writes them."""
+        values = {"bfloat16": "torch.bfloat16"}
+        return ", ".join(f"`{k}={values.get(v, chr(34) + v + chr(34))}`" for k, v in self.options)
+
 
 SCALES = 2 / 64  # bytes an element: a scale a block, of two moments
 RESIDUAL, EIGHT_BITS = ("master", "residual"), ("state_dtype", "8bit")

@@ -420,7 +420,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if failed:
         print(f"FAILED: {', '.join(failed)}. Logs: {results}", file=sys.stderr)
         return 1
-    print(f"All passed: {', '.join(names)}. `make report` puts bench/results into README.")
+    print(f"All passed: {', '.join(names)}. `make report` puts bench/results into the documents.")
     return 0
 
 

@@ -183,7 +183,7 @@ def arguments() -> argparse.Namespace:
     where.add_argument(
         "--record",
         action="store_true",
-        help="write into bench/results, for README, not build/bench",
+        help="write into bench/results, for the documents, not build/bench",
     )
     where.add_argument("--out", type=Path, help="folder for the results")
     parsed = parser.parse_args()
@@ -293,7 +293,7 @@ def main() -> None:
                 "learning rates from warpstep's in the mean; one of the two computes something else"
             )
     if folder.is_relative_to(RESULTS):
-        print(f"Written to {folder}; `make report` makes README's tables and plots of it.")
+        print(f"Written to {folder}; `make report` makes the documents' tables and plots of it.")
     else:
         print(f"Written to {folder}; --record writes results to keep into {RESULTS}.")
 

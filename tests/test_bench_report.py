@@ -1,4 +1,4 @@
-"""README's tables and plots, made of invented results."""
+"""The documents' tables and plots, made of invented results."""
 
 import json
 import re
@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
 
-from bench import report  # noqa: E402
+from bench import plots, report, tables  # noqa: E402
+from bench.cases import CASES, RECIPES  # noqa: E402
 from bench.competitors import (  # noqa: E402
     BASELINE,
     BASELINE_GRAPH,
@@ -164,7 +165,7 @@ def test_report_says_that_there_are_no_gpu_figures_while_there_are_none(tmp_path
 
 def of_summary(folder: Path, *rows: Row) -> str:
     save(folder, MACHINE, list(rows))
-    return report.summary(report.load(folder.parent)[0])
+    return tables.summary(report.load(folder.parent)[0])
 
 
 def test_report_shows_no_share_of_a_copy_that_was_slower_than_the_step(tmp_path):
@@ -197,15 +198,15 @@ def test_report_says_in_english_why_there_are_dashes(tmp_path):
 
 
 def test_names_are_listed_as_in_a_sentence():
-    assert report.listed(["a"]) == "a"
-    assert report.listed(["a", "b", "c"]) == "a, b and c"
+    assert tables.listed(["a"]) == "a"
+    assert tables.listed(["a", "b", "c"]) == "a, b and c"
 
 
 def test_report_shows_a_sequence_beside_the_step_of_the_same_rounds(tmp_path):
     times = {OURS: 400.0, BASELINE: 800.0, PLAIN: 300.0}
     rows = [line("m/clip", "tail", c, 2, step_us=t, ratio=t / 400) for c, t in times.items()]
     save(tmp_path / "a", MACHINE, [replace(row, sequence="clip") for row in rows])
-    text = report.tail(report.load(tmp_path)[0])
+    text = tables.tail(report.load(tmp_path)[0])
     header, _, cells = text.splitlines()
     assert header.endswith("warpstep's step alone, same rounds |")
     assert [cell.strip() for cell in cells.split("|")[3:5]] == ["400 µs", "800 µs"]
@@ -214,17 +215,100 @@ def test_report_shows_a_sequence_beside_the_step_of_the_same_rounds(tmp_path):
 
 def test_report_refuses_a_block_that_it_cannot_fill(results):
     blocks = report.blocks(report.load(results))
-    with pytest.raises(ValueError, match="no table is called 'wrong'; there are: summary, recipe"):
+    with pytest.raises(ValueError, match="no table is called 'wrong'; there are: summary, recipes"):
         report.insert("<!-- bench:begin wrong -->", blocks)
     with pytest.raises(ValueError, match="has no <!-- bench:end host -->"):
         report.insert("<!-- bench:begin host -->", blocks)
 
 
-def test_report_draws_the_plots(results, tmp_path):
+def test_the_short_table_has_the_cases_that_were_measured_and_eight_at_most(tmp_path):
+    many = [
+        line(case, "model", c, 2, step_us=250.0 * (1 + (c == BASELINE)), ratio=2.0)
+        for case in tables.SPEED
+        for c in (OURS, BASELINE)
+    ]
+    save(tmp_path / "a", MACHINE, many[:2])
+    texts = report.blocks(report.load(tmp_path))
+    head, _, row, empty, machine = texts["speed"].splitlines()
+    assert head == "| Inside the clock | torch, fused | warpstep | ratio |"
+    words = tables.SPEED["gpt2-124m"]
+    assert row == f"| {words} | 500 µs | 250 µs | 2.00x <sub>0.90 to 1.10</sub> |"
+    assert empty == ""
+    assert machine.startswith("**A CPU, 2 cores**")
+    save(tmp_path / "b", MACHINE | {"device": "cuda", "name": "A GPU"}, many)
+    texts = report.blocks(report.load(tmp_path))
+    assert len(texts["speed"].splitlines()) == 2 + tables.SPEED_ROWS + 2
+    assert "A GPU" in texts["speed"]
+    assert "A CPU" not in texts["speed"]  # one machine's
+
+
+def test_every_case_of_the_short_tables_is_one_of_the_benchmarks():
+    known = {case.id for case in CASES}
+    assert known >= set(tables.SPEED)
+    assert known >= {f"{tables.RECIPE_SHAPES}/{name}" for name in RECIPES}
+
+
+def test_the_recipes_are_shown_with_their_times_once_these_are_known(tmp_path):
+    save(tmp_path / "a", MACHINE, [line("m", "model", OURS, 2)])
+    (known,) = report.load(tmp_path)
+    head, _, *rows = tables.recipe(known).splitlines()
+    assert head.endswith("| bytes an element | bytes that a step moves |")
+    assert rows[1] == "| all bfloat16, as torch | - | 6 | 14 |"
+    assert rows[4].endswith('| `master="residual"`, `state_dtype="8bit"` | 6.03 | 14.1 |')
+    assert len(rows) == 2 + len(RECIPES)
+    case = f"{tables.RECIPE_SHAPES}/residual"
+    pair = [line(case, "recipe", c, 2, ratio=1.5) for c in (OURS, BASELINE)]
+    save(tmp_path / "b", MACHINE, pair)
+    of_b = report.load(tmp_path)[1]
+    text = tables.recipe(of_b)
+    assert "| 26 | 250 µs | 1.50x <sub>0.90 to 1.10</sub> |" in text
+    assert text.endswith("2026-01-01.")
+    assert f"| {tables.RECIPE_SHAPES} | 12 | 26 | 250 µs | 1.50x" in tables.recipes(of_b)
+
+
+def test_every_block_of_the_documents_is_filled():
+    """README has the short tables and no other; no table is in no document."""
+    named = {}
+    for path in report.DOCUMENTS:
+        named[path.name] = re.findall(r"<!-- bench:begin (\S+) -->", path.read_text())
+    assert set(named["README.md"]) == set(tables.SHORT_TABLES)
+    assert set(named["benchmarks.md"]) == set(tables.TABLES)
+
+
+def test_report_draws_the_plots_for_light_and_dark_pages(results, tmp_path):
     loaded = report.load(results)
-    report.figure(loaded, "sweep-tensors", report.draw_tensors, tmp_path / "tensors.png")
-    report.figure(loaded, "sweep-elements", report.draw_bandwidth, tmp_path / "bandwidth.png")
-    report.figure(loaded, "no such family", report.draw_tensors, tmp_path / "none.png")
-    assert (tmp_path / "tensors.png").stat().st_size > 1000
-    assert (tmp_path / "bandwidth.png").stat().st_size > 1000
-    assert not (tmp_path / "none.png").exists()
+    plots.figures(loaded, "sweep-tensors", plots.draw_tensors, tmp_path / "tensors.png")
+    plots.figures(loaded, "sweep-elements", plots.draw_bandwidth, tmp_path / "bandwidth.png")
+    plots.figures(loaded, "no such family", plots.draw_tensors, tmp_path / "none.png")
+    made = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    names = ("bandwidth-dark.png", "bandwidth.png", "tensors-dark.png", "tensors.png")
+    assert tuple(sorted(made)) == names
+    assert len(set(made.values())) == 4
+    assert min(map(len, made.values())) > 1000
+
+
+def test_labels_are_not_over_each_other():
+    figure, panel = plots.plt.subplots()
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    plots.label(panel, [(1, y, name, "red") for name, y in (("b", 0.5), ("a", 0.499), ("c", 0.9))])
+    offsets = {text.get_text(): text.xyann[1] for text in panel.texts}
+    assert offsets["a"] == offsets["c"] == 0
+    apart = 0.001 * panel.bbox.height * 72 / figure.dpi
+    assert offsets["b"] + apart == pytest.approx(plots.LABEL_POINTS)
+    plots.plt.close(figure)
+
+
+def test_main_fills_documents_or_none(results, tmp_path, monkeypatch):
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text("<!-- bench:begin host -->\n<!-- bench:end host -->\n")
+    bad.write_text("<!-- bench:begin wrong -->")
+    given = ["report", "--results", str(results), "--images", str(tmp_path / "images")]
+    before = good.read_text()
+    monkeypatch.setattr(sys, "argv", [*given, "--documents", str(good), str(bad)])
+    with pytest.raises(SystemExit, match=r"bad\.md: no table is called 'wrong'"):
+        report.main()
+    assert good.read_text() == before
+    monkeypatch.setattr(sys, "argv", [*given, "--documents", str(good)])
+    report.main()
+    assert "A GPU" in good.read_text()
+    assert (tmp_path / "images" / "tensors-dark.png").exists()

@@ -95,7 +95,7 @@ def adamw_(
     Args:
         params, grads, exp_avgs, exp_avg_sqs: p, g, m and v, one entry a tensor; entries of one
             tensor have the same shape, device and kind (real or complex). Kernels take float64,
-            float32, bfloat16, float16 and the mixtures that the README lists; other mixtures,
+            float32, bfloat16, float16 and the mixtures in docs/support.md; other mixtures,
             tensors with gaps in memory and tensor subclasses go through plain PyTorch.
         max_exp_avg_sqs: the running maxima of v under amsgrad, else ignored (``[]``).
         state_steps: how many steps were taken: for each tensor a float32 of one element on its
