@@ -11,7 +11,7 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test quick test-huge docs bench report recipes gpu lint format clean
+.PHONY: help build demo test quick test-huge digests docs bench report recipes gpu lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,18 @@ test: build $(VENV)/.integrations $(VENV)/.docs ## run the test suite, some 25 m
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
 	WARPSTEP_TEST_HUGE=1 $(BIN)/python -m pytest tests/test_huge.py
 
+# CROSS: the prefix of a cross compiler, whose program runs under EMULATOR. With Debian's
+# g++-aarch64-linux-gnu and qemu-user: make digests CROSS=aarch64-linux-gnu- \
+#   EMULATOR="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+DIGESTS := build/$(CROSS)digests
+digests: export PATH := $(abspath $(BIN)):$(PATH)
+digests: ## step every recipe without Python; the bits must be x86-64's (CROSS=, EMULATOR=)
+	cmake -G Ninja -S . -B $(DIGESTS) -DWARPSTEP_DIGESTS_ONLY=ON $(if $(CROSS),\
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$(firstword $(subst -, ,$(CROSS))) \
+	  -DCMAKE_CXX_COMPILER=$(CROSS)g++)
+	cmake --build $(DIGESTS) --target digests
+	$(EMULATOR) $(DIGESTS)/digests | diff tests/digests.txt - && echo "All bits are those of x86-64."
+
 # Material's banner about its future helps nobody here.
 docs: $(VENV)/.docs ## build the documentation site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -56,8 +68,9 @@ gpu: ## all that needs an NVIDIA GPU, with the Python that is there (PARTS="buil
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results "$(RESULTS)") \
 	  $(if $(COMMIT),--commit "$(COMMIT)") $(if $(MINUTES),--minutes $(MINUTES)) $(PARTS)
 
-lint: $(VENV)/.dev ## ruff, mypy, clang-format, as pre-commit runs them
+lint: $(VENV)/.dev ## ruff, mypy, clang-format and the workflows' schema, as pre-commit runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/clang-format --dry-run -Werror $(shell find kernels csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
 
 format: $(VENV)/.dev ## format all sources
