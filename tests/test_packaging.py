@@ -370,7 +370,8 @@ def test_a_source_distribution_has_all_sources(sources):
         for path in (sources / folder).rglob("*")
         if path.is_file() and ".egg-info" not in str(path)
     }
-    wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "mkdocs.yml", "pyproject.toml", "setup.py"}
+    wanted |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "README.md", "SECURITY.md"}
     assert wanted - names == set()
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
