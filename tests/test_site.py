@@ -45,12 +45,13 @@ def test_the_site_needs_no_network(site):
 @pytest.mark.not_quick
 def test_the_api_has_every_public_name(site):
     text = "".join(page.read_text() for page in site.glob("api/*/index.html"))
-    names = set(warpstep.__all__) - {"__version__", "functional", "torch_ops"}
+    names = set(warpstep.__all__) - {"__version__", "compat", "functional", "torch_ops"}
     assert names >= {"AdamW", "enable", "status"}
     for name in names:
         assert f'id="warpstep.{name}"' in text, name
-    for name in warpstep.functional.__all__:
-        assert f'id="warpstep.functional.{name}"' in text, name
+    for module in (warpstep.compat, warpstep.functional):
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in text, name
     for method in ("clip_grad_norm_", "swap_ema", "statistics", "state_bytes"):
         assert f".{method}" in text, method
     assert not re.search(r":(class|func|meth):", text)  # reST's roles
