@@ -71,11 +71,11 @@ gpu: ## all that needs an NVIDIA GPU, with the Python that is there (PARTS="buil
 lint: $(VENV)/.dev ## ruff, mypy, clang-format and the workflows' schema, as pre-commit runs them
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/clang-format --dry-run -Werror $(shell find kernels csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
+	$(BIN)/clang-format --dry-run -Werror $(shell find kernels csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
 
 format: $(VENV)/.dev ## format all sources
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find kernels csrc tests/emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
+	$(BIN)/clang-format -i $(shell find kernels csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu*")
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/warpstep/*.so

@@ -1,7 +1,7 @@
 """Fills the documents' tables and draws the plots from committed results: `python -m bench.report`.
 
 A document's table stands between `<!-- bench:begin NAME -->` and `<!-- bench:end NAME -->`: README
-has the short ones (bench/tables.py SHORT_TABLES), docs/benchmarks.md all the others.
+has the short ones (bench/tables.py SHORT_TABLES), docs/benchmarks.md the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from bench.tables import MEMORY_BOUND_BYTES, SHORT_TABLES, TABLES, Results, cond
 
 BLOCK = "<!-- bench:begin {name} -->", "<!-- bench:end {name} -->"
 FIRST = "summary"  # the first table of docs/benchmarks.md
-DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(
+    REPOSITORY / name
+    for name in ("README.md", "docs/benchmarks.md", "docs/concepts/low-precision.md")
+)
 
 
 def load(folder: Path) -> list[Results]:
