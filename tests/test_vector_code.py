@@ -1,0 +1,70 @@
+"""The CPU's loops are SIMD code: read from what the compiler makes of them.
+
+A loop that is not has the right results at a tenth of the speed, so nothing else would tell. Forms
+of decay other than AdamW's once were none.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RULES = {
+    "adamw": ("AdamW<false>", 2),
+    "amsgrad": ("AdamW<true>", 3),
+    "sgd": ("Sgd<false>", 0),
+    "momentum": ("Sgd<true>", 1),
+}
+FORMATS = ("float64", "float32", "bfloat16", "float16")
+PARTS = ("usual", "whole")
+CASES = [(rule, number, part) for rule in RULES for number in FORMATS for part in PARTS]
+
+pytestmark = [
+    pytest.mark.not_quick,
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 code"),
+]
+
+
+def function(rule, number, part):
+    kind, moments = RULES[rule]
+    recipe = ", ".join([kind] + [number] * (2 + moments))
+    return f"""
+extern "C" void {rule}_{number}_{part}(const Constants<{kind}, {number}::Compute>& c,
+                                       const Stepper<Recipe<{recipe}>>::Operands& at, long count) {{
+  Stepper<Recipe<{recipe}>>::step_part<Part::{part}>(c, at, count);
+}}"""
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    """By function, what the flags of the build's AVX2 kernels make of it."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("vector_code")
+    source, target = folder / "loops.cpp", folder / "loops.s"
+    begin = '#define WARPSTEP_ISA avx2\n#include "cpu/step.h"\nusing namespace warpstep;\n'
+    source.write_text(begin + "".join(function(*case) for case in CASES))
+    text = (ROOT / "CMakeLists.txt").read_text()
+    flags = [
+        re.search(rf"set\({name} (.*)\)", text)[1] for name in ("ARITHMETIC", "ISA_FLAGS_avx2")
+    ]
+    command = ["g++", "-std=c++17", *" ".join(flags).split(), f"-I{ROOT / 'kernels'}", "-w", "-S"]
+    subprocess.run([*command, source, "-o", target], check=True)
+    code = target.read_text()
+    return dict(re.findall(r"^(\w+):\n(.*?)^\s*\.size\s+\1", code, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize(("rule", "number", "part"), CASES)
+def test_a_step_is_simd_code(assembly, rule, number, part):
+    code = assembly[f"{rule}_{number}_{part}"]
+    suffix = "d" if number == "float64" else "s"
+    vectors = rf"p{suffix}\s.*%ymm"
+    if rule in ("sgd", "momentum"):
+        assert re.search(rf"v(?:sub|fn?m\w+\d+){vectors}", code), "no differences of vectors"
+    else:
+        assert re.search(f"vsqrt{vectors}", code), "no roots of vectors"
+        assert re.search(f"vdiv{vectors}", code), "no quotients of vectors"
