@@ -54,6 +54,8 @@ RECIPES = {
     ),
 }
 
+PEERS_OF_8_BITS = ("bitsandbytes-8bit", "torchao-8bit")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -122,6 +124,13 @@ class Case:
     def state_bytes(self) -> int:
         """Bytes of one competitor's own copy: the parameters and their moments."""
         return self.param_bytes * (1 + MOMENTS[self.optimizer])
+
+    @property
+    def moves_the_floor(self) -> bool:
+        """Whether warpstep moves the floor bytes and no more: with bfloat16 gradients in and a
+        bfloat16 copy out they are as many as with float32 gradients.
+        """
+        return self.sequence in ("step", "copies")
 
     @property
     def is_memory_bound(self) -> bool:
@@ -223,7 +232,7 @@ def _recipes(case: Case) -> tuple[Case, ...]:
             family="recipe",
             dtype="bfloat16",
             recipe=recipe,
-            only=("warpstep", "torch-fused"),
+            only=("warpstep", "torch-fused", *(PEERS_OF_8_BITS if "8bit" in recipe else ())),
         )
         for recipe in RECIPES
     )
@@ -304,6 +313,8 @@ CASES: tuple[Case, ...] = (
     # Low precision that loses nothing, against torch's all-bfloat16 step of the same shapes.
     *_recipes(Case("gpt2-124m", "recipe", gpt2(12, 768), quick=True)),
     *_recipes(Case("one-2^26", "recipe", equal(1, 2**26), devices=CPU)),
+    Case("gpt2-124m/copies", "tail", gpt2(12, 768), sequence="copies"),
+    Case("one-2^26/copies", "tail", equal(1, 2**26), sequence="copies", devices=CPU),
     *_recipes(Case("one-2^28", "recipe", equal(1, 2**28), devices=CUDA)),
     *_recipes(Case("2000x64x64", "recipe", ((64, 64),) * 2000)),
     # Sizes that are no multiple of a vector, addresses that are not aligned to one, and neither.

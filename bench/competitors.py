@@ -86,7 +86,8 @@ class Competitor:
                 groups, lr=LR, fused=sequences.ENABLED[sequence], **hypers
             )
             return enabled, enabled.step
-        more = sequences.options(sequence) if self.id == OURS else {}
+        params = [param for group in groups for param in group["params"]]
+        more = sequences.options(sequence, params) if self.id == OURS else {}
         if case.recipe and self.id == OURS:
             options = dict(RECIPES[case.recipe].options)
             more |= {name: getattr(torch, word, word) for name, word in options.items()}
@@ -130,7 +131,7 @@ COMPETITORS: tuple[Competitor, ...] = (
         "torch.optim",
         "AdamW",
         (("fused", True),),
-        sequences=("step", "clip", "tail", *sequences.ENABLED),
+        sequences=("step", "clip", "tail", "copies", *sequences.ENABLED),
         optimizers=WITH_SGD,
     ),
     Competitor(
@@ -152,7 +153,12 @@ COMPETITORS: tuple[Competitor, ...] = (
     Competitor("torch-compiled", "torch.optim", "AdamW", (("foreach", True),), compiled=True),
     Competitor("optimi", "optimi", "AdamW", (("kahan_sum", False),)),
     Competitor(
-        "deepspeed-cpu", "deepspeed.ops.adam", "DeepSpeedCPUAdam", devices=("cpu",), dtypes=F32
+        "deepspeed-cpu",
+        "deepspeed.ops.adam",
+        "DeepSpeedCPUAdam",
+        devices=("cpu",),
+        dtypes=F32,
+        sequences=("step", "copies"),
     ),
     Competitor("apex", "apex.optimizers", "FusedAdam", devices=CUDA, dtypes=F32),
     Competitor(
@@ -163,10 +169,8 @@ COMPETITORS: tuple[Competitor, ...] = (
         dtypes=F32,
     ),
     Competitor("bitsandbytes", "bitsandbytes.optim", "AdamW", devices=CUDA, dtypes=F32),
-    Competitor(
-        "bitsandbytes-8bit", "bitsandbytes.optim", "AdamW8bit", devices=CUDA, same_formats=False
-    ),
-    Competitor("torchao-8bit", "torchao.optim", "AdamW8bit", devices=CUDA, same_formats=False),
+    Competitor("bitsandbytes-8bit", "bitsandbytes.optim", "AdamW8bit", same_formats=False),
+    Competitor("torchao-8bit", "torchao.optim", "AdamW8bit", same_formats=False),
 )
 
 

@@ -117,14 +117,14 @@ def copy_loop(
     where there is no native module, and on a CPU for what has other streams than AdamW.
     """
     ours = next((entry for entry in entries if entry.id == OURS), None)
-    if ours is None or case.sequence != "step":
+    if ours is None or not case.moves_the_floor:
         return None
     if isinstance(device, Cuda):
         return DeviceCopyLoop(case, device)
     if case.optimizer != "AdamW":
         return None
     touch = native_touch_streams()
-    if case.recipe:
+    if case.recipe or case.sequence == "copies":
         is_large = case.is_memory_bound and touch is not None
         return OwnCopyLoop(case, ours, touch, device) if touch and is_large else None
     large = any(as_floats(parameter) for parameter in ours.parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gc
 import json
 import time
 from contextlib import nullcontext
@@ -17,9 +16,9 @@ from bench.cases import SHORT, Case, select
 from bench.clocks import Clocks
 from bench.competitors import OURS, Competitor, found, that_fit
 from bench.copying import copied_bytes
-from bench.devices import DEVICES
 from bench.machine import REPOSITORY, cores, describe, free_bytes, slug
-from bench.measure import Effort, Result, Times, measure, median, ratio, spread, threads_of
+from bench.measure import Effort, Result, Times, median, ratio, spread
+from bench.processes import Processes
 from bench.show import Show
 
 RESULTS = REPOSITORY / "bench" / "results"  # Results to keep, which git tracks.
@@ -119,7 +118,7 @@ def row(result: Result, competitor: Competitor, left_out: str | None = None) -> 
         line.device_ratio = median(ratio(times.device, other.device))
     moving = times.device or times.step
     moved_in = spread(moving)
-    if competitor.same_formats and case.sequence == "step" and moved_in:
+    if competitor.same_formats and case.moves_the_floor and moved_in:
         line.gb_s = case.floor_bytes / moved_in.median
         if copied_in := spread(result.copy):
             line.copy_gb_s = case.floor_bytes / copied_in.median
@@ -210,10 +209,11 @@ def run_case(
     case: Case,
     competitors: list[Competitor],
     given: argparse.Namespace,
+    processes: Processes,
     show: Show,
     clocks: Clocks,
 ) -> list[Row]:
-    """Measures one case and frees it."""
+    """Measures one case."""
     device: str = given.device
     declined = {c.id: c.declines(case, device) for c in competitors}
     if given.quick:
@@ -226,20 +226,11 @@ def run_case(
     if given.rounds is not None:
         effort = Effort(given.rounds, given.rounds, 0)
     first = clocks.count()
-    with threads_of(case):
-        result = measure(
-            case,
-            kept,
-            DEVICES[device],
-            effort=effort,
-            say=lambda what: show.doing(f"{case.id}: {what}"),
-        )
+    result = processes.measure(
+        case, kept, device, effort=effort, say=lambda what: show.doing(f"{case.id}: {what}")
+    )
     if (sm := clocks.summary(first).get("clocks.sm MHz")) is not None:
         result.sm_mhz = sm["median"], sm["min"]
-    torch._dynamo.reset()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return [row(result, c, declined[c.id]) for c in competitors]
 
 
@@ -273,13 +264,14 @@ def main() -> None:
     print("warpstep's time, then how many times longer each of the others takes:")
     rows: list[Row] = []
     start = time.monotonic()
+    processes = Processes(competitors)
     clocks = Clocks(folder / "clocks.csv")
     with Show(seconds) as show, clocks if given.device == "cuda" else nullcontext():
         for case in cases:
             if given.minutes and time.monotonic() - start > 60 * given.minutes:
                 lines = [row(Result(case, {}), c, "no time left") for c in competitors]
             else:
-                lines = run_case(case, competitors, given, show, clocks)
+                lines = run_case(case, competitors, given, processes, show, clocks)
             rows.extend(lines)
             write(folder / "steps.csv", rows)
             show.done(in_words(case, lines))

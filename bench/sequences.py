@@ -24,6 +24,7 @@ IN_WORDS = {
     "clip": "clip the gradients' norm, step",
     "tail": "unscale (GradScaler), clip, step, average the weights",
     "stats": "step with statistics, against without",
+    "copies": "bfloat16 gradients in, float32 step, a bfloat16 copy out",
     "enabled": "torch's fused optimizer under enable(), against without",
     "unfused": "torch's optimizer by default, under enable(unfused=True), against without",
 }
@@ -55,6 +56,19 @@ def torchs(sequence: str, optimizer: Any) -> Step:
             average.update_parameters(model)
 
         return tail
+    if sequence == "copies":
+        halves: list[torch.Tensor] = []  # the gradients that came
+        copies = halves_of(params)
+
+        def widen_step_and_copy() -> None:
+            if not halves:
+                halves.extend(p.grad.bfloat16() for p in params if p.grad is not None)
+            with torch.no_grad():
+                torch._foreach_copy_([p.grad for p in params], halves)
+                optimizer.step()
+                torch._foreach_copy_(copies, params)
+
+        return widen_step_and_copy
     step: Step = optimizer.step
     return step
 
@@ -81,10 +95,14 @@ def ours(sequence: str, optimizer: Any) -> Step:
     return step
 
 
-def options(sequence: str) -> dict[str, object]:
-    """What warpstep's optimizer is constructed with, for a sequence."""
+def options(sequence: str, params: list[torch.Tensor]) -> dict[str, object]:
+    """What warpstep's optimizer of these parameters is constructed with, for a sequence."""
     if sequence == "tail":
         return {"ema_decay": EMA_DECAY}
+    if sequence == "copies":
+        for param in params:
+            param.grad_dtype = torch.bfloat16
+        return {"copies": halves_of(params)}
     return {"stats": True} if sequence == "stats" else {}
 
 
@@ -93,6 +111,11 @@ def surroundings(sequence: str, is_ours: bool) -> AbstractContextManager[None]:
     if not is_ours or sequence not in ENABLED:
         return nullcontext()
     return warpstep.enabled(unfused=sequence == "unfused")
+
+
+def halves_of(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Memory for a bfloat16 copy of each."""
+    return [torch.zeros_like(p, dtype=torch.bfloat16, requires_grad=False) for p in params]
 
 
 def scaler_on(device: torch.device) -> torch.amp.GradScaler:
