@@ -21,7 +21,7 @@ class Processes:
 
     def __init__(self, competitors: Sequence[Competitor]) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        modules = ["bench.run", *dict.fromkeys(c.module for c in competitors)]
+        modules = ["bench.measure", *dict.fromkeys(c.module for c in competitors)]
         self.context.set_forkserver_preload(modules)
 
     def measure(

@@ -24,6 +24,7 @@ from bench.competitors import (  # noqa: E402
 )
 from bench.devices import DEVICES  # noqa: E402
 from bench.machine import Others, busy_core, slug  # noqa: E402
+from bench.processes import Processes  # noqa: E402
 from bench.run import row  # noqa: E402
 
 BY_ID = {competitor.id: competitor for competitor in COMPETITORS}
@@ -266,3 +267,19 @@ def test_a_partial_run_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 cases, about 1 min on an idle machine" in done.stdout
     assert "host-100" in (tmp_path / "steps.csv").read_text()
+
+
+@pytest.mark.not_quick
+def test_a_case_whose_process_dies_says_so():
+    """And the next one is measured."""
+    processes = Processes([BY_ID[OURS]])
+    case = Case("dies", "small", equal(1, 10), dtype="no such format")
+    said = []
+    effort = measure.Effort(1, 1, 0)
+    result = processes.measure(case, [BY_ID[OURS]], "cpu", effort=effort, say=said.append)
+    assert result.times[OURS].left_out == "the case's process ended with exit code 1"
+    result = processes.measure(
+        replace(case, dtype="float32"), [BY_ID[OURS]], "cpu", effort=effort, say=said.append
+    )
+    assert len(result.times[OURS].step) == 1
+    assert said[0] == "warming up warpstep"
