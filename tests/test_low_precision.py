@@ -66,9 +66,9 @@ def test_adamw(recipe, options, backend, device):
     assert_steps(warpstep.AdamW, recipe, {"lr": 1e-2, **options}, backend, device)
 
 
-def test_a_long_vector(backend, device):
-    recipe = RECIPES["residual-8bit"]
-    assert_steps(warpstep.AdamW, recipe, {}, backend, device, steps=2, shapes=[LONG])
+def test_a_long_vector_and_rows_that_blocks_do_not_divide(backend, device):
+    recipe, shapes = RECIPES["residual-8bit"], [LONG, (130, 33)]
+    assert_steps(warpstep.AdamW, recipe, {}, backend, device, steps=2, shapes=shapes)
 
 
 @each_recipe

@@ -23,7 +23,7 @@ RECIPES = {
     "float32-nearest-bf16": {"state_dtype": (torch.float32, BF16), "rounding": "nearest"},
 }
 # Blocks of 8 bits, whole and cut short; and what is too small, or cut otherwise, for them.
-SHAPES = [(70, 64), (17,), (130, 33), (0,), ()]
+SHAPES = [(70, 64), (17,), (100, 33), (0,), ()]
 LONG = (65_536 + 37,)  # a vector of whole blocks, but for its end
 if not SLOW:
     SHAPES += [(3, 128, 64), LONG]
