@@ -112,6 +112,7 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
   for (std::uint32_t i = kMoment; i < kStable; ++i) {
     if (recipe.formats[i] == Format::none) continue;
     const py::object tensor = i == kCopy ? options.copies[object] : state[spec.keys.at(i)];
+    if (i == kCopy) kept_.append(tensor);  // no state has it, so nothing compares it
     bound.operands[i] = tensor.ptr();
     row.operands[i] =
         bind(own_part_of(tensor.ptr(), bound.layout), recipe.formats[i], elements_of(i, numel));
@@ -160,13 +161,15 @@ const char* Plan::step(py::handle state, py::handle param_groups, int threads, p
   return nullptr;
 }
 
-void Plan::keep_alive() {
+void Plan::keep_seen_alive(Scope scope) {
   keeper_.reserve(6 * params_.size(), params_.size());
   for (const BoundParam& bound : params_) {
     if (bound.assignment < 0) continue;
     keeper_.keep(bound.param);
-    for (PyObject* tensor : bound.operands) keeper_.keep(tensor);
-    keeper_.keep(bound.counter);
+    if (scope == Scope::everything) {
+      for (PyObject* tensor : bound.operands) keeper_.keep(tensor);
+      keeper_.keep(bound.counter);
+    }
     if (bound.seen == looks_ && has_grad(bound)) keeper_.keep_grad_of(bound.param);
   }
 }

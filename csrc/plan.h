@@ -91,7 +91,7 @@ class Plan {
   // They are as they should be: what was written is not to be noticed.
   void note_versions(py::handle param_groups);
   // Owns what a check has found until the next launch, for callers that run Python in between.
-  void keep_alive();
+  void keep_alive() { keep_seen_alive(Scope::everything); }
   void let_go();
 
   // Gathers gradients only, for their norm, as they are: each object (which lives until
@@ -188,6 +188,8 @@ class Plan {
   int looking_threads(int threads) const;
   const char* check_state(PyObject* state, int threads);
   bool holds_bound_items(const BoundState& bound) const;
+  // What is not in scope was not compared, and may be gone.
+  void keep_seen_alive(Scope scope);
   const char* check_groups(PyObject* param_groups, Scope scope);
   const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
   const char* check_tensors(Scope scope, int threads);

@@ -186,7 +186,7 @@ py::object Plan::grad_of(const BoundParam& bound) const {
 const char* Plan::check_tensors(Scope scope, int threads) {
   ++looks_;
   if (!grad_name_.is_none()) {
-    if (scope == Scope::everything) keep_alive();  // Python may run now
+    if (scope == Scope::everything) keep_seen_alive(scope);  // Python may run now
     ask_for_grads();
   }
   look_on_threads(threads, params_.size(), [&](std::size_t i) {
@@ -195,7 +195,7 @@ const char* Plan::check_tensors(Scope scope, int threads) {
   });
   for (const BoundParam& bound : params_) {
     if (bound.seen == looks_) continue;
-    if (keeper_.is_empty()) keep_alive();  // Python may run now
+    if (keeper_.is_empty()) keep_seen_alive(scope);  // Python may run now
     if (const char* why = look_at(bound, scope, Look::thorough)) return why;
   }
   return nullptr;

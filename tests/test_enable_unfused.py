@@ -12,6 +12,7 @@ from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, step_both
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
 from warpstep import override
+from warpstep.counts import MOST_REASONS, OTHER_REASONS, Counts
 from warpstep.planned import CHOSEN, UNCHOSEN
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
@@ -225,3 +226,13 @@ def test_complex_parameters():
     assert {k: v.dtype for k, v in pair[0].state[p].items()} == {
         k: v.dtype for k, v in pair[1].state[q].items()
     }
+
+
+def test_reasons_with_values_in_them_do_not_add_up_for_ever():
+    counts = Counts()
+    for i in range(2 * MOST_REASONS):
+        counts.note_unplanned(f"eps is {i}")
+        counts.note_unplanned("eps is 0")
+    assert len(counts.unplanned) == MOST_REASONS + 1
+    assert counts.unplanned["eps is 0"] == 2 * MOST_REASONS + 1
+    assert counts.unplanned[OTHER_REASONS] == MOST_REASONS

@@ -131,6 +131,21 @@ def test_a_grad_scaler_is_applied_in_the_steps_pass():
     assert torch.equal(param, other)  # the scale is a power of two
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_a_count_on_the_device_counts_what_is_taken(shape, found):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdam([param], lr=0.1, capturable=True)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["step"] = torch.full(shape, 5, dtype=torch.int32)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(found), torch.tensor(1.0)
+    before = param.detach().clone()
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"].item() == (5 if found else 6)
+    assert torch.equal(param, before) == bool(found)
+
+
 def test_a_grad_scaler_that_has_unscaled_is_not_applied_again():
     param, other = (Parameter(torch.ones(8)) for _ in range(2))
     optimizer, expected = fused_adam([param]), fused_adam([other])

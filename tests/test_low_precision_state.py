@@ -216,6 +216,17 @@ def test_saving_among_averages_keeps_the_masters():
     assert torch.equal(optimizer.master_parameters()[param], master)
 
 
+def test_copies_cannot_be_exchanged():
+    """A plan has their addresses."""
+    param = nn.Parameter(random((100,), 1))
+    optimizer = warpstep.AdamW([param], copies=[torch.zeros(100, dtype=BF16)])
+    take_steps(optimizer, range(1))
+    with pytest.raises(TypeError):  # says what Python says
+        optimizer.copies[param] = torch.zeros(100, dtype=BF16)
+    with pytest.raises(AttributeError):
+        optimizer.copies = {}
+
+
 def test_copies_are_copied_with_their_parameters():
     params = [nn.Parameter(random((100,), i)) for i in range(2)]
     copies = {params[1]: torch.zeros(100, dtype=BF16)}

@@ -322,3 +322,26 @@ def test_state_that_is_moved_away_is_freed_at_once():
     for key in keys:
         optimizer.state[p][key] = optimizer.state[p][key].clone()
     assert [reference() for reference in old] == [None, None, None]
+
+
+def test_clipping_reads_no_state_that_was_replaced():
+    """A gradient of other strides is found through Python, before which all that was found is kept
+    alive: not what the clipping did not look at.
+    """
+    params = [torch.nn.Parameter(random((4, 6), i)) for i in range(30)]
+    optimizer = warpstep.AdamW(params, lr=LR)
+    for step in range(3):
+        for i, param in enumerate(params):
+            param.grad = random((6, 4), 100 * step + i).t()
+        if step < 2:
+            optimizer.step()
+    for param in params:
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key] = optimizer.state[param][key].clone()
+    expected = torch.stack([p.grad.double().norm() for p in params]).norm()
+    norm = optimizer.clip_grad_norm_(1.0)
+    assert norm.item() == pytest.approx(expected.item(), rel=2 * torch.finfo(torch.float32).eps)
+    others = [torch.zeros(2) for _ in range(200)]  # where freed tensors would have been
+    optimizer.step()
+    assert all(torch.isfinite(t).all() for p in params for t in optimizer.state[p].values())
+    assert all((other == 0).all() for other in others)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+MOST_REASONS, OTHER_REASONS = 64, "for other reasons"
+
 
 @dataclass
 class Counts:
@@ -21,6 +23,11 @@ class Counts:
     by_plans: int = 0
     passed_on: Counter[str] = field(default_factory=Counter)
     unplanned: Counter[str] = field(default_factory=Counter)
+
+    def note_unplanned(self, reason: str) -> None:
+        """Counts one. Reasons can have values in them: after so many, the rest are one."""
+        known = reason in self.unplanned or len(self.unplanned) < MOST_REASONS
+        self.unplanned[reason if known else OTHER_REASONS] += 1
 
     def __str__(self) -> str:
         line = ""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         rule: what it steps by.
         backend: what was asked for (``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``).
         precision: what was asked for: the dtypes of states, and how they are rounded.
-        copies: by parameter, what gets its value at each step.
         plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
             line for each bucket, the tensors that one kernel launch steps: their backend, number,
             device and dtypes; and one for those that the reference steps.
@@ -57,7 +57,6 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
     rule: Rule
     backend: BackendName = "auto"
     precision: Precision = Precision()
-    copies: dict[Tensor, Tensor]
     stats: bool = False
     unscale_grads: bool = False
     plan: Plan | None = None
@@ -93,7 +92,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
                 raise ValueError(f"`{name}` is not supported with `differentiable`")
         self.backend = requested_backend(backend)
         self.ema_decay = ema_decay
-        self.copies = {}
+        self._copies: dict[Tensor, Tensor] = {}
         self.stats = stats
         self.unscale_grads = unscale_grads
         self._members = None
@@ -110,7 +109,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             complete_group(group, self.defaults)
             check_group(group, self.rule, f" (in parameter group {index})")
         if copies is not None:
-            self.copies = paired_copies(self.param_groups, copies)
+            self._copies = paired_copies(self.param_groups, copies)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as torch does. Raises for what is no option, and adds nothing."""
@@ -230,6 +229,11 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.plan = kind(self, self._plan_options())
         return self.plan
 
+    @property
+    def copies(self) -> Mapping[Tensor, Tensor]:
+        """By parameter, what gets its value at each step: as constructed, and not to be changed."""
+        return MappingProxyType(self._copies)
+
     def _plan_options(self) -> Options:
         """What a new plan is asked for."""
         return Options(self.rule, self.backend, self.precision, self.copies)
@@ -309,7 +313,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         self._forget_stale_residuals()
-        names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "copies")
+        names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "_copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
         return {**super().__getstate__(), **ours}
 
@@ -319,7 +323,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.plan = None
         self.__dict__.setdefault("_captured_plans", [])
         self.__dict__.setdefault("_turn", threading.RLock())
-        self.__dict__.setdefault("copies", {})
+        self.__dict__.setdefault("_copies", {})
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)

@@ -247,13 +247,13 @@ class Plan:
         reason: str | None = self._bound.check(optimizer.state, optimizer.param_groups, threads)
         if reason is not None:
             return reason
-        if tail.measured_grads not in (None, self.count_grads(optimizer)):
-            return "gradients came or went after their norm was taken"
-        later = self._writes_grads_later(tail)
-        in_pass = replace(tail, zero_grads=False, unscale_grads=False) if later else tail
-        self._bound.keep_alive()
+        self._bound.keep_alive()  # before any Python, which another thread might use
         try:
             # All that can fail, before the first write.
+            if tail.measured_grads not in (None, self.count_grads(optimizer)):
+                return "gradients came or went after their norm was taken"
+            later = self._writes_grads_later(tail)
+            in_pass = replace(tail, zero_grads=False, unscale_grads=False) if later else tail
             stepped = self.with_grads(optimizer, self.python_only)
             if self._versions.written(optimizer):
                 return "a parameter with a residual was written to"

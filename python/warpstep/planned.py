@@ -222,7 +222,7 @@ def planning(
         try:
             _beside(self).step(self, kind, takes_unfused())
         except NotPlanned as reason:
-            counts.unplanned[str(reason)] += 1
+            counts.note_unplanned(str(reason))
         else:
             counts.taken += 1
             counts.by_plans += 1

@@ -109,7 +109,7 @@ def advance(groups: list[Group], found_inf: Tensor | None) -> None:
             if found_inf is None:
                 step.add_(1)
             else:
-                step.add_((found_inf.to(step.device) == 0).to(step.dtype).view(1))
+                step.add_((found_inf.to(step.device) == 0).to(step.dtype).view_as(step))
         else:
             if taken is None:
                 taken = 1 if found_inf is None else int(found_inf.item() == 0)
