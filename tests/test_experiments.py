@@ -20,7 +20,7 @@ import pandas as pd  # noqa: E402
 
 from bench.experiments import decay_maps, one_cycle, page, runs, voronoi  # noqa: E402
 from bench.experiments.__main__ import PAGE, STUDIES  # noqa: E402
-from bench.experiments.methods import METHODS  # noqa: E402
+from bench.experiments.methods import METHODS, PACKAGES  # noqa: E402
 
 TINY = runs.Budget(seeds=1, share=0.0, every=5)
 DATA = "digits"
@@ -132,7 +132,7 @@ def test_torch_and_warpstep_train_alike(results):
     """Twenty steps from the same weights, on the same batches."""
     rows = STUDIES["one-cycle"].rows(results / DATA, STUDIES["one-cycle"].runs(TINY, DATA))
     keys = ["method", "steps", "lr", "weight_decay", "seed"]
-    ours, torchs = (rows[rows["package"] == p].set_index(keys) for p in one_cycle.PACKAGES)
+    ours, torchs = (rows[rows["package"] == p].set_index(keys) for p in PACKAGES)
     assert len(ours) == len(torchs) == 2 * len(one_cycle.GRIDS)
     near = ours.join(torchs[["test_loss"]].add_suffix("_torch"))
     assert np.allclose(near["test_loss"], near["test_loss_torch"], rtol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 from bench.experiments import decay_maps, one_cycle, voronoi
@@ -48,6 +49,8 @@ def main() -> None:
     if given.plan:
         return
     if not given.report and any(left for _, left in jobs):
+        # Whoever ends it with kill ends its processes, too, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             work(jobs, folder, given.workers, given.cifar10)
         except KeyboardInterrupt:

@@ -161,7 +161,8 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
         x, y = (np.array(axis, dtype=float) for axis in (losses.columns, losses.index))
         image = panel.pcolormesh(x, y, losses, norm=shades, cmap="viridis_r", shading="nearest")
         level = losses.stack().nsmallest(max(3, round(GOOD * losses.size))).iloc[-1]
-        panel.contour(x, y, losses, levels=[level], colors="#d1242f", linewidths=1.2)
+        if min(losses.shape) > 1:
+            panel.contour(x, y, losses, levels=[level], colors="#d1242f", linewidths=1.2)
         panel.plot(losses.idxmin(axis=1), y, "o", color="white", mec="#1f2328", ms=4.5)
         decay, lr = losses.stack().idxmin()
         label = f"{losses.loc[decay, lr]:.3f}"

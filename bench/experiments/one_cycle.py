@@ -12,7 +12,7 @@ import matplotlib as mpl
 import pandas as pd
 from torch.optim.lr_scheduler import OneCycleLR
 
-from bench.experiments.methods import METHODS
+from bench.experiments.methods import METHODS, PACKAGES, beside_torch
 from bench.experiments.pictures import judged, pictures, train
 from bench.experiments.runs import FULL, Budget, Run, Study
 from bench.report import table
@@ -25,7 +25,6 @@ LONGER = 5
 STEP_SECONDS = {"digits": 1.6e-3, "cifar10": 40e-3}
 SEEDS = 5
 BETAS = {"betas": (0.95, 0.99)}  # the schedule moves the first one: 0.95, 0.85, 0.95
-PACKAGES = ("warpstep", "torch")
 COUPLED, DECOUPLED = (1e-6, 1e-4, 1e-3, 1e-2), (1e-2, 0.1, 0.3, 1.0)
 GRIDS = {
     "AdamW": ((1e-3, 3e-3, 1e-2, 3e-2), DECOUPLED),
@@ -114,21 +113,6 @@ def tables(rows: pd.DataFrame) -> dict[str, str]:
         "one-cycle": table(header, lines),
         "one-cycle-torch": beside_torch(rows, ["method", "lr", "weight_decay", "steps", "seed"]),
     }
-
-
-def beside_torch(rows: pd.DataFrame, keys: list[str]) -> str:
-    """A sentence: how far apart are the pairs that only differ in the package that steps?"""
-    ours, torchs = (rows[rows["package"] == package].set_index(keys) for package in PACKAGES)
-    pairs = ours.merge(torchs, left_index=True, right_index=True, suffixes=("", "_torch"))
-    if pairs.empty:
-        return ""
-    off = pairs["test_error_torch"] - pairs["test_error"]  # the accuracy of ours less torch's
-    return (
-        f"{len(pairs)} trainings were repeated with torch's fused optimizer in place of warpstep's."
-        f" In {(off == 0).sum()} of them the test accuracy is the same; warpstep's less torch's is "
-        f"{off.mean():+.2f} points in the mean, {off.abs().median():.2f} in size in the median, "
-        f"{off.abs().max():.2f} at most."
-    )
 
 
 def plot(rows: pd.DataFrame, path: Path) -> None:

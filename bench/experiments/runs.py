@@ -168,7 +168,8 @@ def work(
     jobs = [(study, run) for study, runs in studies for run in runs]
     seconds = sum(study.seconds(run) for study, run in jobs)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True)) as progress:
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, left, speed_estimate_period=900) as progress:
         bar = progress.add_task("", total=seconds, count=f"0/{len(jobs)}")
         for number, (study, run, row) in enumerate(results(jobs, workers, cifar10), start=1):
             logs[study.name].add(row)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.experiments.methods import Method
-from bench.experiments.one_cycle import PACKAGES, beside_torch
+from bench.experiments.methods import PACKAGES, Method, beside_torch
 from bench.experiments.runs import FULL, Budget, Run, Study
 from bench.report import table
 
@@ -35,7 +34,7 @@ LRS = (2e-3, 3e-3, 5e-3)
 PUBLISHED_SIZE, SMALL, OF_CENTRES = (
     {"model": "final", "width": 512, "batch": 1024, "steps": 10_000},
     {"model": "final", "width": 256, "batch": 256, "steps": 4_000},
-    {"model": "centres", "width": CENTRES, "batch": 32, "steps": 10_000},
+    {"model": "centres", "width": CENTRES, "batch": 32, "steps": 10_000, "lr": 1e-2},
 )
 USUAL = {"form": "L2", "lr": 3e-3, "weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.99}
 PUBLISHED = {"final": {"L2": 77.0}, "centres": {"L2": 86.46, "L1": 87.72, "L1+L2": 87.15}}
@@ -129,7 +128,7 @@ def runs(budget: Budget, data: str) -> list[Run]:
     asked += [(SMALL, budget.seeds, PACKAGES[1])]
     asked += [(PUBLISHED_SIZE, min(2, budget.seeds), PACKAGES[0])]
     seeds = 5 if budget.seeds == FULL.seeds else budget.seeds
-    asked += [(OF_CENTRES | {"lr": 1e-2, "form": form}, seeds, PACKAGES[0]) for form in FORMS]
+    asked += [(OF_CENTRES | {"form": form}, seeds, PACKAGES[0]) for form in FORMS]
     found: list[Run] = []
     for about, number, package in asked:
         run: Run = USUAL | about | {"package": package, "steps": budget.steps(about["steps"])}
@@ -188,7 +187,7 @@ def seconds(run: Run) -> float:
 
 def which(rows: pd.DataFrame, size: dict[str, Any], **change: Any) -> pd.Series:
     """The test accuracies of a size with the usual values but for a change, warpstep's."""
-    wanted = {**USUAL, **size, **({"lr": 1e-2} if size is OF_CENTRES else {}), **change}
+    wanted = {**USUAL, **size, **change}
     del wanted["steps"]
     is_one = rows["package"] == PACKAGES[0]
     for key, value in wanted.items():
