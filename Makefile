@@ -11,7 +11,8 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test quick test-huge digests docs bench report recipes gpu lint format clean
+.PHONY: help build demo test quick test-huge digests docs bench report recipes experiments gpu lint \
+        format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -61,6 +62,11 @@ report: build ## make the documents' tables and plots again from bench/results/
 
 recipes: build ## train two small models with every low-precision recipe, five seeds each
 	$(BIN)/python -m bench.recipes $(RECIPES)
+
+# CIFAR10: a folder with its pictures, instead of scikit-learn's. ONLY: decay-maps, one-cycle or voronoi.
+experiments: build ## what AdamW rests on, some 45 minutes; goes on where it ended (QUICK=1: minutes)
+	@nice $(BIN)/python -m bench.experiments $(if $(QUICK),--quick) \
+	  $(if $(CIFAR10),--cifar10 "$(CIFAR10)") $(if $(ONLY),--only $(ONLY))
 
 # PARTS: some of build, stress, test, sanitize, bench, bench-cpu. RESULTS: the folder for logs and
 # results. COMMIT: what is measured, where there is no .git. MINUTES: the limit of a part, 8. Each may

@@ -30,6 +30,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
+import digits_cnn
 from train_gpt import GPT, Size, Text
 
 RESULTS = REPOSITORY / "bench" / "results" / "recipes"
@@ -101,28 +102,17 @@ def gpt() -> Task:
 
 
 def digits() -> Task:
-    """A convolutional net on scikit-learn's digits, 8 x 8 pixels."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(data.target)
+    """The example's convolutional net on scikit-learn's digits, 8 x 8 pixels."""
+    images, labels = digits_cnn.digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held, kept = order[:360], order[360:]
-
-    def model() -> nn.Module:
-        return nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)),
-        )
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
         while True:
             at = kept[torch.randint(len(kept), (32,), generator=generator)]
             yield images[at], labels[at]
 
-    return Task(model, batches, (images[held], labels[held]))
+    return Task(digits_cnn.CNN, batches, (images[held], labels[held]))
 
 
 TASKS = {"gpt": gpt, "digits": digits}
