@@ -236,3 +236,31 @@ def test_reasons_with_values_in_them_do_not_add_up_for_ever():
     assert len(counts.unplanned) == MOST_REASONS + 1
     assert counts.unplanned["eps is 0"] == 2 * MOST_REASONS + 1
     assert counts.unplanned[OTHER_REASONS] == MOST_REASONS
+
+
+def test_a_counter_that_two_parameters_share_counts_as_torch_has_it():
+    pair = []
+    for on in (False, True):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        pair.append(torch.optim.AdamW(params, lr=LR, fused=True))
+        with warpstep.enabled() if on else contextlib.nullcontext():
+            for step in range(4):
+                for param in params:
+                    param.grad = torch.ones(3)
+                pair[-1].step()
+                if step == 0:
+                    pair[-1].state[params[1]]["step"] = pair[-1].state[params[0]]["step"]
+    theirs, ours = pair
+    assert_near(ours, theirs, 7)
+
+
+def test_a_gradient_scale_of_several_elements_is_left_to_torch():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=LR, fused=True)
+    param.grad = torch.full((3,), 2.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.full((2,), 2.0), torch.tensor(0.0)
+    with warpstep.enabled():
+        before = override.counts.by_plans
+        optimizer.step()
+        assert override.counts.by_plans == before
+    assert torch.allclose(param, torch.full((3,), 1 - LR))

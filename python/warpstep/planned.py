@@ -20,6 +20,7 @@ from types import CellType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adam import Adam as TorchAdam
 from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 - not torch.optim's, where ours may be
@@ -144,6 +145,9 @@ class _Beside:
         found_inf = getattr(optimizer, "found_inf", None)
         if not self.is_fused and not (grad_scale is None and found_inf is None):
             raise NotPlanned("a gradient scale without fused=True")
+        for number in (grad_scale, found_inf):
+            if number is not None and not (isinstance(number, Tensor) and number.numel() == 1):
+                raise NotPlanned("a gradient scale, or a found_inf, of not one element")
         tail = Tail(grad_scale, found_inf, unscale_grads=True)
         with nullcontext() if plan.is_one_call(tail) else signals.deferred():
             reason = plan.step(optimizer, tail)
@@ -176,6 +180,10 @@ def _check(optimizer: Optimizer, kind: type[Optimizer], unfused: bool) -> bool:
         if is_refused and any(param.device.type == "cpu" for param in group["params"]):
             raise NotPlanned("capturable=True on the CPU, which torch's unfused steps refuse")
         fused.add(not unchosen)
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    counters = [id(state["step"]) for state in states if isinstance(state.get("step"), Tensor)]
+    if len(set(counters)) < len(counters):
+        raise NotPlanned("parameters that share a step counter")
     if len(fused) == 2:
         raise NotPlanned("groups with and without fused=True")
     for name in ("step", "_init_group"):
