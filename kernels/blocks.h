@@ -51,6 +51,24 @@ WARPSTEP_FN void split(float x, bfloat16& high, std::int16_t& residual) {
   residual = static_cast<std::int16_t>(bits & 0xffffu);
 }
 
+// Two neighbours at once, as formats.h has them of one operand.
+WARPSTEP_FN void load_pair(const bfloat16* high, const std::int16_t* residual, float (&x)[2]) {
+  std::uint32_t highs, lows;
+  std::memcpy(&highs, high, sizeof(highs));
+  std::memcpy(&lows, residual, sizeof(lows));
+  x[0] = bits_as<float>((highs << 16) +
+                        static_cast<std::uint32_t>(static_cast<std::int32_t>(lows << 16) >> 16));
+  x[1] = bits_as<float>((highs & 0xffff0000u) +
+                        static_cast<std::uint32_t>(static_cast<std::int32_t>(lows) >> 16));
+}
+WARPSTEP_FN void store_pair(const float (&x)[2], bfloat16* high, std::int16_t* residual) {
+  const std::uint32_t a = bits_of_master(x[0]), b = bits_of_master(x[1]);
+  const std::uint32_t highs = (a + kHalfOfLast) >> 16 | ((b + kHalfOfLast) & 0xffff0000u);
+  const std::uint32_t lows = (a & 0xffffu) | b << 16;
+  std::memcpy(high, &highs, sizeof(highs));
+  std::memcpy(residual, &lows, sizeof(lows));
+}
+
 // ---- Random bits
 
 // Elements that share one value of the counter.
@@ -119,6 +137,15 @@ WARPSTEP_FN std::uint32_t rounded_stochastically(float x, std::uint32_t random) 
 }
 WARPSTEP_FN void store_stochastic(float x, bfloat16& to, std::uint32_t random) {
   to.bits = static_cast<std::uint16_t>(rounded_stochastically(x, random) >> 16);
+}
+// Two neighbours at once.
+WARPSTEP_FN void store_pair_stochastic(const float (&x)[2], bfloat16* to,
+                                       const std::uint16_t* random) {
+  std::uint32_t both;
+  std::memcpy(&both, random, sizeof(both));
+  const std::uint32_t bits = rounded_stochastically(x[0], both & 0xffffu) >> 16 |
+                             (rounded_stochastically(x[1], both >> 16) & 0xffff0000u);
+  std::memcpy(to, &bits, sizeof(bits));
 }
 
 // ---- Numbers of 8 bits

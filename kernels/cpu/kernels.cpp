@@ -3,6 +3,7 @@
 #include "grad_norm.h"
 #include "launch.h"
 #include "least_magnitude.h"
+#include "sixteen.h"
 #include "tiles.h"
 #include "touch.h"
 
@@ -13,7 +14,8 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
             StepChunks kernel = nullptr;
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
             visit_tiled(key, [&](auto rule) { kernel = step_tiles<decltype(rule)>; });
-            return kernel;
+            const StepChunks in_pairs = find_in_pairs(AllInPairs{}, key);
+            return in_pairs != nullptr ? in_pairs : kernel;
           },
           chunk_norm, chunk_least, touch_arrays};
 }

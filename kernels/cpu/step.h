@@ -8,6 +8,7 @@
 #include "../recipes.h"
 #include "chunks.h"
 #include "numbers.h"
+#include "pairs.h"
 
 namespace warpstep {
 namespace {
@@ -88,38 +89,12 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
     }
   }
 
-  // Of operands that are all bfloat16, two elements at a time.
-  template <Part kPart>
-  static void step_pairs(const C c, std::int64_t count, Param* __restrict param,
-                         const Grad* __restrict grad, Moment* __restrict... moments) {
-    std::int64_t i = 0;
-    for (; i + 2 <= count; i += 2) {
-      T p[2], g[2], m[sizeof...(Moment) + 1][2];
-      load_pair(param + i, p);
-      load_pair(grad + i, g);
-      [[maybe_unused]] std::uint32_t next = 0;
-      (load_pair(moments + i, m[next++]), ...);
-      // Not left a loop, which would be made SIMD code by itself, two elements wide.
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k) {
-        T numbers[sizeof...(Moment) + 1];
-        for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) numbers[j] = m[j][k];
-        p[k] = stepped<Rule, kPart>(c, p[k], g[k], numbers);
-        for (std::uint32_t j = 0; j < sizeof...(Moment); ++j) m[j][k] = numbers[j];
-      }
-      store_pair(p, param + i);
-      next = 0;
-      (store_pair(m[next++], moments + i), ...);
-    }
-    if (i < count) step_element<kPart>(c, param[i], grad[i], moments[i]...);
-  }
-
   template <Part kPart>
   static void step_part(const C& c, const Operands& at, std::int64_t count) {
     const auto step = [&](Moment*... moments) {
       if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>) &&
                     (std::is_same_v<Moment, bfloat16> && ...)) {
-        step_pairs<kPart>(c, count, at.param, at.grad, moments...);
+        step_pairs<Rule, kPart>(c, count, Halves{at.param}, Halves{at.grad}, Halves{moments}...);
       } else {
         step_elements<kPart>(c, count, at.param, at.grad, moments...);
       }

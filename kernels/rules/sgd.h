@@ -25,7 +25,7 @@ struct Sgd {
     T momentum;
     T nesterov;  // 1 or 0
 
-    WARPSTEP_FN bool is_usual() const { return true; }
+    WARPSTEP_FN bool is_usual() const { return nesterov == 0; }
   };
 
   // `t` counts the steps, this one among them.
@@ -42,13 +42,13 @@ struct Sgd {
   }
 
   // Returns u.
-  template <Part, class T>
+  template <Part kPart, class T>
   WARPSTEP_FN static T update(const Constants<T>& c, T g, T* moments) {
     if constexpr (kMomentum) {
       T& b = moments[0];
       b = fma_of(c.weight, g, c.kept * b);
       const T ahead = fma_of(c.momentum, b, g);
-      g = c.nesterov != 0 ? ahead : b;
+      g = kPart != Part::usual && c.nesterov != 0 ? ahead : b;
     }
     return c.lr * g;
   }
