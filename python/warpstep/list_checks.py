@@ -122,8 +122,7 @@ def _check_scalars(name: str, param: Tensor, options: Options) -> None:
         if scalar is None:
             continue
         if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-            found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
-            raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
+            raise RuntimeError(f"{label} is {describe(scalar)}, expected a tensor of one element")
         if scalar.device != param.device:
             raise RuntimeError(
                 f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
@@ -187,11 +186,10 @@ def _check_8bit(lists: Lists, options: Options, key: str, moment: Tensor, i: int
         and scales.device == param.device
     )
     if scales is None or not fits:
-        found = "None" if scales is None else describe(scales)
         raise TypeError(
-            f"{of_moment} is {describe(moment)}, 8 bits a number, and {of_scales} is {found}, "
-            f"expected a contiguous uint8 of {expected} elements on {param.device}: a scale for "
-            f"each block of {BLOCK} numbers"
+            f"{of_moment} is {describe(moment)}, 8 bits a number, and {of_scales} is "
+            f"{describe(scales)}, expected a contiguous uint8 of {expected} elements on "
+            f"{param.device}: a scale for each block of {BLOCK} numbers"
         )
     _check_memory(of_scales, scales)
     if not can_be_8bit(param):

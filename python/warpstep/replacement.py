@@ -153,8 +153,7 @@ def _check_moment(name: str, key: str, param: Tensor, moment: Any) -> None:
         or moment.is_complex() != param.is_complex()
         or moment.is_floating_point() != param.is_floating_point()
     ):
-        found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
         raise TypeError(
-            f"{name} is {describe(param)}, its state {key!r} is {found}, expected a dense tensor "
-            "of the same shape on the same device"
+            f"{name} is {describe(param)}, its state {key!r} is {describe(moment)}, expected a "
+            "dense tensor of the same shape on the same device"
         )

@@ -21,8 +21,10 @@ from warpstep.stored import decode_from, encode_into
 PARAM = "param"
 
 
-def describe(tensor: Tensor) -> str:
-    """``float32 of shape (3, 4) on cpu``, for messages."""
+def describe(tensor: Any) -> str:
+    """``float32 of shape (3, 4) on cpu``, for messages; of what is no tensor, its ``repr``."""
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
     shape = "scalar" if tensor.dim() == 0 else f"shape {tuple(tensor.shape)}"
     return f"{dtype_name(tensor.dtype)} of {shape} on {tensor.device}"
 
@@ -267,9 +269,8 @@ def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
 
 
 def _misfit(name: str, param: Tensor, key: str, found: Any) -> RuntimeError:
-    described = describe(found) if isinstance(found, Tensor) else repr(found)
     return RuntimeError(
-        f"{name} is {describe(param)}, its state {key!r} is {described}: shape, device and "
+        f"{name} is {describe(param)}, its state {key!r} is {describe(found)}: shape, device and "
         "kind must be the same. Load a state dict that fits, or move the state."
     )
 
@@ -307,9 +308,8 @@ def wrong_scales(param: Tensor, key: str, state: dict[str, Any]) -> str | None:
         and scales.device == param.device
     ):
         return None
-    found = describe(scales) if isinstance(scales, Tensor) else repr(scales)
     return (
-        f"its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {found}, "
+        f"its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {describe(scales)}, "
         f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
         "the checkpoint of another block size? Load one that fits."
     )
@@ -332,10 +332,9 @@ def wrong_master(param: Tensor, state: dict[str, Any], has_master: bool) -> str 
         and residual.dtype in (torch.int16, torch.float32)
     ):
         return None
-    found = describe(residual) if isinstance(residual, Tensor) else repr(residual)
     return (
-        f"the parameter is {describe(param)}, its state {RESIDUAL!r} is {found}: expected "
-        "int16 residuals or float32 masters of the parameter's shape, on its device"
+        f"the parameter is {describe(param)}, its state {RESIDUAL!r} is {describe(residual)}: "
+        "expected int16 residuals or float32 masters of the parameter's shape, on its device"
     )
 
 
@@ -392,8 +391,7 @@ def _completed_step(name: str, step: Any, device: torch.device, beginning: float
     if isinstance(step, (int, float)):
         return torch.tensor(float(step), dtype=torch.float32, device=device)
     if not isinstance(step, Tensor) or step.numel() != 1 or is_freed(step):
-        found = describe(step) if isinstance(step, Tensor) else repr(step)
-        raise RuntimeError(f"{name}: its state 'step' is {found}, expected one number")
+        raise RuntimeError(f"{name}: its state 'step' is {describe(step)}, expected one number")
     if step.dtype != torch.float32 or step.device != device:
         return step.to(device, torch.float32)
     return None
