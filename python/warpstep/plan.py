@@ -23,17 +23,12 @@ from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
+from warpstep.operands import check_copy, check_gradient
 from warpstep.options import Options
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import RESIDUAL, Recipe, real_dtype
 from warpstep.shards import layout_of, own_part, whole
-from warpstep.state import (
-    check_copy,
-    check_gradient,
-    completed,
-    is_walkable,
-    parameter_name,
-)
+from warpstep.state import completed, is_walkable, parameter_name
 from warpstep.statistics import Statistics, statistics_of
 from warpstep.survey import Survey
 from warpstep.tail import Tail
