@@ -12,7 +12,8 @@ from warpstep.codecs import BLOCK
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
 from warpstep.operands import check_copy, check_gradient
 from warpstep.recipes import FORMATS, one_of, real_dtype
-from warpstep.state import can_be_8bit, describe, is_dense, is_freed, same_layout
+from warpstep.state import describe, is_dense, is_freed, same_layout
+from warpstep.stored import can_be_8bit
 
 STOCHASTIC_SQUARES = "stochastic_exp_avg_sq"
 

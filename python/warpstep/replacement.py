@@ -15,7 +15,7 @@ from warpstep.hypers import check_group
 from warpstep.optimizer import Optimizer
 from warpstep.rules import Rule
 from warpstep.sgd import SGD
-from warpstep.state import describe, missing_keys, parameter_name
+from warpstep.state import describe, missing_keys, parameter_name, wrong_codes
 
 _CLASSES: dict[type, type[Adam] | type[SGD]] = {
     torch.optim.AdamW: AdamW,
@@ -133,6 +133,8 @@ def _check(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
                 )
             for key in rule.moments:
                 _check_moment(name, key, param, state.get(key))
+                if wrong := wrong_codes(param, key, state):
+                    raise TypeError(f"{name}: {wrong}")
             step: Any = state.get("step")
             if step is None:  # not missing
                 continue

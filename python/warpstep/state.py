@@ -12,10 +12,26 @@ from torch import Tensor
 
 from warpstep.codecs import BLOCK, split
 from warpstep.precision import Precision, check_has_master
-from warpstep.recipes import RESIDUAL, dtype_name, ema_dtype, ema_dtypes, scale_of
+from warpstep.recipes import (
+    RESIDUAL,
+    codes_of,
+    dtype_name,
+    ema_dtype,
+    ema_dtypes,
+    is_codes,
+    scale_of,
+)
 from warpstep.rules import Rule
-from warpstep.shards import holds_values, layout_of, like_shards, own_part
-from warpstep.stored import decode_from, encode_into
+from warpstep.shards import holds_values, layout_of, own_part
+from warpstep.stored import (
+    can_be_8bit,
+    decode_from,
+    encode_into,
+    has_codes,
+    moments_in,
+    new_moment,
+    scales_shape,
+)
 
 # Not of a state: what a parameter is to become, where a float32 master was loaded.
 PARAM = "param"
@@ -118,7 +134,8 @@ def missing_keys(state: dict[str, Any], rule: Rule, group: dict[str, Any]) -> li
     """What a parameter that was stepped has in its state, and this one lacks."""
     if not rule.is_whole:
         return []
-    return [key for key in ("step", *rule.moments_of(group)) if state.get(key) is None]
+    found = {"step": state.get("step"), **moments_in(state, rule.moments_of(group))}
+    return [key for key, value in found.items() if value is None]
 
 
 def completed(
@@ -140,16 +157,16 @@ def completed(
     does not fit ``param``, or where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
-    missing = missing_keys(state, rule, group)
-    if missing and any(state.get(key) is not None for key in ("step", *rule.moments)):
+    missing, held = missing_keys(state, rule, group), moments_in(state, rule.moments)
+    if missing and any(value is not None for value in (state.get("step"), *held.values())):
         raise RuntimeError(
             f"{name}: its state has {', '.join(map(repr, state))} and no "
             f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
             "parameter's whole state to begin it anew."
         )
     if precision.counts_steps(rule, group):
-        begun = any(state.get(key) is not None for key in rule.moments)  # and did not count
-        anew = any(state.get(key) is None for key in rule.moments_of(group))
+        begun = any(moment is not None for moment in held.values())  # and did not count
+        anew = any(held[key] is None for key in rule.moments_of(group))
         counted = None if anew and rule.needs_count(group) else state.get("step")
         step = _completed_step(name, counted, step_device, 1.0 if begun else 0.0)
         if step is not None:
@@ -159,36 +176,70 @@ def completed(
     new |= _completed_master(name, param, state, has_master)
     for which, key in enumerate(rule.moments_of(group)):
         dtype = precision.moment_dtype(param, which, has_master)
-        if (moment := state.get(key)) is None:
+        squares, is_asked = key in rule.squares, precision.state_dtype is not None
+        if held[key] is None:
             new |= new_moment(param, key, dtype)
-            continue
-        fits = isinstance(moment, Tensor) and (
-            is_like(moment, param) or (moment.dtype == torch.uint8 and can_be_8bit(param))
-        )
-        if not fits or moment.shape != param.shape or moment.device != param.device:
-            raise _misfit(name, param, key, moment)
-        check_has_memory(name, key, moment)
-        if moment.dtype == torch.uint8:
-            if (wrong := wrong_scales(param, key, state)) is not None:
-                raise RuntimeError(f"{name}: {wrong}")
-            check_has_memory(name, scale_of(key), state[scale_of(key)])
-        wants_8bit, has_8bit = dtype == torch.uint8, moment.dtype == torch.uint8
-        squares = key in rule.squares
-        if wants_8bit and not has_8bit:
-            new |= new_moment(param, key, dtype)
-            encode_into(new, key, own_part(moment), squares=squares)
-        elif has_8bit and not wants_8bit and precision.state_dtype is not None:
-            numbers = decode_from(state, key, squares=squares)
-            new[key] = torch.empty_like(param, dtype=dtype, requires_grad=False)
-            own_part(new[key]).copy_(numbers)
-            new[scale_of(key)] = None
-        elif is_plain(moment) and is_dense(param) and not same_layout(moment, param):
-            if has_8bit:
-                raise _misfit(name, param, key, moment)  # its blocks run in another order
-            new[key] = match_layout(param, moment)
+        elif has_codes(state, key):
+            new |= _completed_codes(name, param, state, key, dtype if is_asked else None, squares)
+        else:
+            new |= _completed_numbers(name, param, state, key, dtype, squares)
     if group.get("ema_decay") is not None:
         new |= _completed_average(name, param, state, precision)
     return new or None
+
+
+def _completed_codes(
+    name: str,
+    param: Tensor,
+    state: dict[str, Any],
+    moment: str,
+    dtype: torch.dtype | None,
+    squares: bool,
+) -> dict[str, Any]:
+    """What takes the place of an 8-bit moment: nothing, or numbers where these are asked for."""
+    key, scale = codes_of(moment), scale_of(moment)
+    if (wrong := wrong_codes(param, moment, state)) is not None:
+        raise RuntimeError(f"{name}: {wrong}")
+    for part in (key, scale):
+        check_has_memory(name, part, state[part])
+    codes = state[key]
+    if dtype is not None and not is_codes(dtype):
+        numbers = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        own_part(numbers).copy_(decode_from(state, moment, squares=squares))
+        return {moment: numbers, key: None, scale: None}
+    if is_plain(codes) and is_dense(param) and not same_layout(codes, param):
+        raise RuntimeError(
+            f"{name} has strides {param.stride()}, its state {key!r} {codes.stride()}: they must "
+            "be the same, because blocks are runs of memory. Load a state dict that fits."
+        )
+    return {}
+
+
+def _completed_numbers(
+    name: str,
+    param: Tensor,
+    state: dict[str, Any],
+    key: str,
+    dtype: torch.dtype,
+    squares: bool,
+) -> dict[str, Any]:
+    """What takes the place of a moment that is numbers: these in ``param``'s order, or codes."""
+    numbers = state[key]
+    if (
+        not isinstance(numbers, Tensor)
+        or numbers.shape != param.shape
+        or numbers.device != param.device
+        or not is_like(numbers, param)
+    ):
+        raise _misfit(name, param, key, numbers)
+    check_has_memory(name, key, numbers)
+    if is_codes(dtype):
+        new = new_moment(param, key, dtype)
+        encode_into(new, key, own_part(numbers), squares=squares)
+        return {**new, key: None}
+    if is_plain(numbers) and is_dense(param) and not same_layout(numbers, param):
+        return {key: match_layout(param, numbers)}
+    return {}
 
 
 def is_like(tensor: Tensor, param: Tensor) -> bool:
@@ -197,11 +248,6 @@ def is_like(tensor: Tensor, param: Tensor) -> bool:
         tensor.is_complex() == param.is_complex()
         and tensor.is_floating_point() == param.is_floating_point()
     )
-
-
-def can_be_8bit(param: Tensor) -> bool:
-    """Whether there are 8-bit moments of such a parameter."""
-    return param.is_floating_point() and param.dtype != torch.float64
 
 
 def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
@@ -216,48 +262,43 @@ def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
 def _misfit(name: str, param: Tensor, key: str, found: Any) -> RuntimeError:
     return RuntimeError(
         f"{name} is {describe(param)}, its state {key!r} is {describe(found)}: shape, device and "
-        "kind must be the same. Load a state dict that fits, or move the state."
+        f"kind must be the same{hint_at_codes(found)}. Load a state dict that fits, or move the "
+        "state."
     )
 
 
-def new_moment(param: Tensor, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A moment of zeros, and of an 8-bit one the scales."""
-    zeros = torch.zeros_like(
-        param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-    )
-    if dtype != torch.uint8:
-        return {key: zeros}
-    part, shape = own_part(param), _scales_shape(param)
-    of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else _scales_shape(part)
-    scales = torch.zeros(of_part, dtype=torch.uint8, device=part.device)
-    return {key: zeros, scale_of(key): like_shards(param, scales, shape)}
+def hint_at_codes(found: Any) -> str:
+    """What messages add where numbers are expected and codes may have been found."""
+    if isinstance(found, Tensor) and found.dtype == torch.uint8:
+        return f", and 8-bit codes have keys of their own, as {codes_of('exp_avg')!r}"
+    return ""
 
 
-def _scales_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of an 8-bit moment's scales: sharded by rows as the parameter is."""
-    blocks = -(-param.numel() // BLOCK)
-    if param.dim() < 2:
-        return (blocks,)
-    rows = param.shape[0]
-    divides = rows > 0 and param.numel() // rows % BLOCK == 0
-    return (rows, blocks // rows) if divides else (blocks,)
-
-
-def wrong_scales(param: Tensor, key: str, state: dict[str, Any]) -> str | None:
-    """What is wrong with the scales of the 8-bit moment ``key``; None where nothing is."""
-    scales, expected = state.get(scale_of(key)), _scales_shape(param)
-    if (
-        isinstance(scales, Tensor)
-        and scales.dtype == torch.uint8
-        and scales.shape == expected
-        and scales.device == param.device
-    ):
+def wrong_codes(param: Tensor, moment: str, state: dict[str, Any]) -> str | None:
+    """What is wrong with a moment's codes and scales; None where nothing is, or it has none."""
+    key, scale = codes_of(moment), scale_of(moment)
+    codes, scales, expected = state.get(key), state.get(scale), scales_shape(param)
+    if codes is None:
         return None
-    return (
-        f"its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {describe(scales)}, "
-        f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
-        "the checkpoint of another block size? Load one that fits."
-    )
+    if state.get(moment) is not None:
+        return f"its state has {key!r} and {moment!r}, which are one moment: remove one of them"
+    if not (can_be_8bit(param) and _is_of_bytes(codes, tuple(param.shape), param.device)):
+        return (
+            f"the parameter is {describe(param)}, its state {key!r} is {describe(codes)}: codes "
+            "are uint8 of the parameter's shape, on its device, of real parameters of 16 or 32 bits"
+        )
+    if not _is_of_bytes(scales, expected, param.device):
+        return (
+            f"its state {scale!r} is {describe(scales)}, expected uint8 of shape {expected}: a "
+            f"scale for each block of {BLOCK} numbers of {key!r}. Is the checkpoint of another "
+            "block size? Load one that fits."
+        )
+    return None
+
+
+def _is_of_bytes(found: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    is_of_bytes = isinstance(found, Tensor) and found.dtype == torch.uint8
+    return is_of_bytes and found.shape == shape and found.device == device
 
 
 def wrong_master(param: Tensor, state: dict[str, Any], has_master: bool) -> str | None:
