@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import warpstep
-from support.low_precision import BF16, RECIPES, moments_of, new_params
+from support.low_precision import BF16, RECIPES, key_in, moments_of, new_params
 from support.modes import Dispatched
 from support.parameters import random
 from support.recipes import set_grad
@@ -54,7 +54,7 @@ def lists_of(optimizer):
     params, moments = params_of(optimizer), {}
     states = [optimizer.state[p] for p in params]
     for key in moments_of(states[0]):
-        moments[f"{key}s"] = [s[key].clone() for s in states]
+        moments[f"{key}s"] = [s[key_in(s, key)].clone() for s in states]
         if any(f"{key}_scale" in s for s in states):  # else nothing has 8 bits
             none = torch.zeros(0, device=params[0].device)
             moments[f"{key}_scales"] = [s.get(f"{key}_scale", none).clone() for s in states]

@@ -319,9 +319,11 @@ def test_bytes_of_state(backend, device):
     assert optimizer.state_bytes() == {
         "step": 8,
         "master_param": 2 * (128 * 64 + 10),
-        "exp_avg": 128 * 64 + 4 * 10,
+        "exp_avg": 4 * 10,
+        "exp_avg_codes": 128 * 64,
         "exp_avg_scale": 128,
-        "exp_avg_sq": 128 * 64 + 4 * 10,
+        "exp_avg_sq": 4 * 10,
+        "exp_avg_sq_codes": 128 * 64,
         "exp_avg_sq_scale": 128,
     }
     if backend != "reference":

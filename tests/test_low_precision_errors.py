@@ -37,6 +37,10 @@ def fewer_rows(key):
     return lambda state: state.update({key: state[key][1:].clone()})
 
 
+def renamed(key, other):
+    return lambda state: state.update({other: state.pop(key)})
+
+
 def blocks_of_128(state):
     state["exp_avg_scale"] = state["exp_avg_scale"].flatten()[::2].clone()
 
@@ -67,7 +71,28 @@ SPOILT = {
         with_value("exp_avg_scale", torch.zeros(64, 1)),
         "'exp_avg_scale' is float32 .*expected uint8",
     ),
-    "codes-shape": (CODES, fewer_rows("exp_avg"), r"'exp_avg' is uint8 of shape \(63, 64\)"),
+    "codes-shape": (
+        CODES,
+        fewer_rows("exp_avg_codes"),
+        r"'exp_avg_codes' is uint8 of shape \(63, 64\)",
+    ),
+    "codes-as-numbers": (
+        CODES,
+        renamed("exp_avg_codes", "exp_avg"),
+        r"'exp_avg' is uint8 of shape \(64, 64\) .*codes have keys of their own.*'exp_avg_codes'",
+    ),
+    "numbers-as-codes": (
+        {},
+        renamed("exp_avg_sq", "exp_avg_sq_codes"),
+        "'exp_avg_sq_codes' is bfloat16 .*codes are uint8",
+    ),
+    "codes-and-numbers": (
+        CODES,
+        with_value("exp_avg", torch.zeros(64, 64)),
+        "'exp_avg_codes' and 'exp_avg', which are one moment",
+    ),
+    "codes-text": (CODES, with_value("exp_avg_codes", "x"), "'exp_avg_codes' is 'x'"),
+    "no-codes": (CODES, lambda s: s.pop("exp_avg_sq_codes"), "and no 'exp_avg_sq'"),
 }
 
 
@@ -101,15 +126,15 @@ def test_codes_for_what_has_none(dtype, backend):
     scales = torch.zeros((64, 1), dtype=torch.uint8)
     state = {"step": torch.tensor(1.0)}
     for key in ("exp_avg", "exp_avg_sq"):
-        state |= {key: codes.clone(), f"{key}_scale": scales.clone()}
+        state |= {f"{key}_codes": codes.clone(), f"{key}_scale": scales.clone()}
     param = Parameter(torch.ones((64, 64), dtype=dtype))
     optimizer = warpstep.AdamW([param], backend=backend)
     saved = {"state": {0: state}, "param_groups": optimizer.state_dict()["param_groups"]}
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg' is uint8"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0.*'exp_avg_codes' is uint8"):
         optimizer.load_state_dict(saved)
     optimizer.state[param] = state
     param.grad = torch.ones_like(param)
-    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 is .*'exp_avg' is uint8"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0: .*'exp_avg_codes' is uint8"):
         optimizer.step()
     assert (param == 1).all()
 

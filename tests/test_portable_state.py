@@ -1,6 +1,7 @@
-"""``state_dict(portable=True)``: what torch's own classes load, and step on."""
+"""``state_dict(portable=True)``: what torch's classes load, and step on; and without: what not."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from torch.nn import Parameter
 
 import warpstep
 from support.bits import assert_same
-from support.low_precision import BF16, RECIPES, SQUARES, flat, moments_of, new_params, numbers_of
+from support.low_precision import (
+    BF16,
+    RECIPES,
+    SQUARES,
+    flat,
+    key_in,
+    moments_of,
+    new_params,
+    numbers_of,
+)
 from support.parameters import params_of, random
 
 KINDS = {
@@ -93,14 +103,15 @@ def test_hooks_are_called_as_ever():
         calls.append(("pre", one is optimizer))
 
     def post(one, state_dict):
-        calls.append(("post", state_dict["state"][0]["exp_avg"].dtype))
+        calls.append(("post", "exp_avg" in state_dict["state"][0]))
         return {**state_dict, "note": 1}
 
     optimizer.register_state_dict_pre_hook(pre)
     optimizer.register_state_dict_post_hook(post)
     assert optimizer.state_dict(portable=True)["note"] == 1
-    assert calls == [("pre", True), ("post", torch.float32)]
-    assert optimizer.state_dict()["state"][0]["exp_avg"].dtype == torch.uint8
+    assert calls == [("pre", True), ("post", True)]
+    assert optimizer.state_dict()["state"][0]["exp_avg_codes"].dtype == torch.uint8
+    assert calls[2:] == [("pre", True), ("post", False)]
 
 
 def test_it_is_loaded_into_8_bits_again():
@@ -116,7 +127,55 @@ def test_it_is_loaded_into_8_bits_again():
         take_steps(optimizer_, [2])
     for p, q in zip(params_of(optimizer), params_of(other), strict=True):
         assert torch.equal(p, q)
-        for key in moments_of(optimizer.state[p]):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for moment in moments_of(optimizer.state[p]):
+            key = key_in(optimizer.state[p], moment)
             assert optimizer.state[p][key].dtype == other.state[q][key].dtype
-            if key in SQUARES:
+            if moment in SQUARES:
                 assert (other.state[q][key] == optimizer.state[p][key]).all()
+
+
+# ---- What is not portable
+
+
+def loaded_by_torch(kind, **chosen):
+    """A class of torch's that has loaded 8-bit moments as they are, and an optimizer's own."""
+    optimizer, theirs, options = stepped(kind, RECIPES["8bit"])
+    params = [Parameter(p.detach().clone()) for p in params_of(optimizer)]
+    other = theirs(params, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.param_groups[0].update(chosen)
+    return optimizer, other
+
+
+@pytest.mark.parametrize("chosen", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("enabled", [False, True], ids=["torch", "enabled"])
+def test_torch_takes_no_codes_for_numbers(chosen, enabled):
+    """Its first step raises, before it has written anything."""
+    _, other = loaded_by_torch("AdamW", **chosen)
+    before = [p.detach().clone() for p in params_of(other)]
+    by_plans = warpstep.enabled(unfused=True) if enabled else nullcontext()
+    with by_plans, pytest.raises(KeyError, match="exp_avg"):
+        take_steps(other, [2])
+    assert_same([p.detach() for p in params_of(other)], before)
+
+
+def test_torchs_momentum_begins_anew_in_place_of_codes():
+    """Its SGD takes a buffer that is not there for one that is yet to begin."""
+    optimizer, other = loaded_by_torch("SGD")
+    fresh = torch.optim.SGD([Parameter(p.detach().clone()) for p in params_of(other)], lr=1e-2)
+    has_codes = ["momentum_buffer_codes" in optimizer.state[p] for p in params_of(optimizer)]
+    assert any(has_codes)
+    for one in (other, fresh):
+        take_steps(one, [2])
+    for p, q, is_anew in zip(params_of(other), params_of(fresh), has_codes, strict=True):
+        assert not is_anew or torch.equal(p, q)
+
+
+def test_what_torch_has_made_of_codes_is_not_loaded_back():
+    """It casts them to the parameter's dtype."""
+    optimizer, other = loaded_by_torch("AdamW")
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0: .*'exp_avg_codes' is bfloat16"):
+        optimizer.load_state_dict(other.state_dict())
+    assert_same(optimizer.state_dict()["state"], before)

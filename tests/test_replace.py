@@ -257,6 +257,15 @@ def with_state(**state):
     return optimizer
 
 
+def with_codes():
+    """As torch loads a state dict with moments of 8 bits: it casts them."""
+    params = [Parameter(torch.ones(64, 64))]
+    ours, optimizer = warpstep.AdamW(params, state_dtype="8bit"), torch.optim.AdamW(params)
+    take_steps(ours, range(1))
+    optimizer.load_state_dict(ours.state_dict())
+    return optimizer
+
+
 def without(key):
     optimizer = with_state()
     del list(optimizer.state.values())[1][key]
@@ -285,6 +294,7 @@ CANNOT = {
     "step": (lambda: with_state(step="third"), "'step' is 'third'"),
     "no step": (lambda: without("step"), r"parameter 1 of group 0.*\['step'\]"),
     "no moment": (lambda: without("exp_avg_sq"), r"without \['exp_avg_sq'\]"),
+    "codes": (with_codes, "parameter 0 of group 0: .*'exp_avg_codes' is float32"),
     "kind": (
         lambda: with_state(exp_avg=torch.ones(4, 5, dtype=torch.complex64)),
         "'exp_avg' is complex64",

@@ -39,8 +39,9 @@ class AdamW(Adam, TorchAdamW):
         state_dtype: dtype of the moments (``torch.float32``, ``bfloat16``, ``float16``,
             ``float64``), or a pair, of exp_avg and of exp_avg_sq; None (default) for each
             parameter's own, as torch, and float32 beside a master. ``"8bit"``: a byte a number, in
-            blocks of 64 that share a scale; parameters of less than 4,096 elements keep 32 bits,
-            and those whose rows (what the first dimension counts) no block divides keep 16.
+            blocks of 64 that share a scale, as ``exp_avg_codes`` and ``exp_avg_scale`` in the
+            state; parameters of less than 4,096 elements keep 32 bits, and those whose rows (what
+            the first dimension counts) no block divides keep 16.
         master: ``"residual"`` keeps an exact float32 master of bfloat16 parameters in 16 bits more:
             the parameter is its nearest bfloat16, and the state's ``master_param`` the rest, as in
             Transformer Engine. A run is bit for bit that of a float32 model with the same

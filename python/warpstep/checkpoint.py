@@ -17,13 +17,13 @@ from warpstep.precision import Precision
 from warpstep.recipes import ema_dtype
 from warpstep.rules import Rule
 from warpstep.state import (
-    can_be_8bit,
     describe,
+    hint_at_codes,
     is_like,
     missing_keys,
     parameter_name,
+    wrong_codes,
     wrong_master,
-    wrong_scales,
 )
 
 
@@ -159,13 +159,10 @@ def _loaded_state(
 def _wrong_precision(
     param: Tensor, rule: Rule, group: dict[str, Any], state: dict[str, Any]
 ) -> str | None:
-    """What is wrong with the scales of 8-bit moments or with a master; None where nothing is."""
-    for key in rule.moments:
-        moment = state.get(key)
-        if isinstance(moment, Tensor) and moment.dtype == torch.uint8:
-            wrong = wrong_scales(param, key, state)
-            if wrong is not None:
-                return wrong
+    """What is wrong with the codes of 8-bit moments or with a master; None where nothing is."""
+    for moment in rule.moments:
+        if (wrong := wrong_codes(param, moment, state)) is not None:
+            return wrong
     return wrong_master(param, state, group.get("master") is not None)
 
 
@@ -184,14 +181,12 @@ def _loaded_step(misfit: str, step: Any, device: torch.device | None) -> Tensor:
 def _loaded_moment(
     misfit: str, param: Tensor, key: str, value: Any, wanted: torch.dtype | None
 ) -> Tensor:
-    """A copy of a moment or an average, on the parameter's device, of the dtype wanted."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{misfit}: {key!r} is {value!r}, the parameter {describe(param)}")
-    is_8bit = key != "ema" and value.dtype == torch.uint8 and can_be_8bit(param)
-    if is_8bit and value.shape == param.shape:
-        return value.detach().to(param.device, copy=True)
-    if value.shape != param.shape or not is_like(value, param):
-        raise ValueError(f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}")
+    """A copy of a moment's numbers or an average, on the parameter's device, as is wanted."""
+    if not isinstance(value, Tensor) or value.shape != param.shape or not is_like(value, param):
+        raise ValueError(
+            f"{misfit}: {key!r} is {describe(value)}, the parameter {describe(param)}: shape and "
+            f"kind must be the same{hint_at_codes(value)}"
+        )
     if key == "ema":
         wanted = ema_dtype(param, wanted) if wanted is not None else None
     elif value.is_complex():

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.recipes import RESIDUAL, scale_of
+from warpstep.recipes import RESIDUAL, codes_of, scale_of
 from warpstep.rules import Rule
 from warpstep.shards import layout_of, like_shards
-from warpstep.stored import decode_from
+from warpstep.stored import decode_from, has_codes, moments_in
 
 # Where newer versions of bitsandbytes keep what is quantised; older ones keep it beside the step.
 _NESTED = "__bnb_optimizer_quant_state__"
@@ -46,13 +46,12 @@ def portable(state_dict: dict[str, Any], rule: Rule) -> dict[str, Any]:
 
 @torch.no_grad()
 def _portable_state(state: dict[str, Any], rule: Rule) -> dict[str, Any]:
-    left_out = (RESIDUAL, *map(scale_of, rule.moments))
+    left_out = (RESIDUAL, *map(codes_of, rule.moments), *map(scale_of, rule.moments))
     found = {key: value for key, value in state.items() if key not in left_out}
-    for key in rule.moments:
-        moment = state.get(key)
+    for key, moment in moments_in(state, rule.moments).items():
         if not isinstance(moment, Tensor):
             continue
-        if moment.dtype == torch.uint8:
+        if has_codes(state, key):
             part = decode_from(state, key, squares=key in rule.squares)
             found[key] = like_shards(moment, part, tuple(moment.shape))
         elif moment.dtype in (torch.bfloat16, torch.float16):

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from warpstep.codecs import BLOCK
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
+from warpstep.operands import check_copy, check_gradient
 from warpstep.recipes import FORMATS, one_of, real_dtype
-from warpstep.state import (
-    can_be_8bit,
-    check_copy,
-    check_gradient,
-    describe,
-    is_dense,
-    is_freed,
-    same_layout,
-)
+from warpstep.state import describe, is_dense, is_freed, same_layout
+from warpstep.stored import can_be_8bit
 
 STOCHASTIC_SQUARES = "stochastic_exp_avg_sq"
 
@@ -122,8 +116,7 @@ def _check_scalars(name: str, param: Tensor, options: Options) -> None:
         if scalar is None:
             continue
         if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-            found = describe(scalar) if isinstance(scalar, Tensor) else repr(scalar)
-            raise RuntimeError(f"{label} is {found}, expected a tensor of one element")
+            raise RuntimeError(f"{label} is {describe(scalar)}, expected a tensor of one element")
         if scalar.device != param.device:
             raise RuntimeError(
                 f"{label} is on {scalar.device}, {name} on {param.device}: move {label} there"
@@ -187,11 +180,10 @@ def _check_8bit(lists: Lists, options: Options, key: str, moment: Tensor, i: int
         and scales.device == param.device
     )
     if scales is None or not fits:
-        found = "None" if scales is None else describe(scales)
         raise TypeError(
-            f"{of_moment} is {describe(moment)}, 8 bits a number, and {of_scales} is {found}, "
-            f"expected a contiguous uint8 of {expected} elements on {param.device}: a scale for "
-            f"each block of {BLOCK} numbers"
+            f"{of_moment} is {describe(moment)}, 8 bits a number, and {of_scales} is "
+            f"{describe(scales)}, expected a contiguous uint8 of {expected} elements on "
+            f"{param.device}: a scale for each block of {BLOCK} numbers"
         )
     _check_memory(of_scales, scales)
     if not can_be_8bit(param):

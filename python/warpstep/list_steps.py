@@ -14,7 +14,7 @@ from warpstep.hypers import check_group
 from warpstep.list_checks import STOCHASTIC_SQUARES, check, check_options
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
 from warpstep.precision import Precision
-from warpstep.recipes import RESIDUAL, Recipe, one_of, real_dtype, scale_of
+from warpstep.recipes import RESIDUAL, Recipe, moment_key, one_of, real_dtype, scale_of
 from warpstep.rules import Rule
 from warpstep.state import is_dense, is_plain, match_layout
 from warpstep.state import same_layout as has_layout_of
@@ -155,8 +155,9 @@ def _compute(lists: Lists, options: Options, i: int) -> reference.Computed:
     """One tensor's step by the reference, not yet stored."""
     rule, low = lists.rule, lists.low_precision
     param, grad, *moments = (stream[i] for stream in lists.tensors[:-1])
-    state = dict(zip(lists.moments, moments, strict=True))
-    state |= {scale_of(key): low[scales_of(key)][i] for key in state if scales_of(key) in low}
+    named = dict(zip(lists.moments, moments, strict=True))
+    state = {moment_key(key, moment.dtype): moment for key, moment in named.items()}
+    state |= {scale_of(key): low[scales_of(key)][i] for key in named if scales_of(key) in low}
     group = _group(rule, len(moments), options)
     if RESIDUALS in low:
         state[RESIDUAL] = low[RESIDUALS][i]

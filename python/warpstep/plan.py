@@ -23,18 +23,14 @@ from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
+from warpstep.operands import check_copy, check_gradient
 from warpstep.options import Options
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import RESIDUAL, Recipe, real_dtype
 from warpstep.shards import layout_of, own_part, whole
-from warpstep.state import (
-    check_copy,
-    check_gradient,
-    completed,
-    is_walkable,
-    parameter_name,
-)
+from warpstep.state import completed, is_walkable, parameter_name
 from warpstep.statistics import Statistics, statistics_of
+from warpstep.stored import moments_in
 from warpstep.survey import Survey
 from warpstep.tail import Tail
 
@@ -171,7 +167,7 @@ class Plan:
         if repeated or chosen == "reference":
             return
         state = {**state, **(changes or {})}
-        moments = {key: state[key] for key in rule.moments_of(group)}
+        moments = moments_in(state, rule.moments_of(group))
         ema = state["ema"] if group.get("ema_decay") is not None else None
         step = state["step"] if precision.counts_steps(rule, group) else None
         has_master = group.get("master") is not None

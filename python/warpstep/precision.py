@@ -17,6 +17,7 @@ from warpstep.recipes import (
     UE5M3,
     AnyFormat,
     dtype_name,
+    is_codes,
     one_of,
     real_dtype,
 )
@@ -122,7 +123,7 @@ class Precision:
         cannot decay by 0.1%. Where it is bfloat16 because the parameter is, it is torch's.
         """
         dtype = real_dtype(moment_dtype)
-        if dtype == torch.uint8:
+        if is_codes(dtype):
             return UE5M3 if key in rule.squares else E4M3
         asked = self.rounding == "stochastic" or (
             self.rounding is None and self.state_dtype is not None

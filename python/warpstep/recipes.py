@@ -61,16 +61,12 @@ class Recipe(NamedTuple):
         each = [f.dtype if isinstance(f, Format) else f for f in self.moments]
         each += [f for f in (self.ema, torch.int16 if self.has_master else None) if f is not None]
         each += [self.param] if self.is_in_state and isinstance(self.param, torch.dtype) else []
-        scales = sum(f.dtype == torch.uint8 for f in self.moments if isinstance(f, Format))
-        return sum(dtype.itemsize for dtype in each) + scales / BLOCK
+        return sum(dtype.itemsize for dtype in each) + sum(map(is_codes, self.moments)) / BLOCK
 
     def formats(self) -> tuple[str | None, ...]:
         """The name of each operand's format, in the order of ``Operand`` in kernels/layout.h."""
         none = (None,) * (MOMENTS - len(self.moments))
-        scales = tuple(
-            "uint8" if isinstance(f, Format) and f.dtype == torch.uint8 else None
-            for f in self.moments
-        )
+        scales = tuple("uint8" if is_codes(f) else None for f in self.moments)
         residual = "int16" if self.has_master else None
         moments = tuple(format_name(f) for f in self.moments)
         ema, copy = (None if f is None else dtype_name(f) for f in (self.ema, self.copy))
@@ -85,10 +81,11 @@ class Recipe(NamedTuple):
 
     def keys(self) -> tuple[str | None, ...]:
         """What a state calls each operand, in that order; None for what is not in it."""
-        keys = RULES[self.rule].moments[: len(self.moments)]
-        none = (None,) * (MOMENTS - len(keys))
+        moments = RULES[self.rule].moments[: len(self.moments)]
+        none = (None,) * (MOMENTS - len(moments))
         param = RESIDUAL if self.is_in_state else None
-        names = (param, *keys, *none, *map(scale_of, keys), *none, RESIDUAL, "ema", None, None)
+        keys = (*map(moment_key, moments, self.moments), *none, *map(scale_of, moments), *none)
+        names = (param, *keys, RESIDUAL, "ema", None, None)
         return tuple(
             None if found is None else name
             for name, found in zip(names, self.formats(), strict=True)
@@ -114,8 +111,27 @@ class Recipe(NamedTuple):
 RESIDUAL = "master_param"
 
 
+def is_codes(stored: AnyFormat) -> bool:
+    """Whether a format, or the dtype of its memory, is of 8-bit codes in blocks with scales."""
+    return (stored.dtype if isinstance(stored, Format) else stored) == torch.uint8
+
+
+def moment_key(moment: str, stored: AnyFormat) -> str:
+    """What a state calls a moment that is stored in a format, or in its dtype.
+
+    Codes have a name of their own: who knows the moment's finds nothing, and takes no codes for
+    numbers (docs/design.md, NOTE [keys of codes]).
+    """
+    return codes_of(moment) if is_codes(stored) else moment
+
+
+def codes_of(moment: str) -> str:
+    """What a state calls the codes of an 8-bit moment."""
+    return f"{moment}_codes"
+
+
 def scale_of(moment: str) -> str:
-    """What a state calls the scales of an 8-bit moment."""
+    """What a state calls the scales of its blocks."""
     return f"{moment}_scale"
 
 

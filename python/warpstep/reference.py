@@ -22,7 +22,7 @@ from warpstep.recipes import RESIDUAL, real_dtype
 from warpstep.rules import Rule
 from warpstep.shards import holds_values, layout_of, own_part, smallest, whole
 from warpstep.state import is_plain
-from warpstep.stored import Encoder, Stored, numbers_of, real_view
+from warpstep.stored import Encoder, Stored, moments_in, numbers_of, real_view
 from warpstep.tail import Tail
 
 Number = float | Tensor
@@ -108,9 +108,10 @@ def computed(
 ) -> Computed:
     """One step of one parameter: what to store, and where.
 
-    ``state`` holds the rule's moments, ``step`` where steps are counted, and ``ema`` where there is
-    an average; ``group`` torch's hyper-parameters. With ``capturable``, or without ``on_host``, no
-    value is read on the host, nor is that of a tensor that has none (on the meta device, or fake).
+    ``state`` holds the rule's moments, as numbers or codes, ``step`` where steps are counted, and
+    ``ema`` where there is an average; ``group`` torch's hyper-parameters. With ``capturable``, or
+    without ``on_host``, no value is read on the host, nor is that of a tensor that has none (on the
+    meta device, or fake).
     ``layout``: of the sharded parameter that ``param`` is this process's part of. ``counts_steps``:
     whether the state has a counter, where that is not the group's to say.
     ::
@@ -139,10 +140,8 @@ def computed(
     raw = real_view(grad.detach()).to(compute)
     before = joined(param.detach(), state[RESIDUAL]) if has_master else real_view(param.detach())
     p = before.to(compute)
-    new = {
-        key: numbers_of(state, key, squares=key in rule.squares).to(compute)
-        for key in rule.moments_of(group)
-    }
+    held = moments_in(state, rule.moments_of(group))
+    new = {key: numbers_of(state, key, squares=key in rule.squares).to(compute) for key in held}
     g = unscaled(raw, tail)
     if group["maximize"]:
         g = -g
@@ -176,8 +175,8 @@ def computed(
         after = encoder.rounded(param, p - update, of_param, operand=0)
         written = {"param": after}
     after = chosen(after, before)
-    for index, key in enumerate(rule.moments_of(group)):
-        one = precision.format_of_moment(rule, key, state[key].dtype)
+    for index, (key, moment) in enumerate(held.items()):
+        one = precision.format_of_moment(rule, key, moment.dtype)
         written |= encoder.stored_moment(state, key, new[key], one, operand=1 + index)
     if group.get("ema_decay") is not None and new_step is not None:
         average = real_view(state["ema"]).to(compute)

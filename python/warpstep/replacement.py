@@ -15,7 +15,7 @@ from warpstep.hypers import check_group
 from warpstep.optimizer import Optimizer
 from warpstep.rules import Rule
 from warpstep.sgd import SGD
-from warpstep.state import describe, missing_keys, parameter_name
+from warpstep.state import describe, missing_keys, parameter_name, wrong_codes
 
 _CLASSES: dict[type, type[Adam] | type[SGD]] = {
     torch.optim.AdamW: AdamW,
@@ -133,6 +133,8 @@ def _check(optimizer: torch.optim.Optimizer, rule: Rule) -> None:
                 )
             for key in rule.moments:
                 _check_moment(name, key, param, state.get(key))
+                if wrong := wrong_codes(param, key, state):
+                    raise TypeError(f"{name}: {wrong}")
             step: Any = state.get("step")
             if step is None:  # not missing
                 continue
@@ -153,8 +155,7 @@ def _check_moment(name: str, key: str, param: Tensor, moment: Any) -> None:
         or moment.is_complex() != param.is_complex()
         or moment.is_floating_point() != param.is_floating_point()
     ):
-        found = describe(moment) if isinstance(moment, Tensor) else repr(moment)
         raise TypeError(
-            f"{name} is {describe(param)}, its state {key!r} is {found}, expected a dense tensor "
-            "of the same shape on the same device"
+            f"{name} is {describe(param)}, its state {key!r} is {describe(moment)}, expected a "
+            "dense tensor of the same shape on the same device"
         )

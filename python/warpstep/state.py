@@ -12,17 +12,35 @@ from torch import Tensor
 
 from warpstep.codecs import BLOCK, split
 from warpstep.precision import Precision, check_has_master
-from warpstep.recipes import RESIDUAL, dtype_name, ema_dtype, ema_dtypes, scale_of
+from warpstep.recipes import (
+    RESIDUAL,
+    codes_of,
+    dtype_name,
+    ema_dtype,
+    ema_dtypes,
+    is_codes,
+    scale_of,
+)
 from warpstep.rules import Rule
-from warpstep.shards import holds_values, layout_of, like_shards, own_part
-from warpstep.stored import decode_from, encode_into
+from warpstep.shards import holds_values, layout_of, own_part
+from warpstep.stored import (
+    can_be_8bit,
+    decode_from,
+    encode_into,
+    has_codes,
+    moments_in,
+    new_moment,
+    scales_shape,
+)
 
 # Not of a state: what a parameter is to become, where a float32 master was loaded.
 PARAM = "param"
 
 
-def describe(tensor: Tensor) -> str:
-    """``float32 of shape (3, 4) on cpu``, for messages."""
+def describe(tensor: Any) -> str:
+    """``float32 of shape (3, 4) on cpu``, for messages; of what is no tensor, its ``repr``."""
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
     shape = "scalar" if tensor.dim() == 0 else f"shape {tuple(tensor.shape)}"
     return f"{dtype_name(tensor.dtype)} of {shape} on {tensor.device}"
 
@@ -112,66 +130,12 @@ def match_layout(param: Tensor, tensor: Tensor) -> Tensor:
         return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
-def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
-    """Raises where ``grad`` cannot be ``param``'s gradient; ``name`` is the parameter's."""
-    if not (param.is_floating_point() or param.is_complex()):
-        raise TypeError(
-            f"{name} is {describe(param)}: only floating point and complex parameters can be "
-            "stepped. Leave it out of the optimizer."
-        )
-    if grad.is_sparse or grad.layout != torch.strided:
-        raise RuntimeError(
-            f"sparse gradients are not supported (torch.optim.SparseAdam takes them): {name} has a "
-            f"gradient of layout {grad.layout}"
-        )
-    if grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"{name} is {describe(param)}, its gradient is {describe(grad)}: shape and device "
-            "must be the same"
-        )
-    if grad.is_complex() != param.is_complex() or not (
-        grad.is_floating_point() or grad.is_complex()
-    ):
-        raise TypeError(
-            f"{name} is {describe(param)}, its gradient is {describe(grad)}: both must be real, or "
-            "both complex, of a floating point dtype"
-        )
-    if any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
-        raise RuntimeError(
-            f"{name} is an expanded tensor of strides {param.stride()}: several of its elements "
-            "share their memory and cannot be stepped apart. Use a clone as the parameter."
-        )
-    for what, tensor in (("", param), ("'s gradient", grad)):
-        if is_freed(tensor):
-            raise RuntimeError(
-                f"{name}{what} has {tensor.numel()} elements and no memory: its storage was "
-                "freed. Bring it back (for a sharded module, gather it) before the step."
-            )
-
-
-def check_copy(name: str, param: Tensor, copy: Tensor | None) -> None:
-    """Raises where ``copy`` cannot hold a copy of ``param``."""
-    if copy is None:
-        return
-    if param.dtype != torch.float32 or copy.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{name} is {describe(param)}, its copy {describe(copy)}: copies= takes bfloat16 or "
-            "float16 copies of float32 parameters"
-        )
-    if copy.shape != param.shape or copy.device != param.device:
-        raise RuntimeError(
-            f"{name} is {describe(param)}, its copy {describe(copy)}: shape and device must be "
-            "the same"
-        )
-    if is_freed(copy):
-        raise RuntimeError(f"{name}: its copy has no memory, its storage was freed")
-
-
 def missing_keys(state: dict[str, Any], rule: Rule, group: dict[str, Any]) -> list[str]:
     """What a parameter that was stepped has in its state, and this one lacks."""
     if not rule.is_whole:
         return []
-    return [key for key in ("step", *rule.moments_of(group)) if state.get(key) is None]
+    found = {"step": state.get("step"), **moments_in(state, rule.moments_of(group))}
+    return [key for key, value in found.items() if value is None]
 
 
 def completed(
@@ -193,16 +157,16 @@ def completed(
     does not fit ``param``, or where a state that was begun has lost one.
     """
     new: dict[str, Any] = {}
-    missing = missing_keys(state, rule, group)
-    if missing and any(state.get(key) is not None for key in ("step", *rule.moments)):
+    missing, held = missing_keys(state, rule, group), moments_in(state, rule.moments)
+    if missing and any(value is not None for value in (state.get("step"), *held.values())):
         raise RuntimeError(
             f"{name}: its state has {', '.join(map(repr, state))} and no "
             f"{' and no '.join(map(repr, missing))}. Add what is missing, or remove the "
             "parameter's whole state to begin it anew."
         )
     if precision.counts_steps(rule, group):
-        begun = any(state.get(key) is not None for key in rule.moments)  # and did not count
-        anew = any(state.get(key) is None for key in rule.moments_of(group))
+        begun = any(moment is not None for moment in held.values())  # and did not count
+        anew = any(held[key] is None for key in rule.moments_of(group))
         counted = None if anew and rule.needs_count(group) else state.get("step")
         step = _completed_step(name, counted, step_device, 1.0 if begun else 0.0)
         if step is not None:
@@ -212,36 +176,70 @@ def completed(
     new |= _completed_master(name, param, state, has_master)
     for which, key in enumerate(rule.moments_of(group)):
         dtype = precision.moment_dtype(param, which, has_master)
-        if (moment := state.get(key)) is None:
+        squares, is_asked = key in rule.squares, precision.state_dtype is not None
+        if held[key] is None:
             new |= new_moment(param, key, dtype)
-            continue
-        fits = isinstance(moment, Tensor) and (
-            is_like(moment, param) or (moment.dtype == torch.uint8 and can_be_8bit(param))
-        )
-        if not fits or moment.shape != param.shape or moment.device != param.device:
-            raise _misfit(name, param, key, moment)
-        check_has_memory(name, key, moment)
-        if moment.dtype == torch.uint8:
-            if (wrong := wrong_scales(param, key, state)) is not None:
-                raise RuntimeError(f"{name}: {wrong}")
-            check_has_memory(name, scale_of(key), state[scale_of(key)])
-        wants_8bit, has_8bit = dtype == torch.uint8, moment.dtype == torch.uint8
-        squares = key in rule.squares
-        if wants_8bit and not has_8bit:
-            new |= new_moment(param, key, dtype)
-            encode_into(new, key, own_part(moment), squares=squares)
-        elif has_8bit and not wants_8bit and precision.state_dtype is not None:
-            numbers = decode_from(state, key, squares=squares)
-            new[key] = torch.empty_like(param, dtype=dtype, requires_grad=False)
-            own_part(new[key]).copy_(numbers)
-            new[scale_of(key)] = None
-        elif is_plain(moment) and is_dense(param) and not same_layout(moment, param):
-            if has_8bit:
-                raise _misfit(name, param, key, moment)  # its blocks run in another order
-            new[key] = match_layout(param, moment)
+        elif has_codes(state, key):
+            new |= _completed_codes(name, param, state, key, dtype if is_asked else None, squares)
+        else:
+            new |= _completed_numbers(name, param, state, key, dtype, squares)
     if group.get("ema_decay") is not None:
         new |= _completed_average(name, param, state, precision)
     return new or None
+
+
+def _completed_codes(
+    name: str,
+    param: Tensor,
+    state: dict[str, Any],
+    moment: str,
+    dtype: torch.dtype | None,
+    squares: bool,
+) -> dict[str, Any]:
+    """What takes the place of an 8-bit moment: nothing, or numbers where these are asked for."""
+    key, scale = codes_of(moment), scale_of(moment)
+    if (wrong := wrong_codes(param, moment, state)) is not None:
+        raise RuntimeError(f"{name}: {wrong}")
+    for part in (key, scale):
+        check_has_memory(name, part, state[part])
+    codes = state[key]
+    if dtype is not None and not is_codes(dtype):
+        numbers = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        own_part(numbers).copy_(decode_from(state, moment, squares=squares))
+        return {moment: numbers, key: None, scale: None}
+    if is_plain(codes) and is_dense(param) and not same_layout(codes, param):
+        raise RuntimeError(
+            f"{name} has strides {param.stride()}, its state {key!r} {codes.stride()}: they must "
+            "be the same, because blocks are runs of memory. Load a state dict that fits."
+        )
+    return {}
+
+
+def _completed_numbers(
+    name: str,
+    param: Tensor,
+    state: dict[str, Any],
+    key: str,
+    dtype: torch.dtype,
+    squares: bool,
+) -> dict[str, Any]:
+    """What takes the place of a moment that is numbers: these in ``param``'s order, or codes."""
+    numbers = state[key]
+    if (
+        not isinstance(numbers, Tensor)
+        or numbers.shape != param.shape
+        or numbers.device != param.device
+        or not is_like(numbers, param)
+    ):
+        raise _misfit(name, param, key, numbers)
+    check_has_memory(name, key, numbers)
+    if is_codes(dtype):
+        new = new_moment(param, key, dtype)
+        encode_into(new, key, own_part(numbers), squares=squares)
+        return {**new, key: None}
+    if is_plain(numbers) and is_dense(param) and not same_layout(numbers, param):
+        return {key: match_layout(param, numbers)}
+    return {}
 
 
 def is_like(tensor: Tensor, param: Tensor) -> bool:
@@ -250,11 +248,6 @@ def is_like(tensor: Tensor, param: Tensor) -> bool:
         tensor.is_complex() == param.is_complex()
         and tensor.is_floating_point() == param.is_floating_point()
     )
-
-
-def can_be_8bit(param: Tensor) -> bool:
-    """Whether there are 8-bit moments of such a parameter."""
-    return param.is_floating_point() and param.dtype != torch.float64
 
 
 def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
@@ -267,52 +260,45 @@ def check_has_memory(name: str, key: str, tensor: Tensor) -> None:
 
 
 def _misfit(name: str, param: Tensor, key: str, found: Any) -> RuntimeError:
-    described = describe(found) if isinstance(found, Tensor) else repr(found)
     return RuntimeError(
-        f"{name} is {describe(param)}, its state {key!r} is {described}: shape, device and "
-        "kind must be the same. Load a state dict that fits, or move the state."
+        f"{name} is {describe(param)}, its state {key!r} is {describe(found)}: shape, device and "
+        f"kind must be the same{hint_at_codes(found)}. Load a state dict that fits, or move the "
+        "state."
     )
 
 
-def new_moment(param: Tensor, key: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A moment of zeros, and of an 8-bit one the scales."""
-    zeros = torch.zeros_like(
-        param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-    )
-    if dtype != torch.uint8:
-        return {key: zeros}
-    part, shape = own_part(param), _scales_shape(param)
-    of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else _scales_shape(part)
-    scales = torch.zeros(of_part, dtype=torch.uint8, device=part.device)
-    return {key: zeros, scale_of(key): like_shards(param, scales, shape)}
+def hint_at_codes(found: Any) -> str:
+    """What messages add where numbers are expected and codes may have been found."""
+    if isinstance(found, Tensor) and found.dtype == torch.uint8:
+        return f", and 8-bit codes have keys of their own, as {codes_of('exp_avg')!r}"
+    return ""
 
 
-def _scales_shape(param: Tensor) -> tuple[int, ...]:
-    """The shape of an 8-bit moment's scales: sharded by rows as the parameter is."""
-    blocks = -(-param.numel() // BLOCK)
-    if param.dim() < 2:
-        return (blocks,)
-    rows = param.shape[0]
-    divides = rows > 0 and param.numel() // rows % BLOCK == 0
-    return (rows, blocks // rows) if divides else (blocks,)
-
-
-def wrong_scales(param: Tensor, key: str, state: dict[str, Any]) -> str | None:
-    """What is wrong with the scales of the 8-bit moment ``key``; None where nothing is."""
-    scales, expected = state.get(scale_of(key)), _scales_shape(param)
-    if (
-        isinstance(scales, Tensor)
-        and scales.dtype == torch.uint8
-        and scales.shape == expected
-        and scales.device == param.device
-    ):
+def wrong_codes(param: Tensor, moment: str, state: dict[str, Any]) -> str | None:
+    """What is wrong with a moment's codes and scales; None where nothing is, or it has none."""
+    key, scale = codes_of(moment), scale_of(moment)
+    codes, scales, expected = state.get(key), state.get(scale), scales_shape(param)
+    if codes is None:
         return None
-    found = describe(scales) if isinstance(scales, Tensor) else repr(scales)
-    return (
-        f"its state {key!r} has 8 bits a number, and {scale_of(key)!r} is {found}, "
-        f"expected uint8 of shape {expected}: a scale for each block of {BLOCK} numbers. Is "
-        "the checkpoint of another block size? Load one that fits."
-    )
+    if state.get(moment) is not None:
+        return f"its state has {key!r} and {moment!r}, which are one moment: remove one of them"
+    if not (can_be_8bit(param) and _is_of_bytes(codes, tuple(param.shape), param.device)):
+        return (
+            f"the parameter is {describe(param)}, its state {key!r} is {describe(codes)}: codes "
+            "are uint8 of the parameter's shape, on its device, of real parameters of 16 or 32 bits"
+        )
+    if not _is_of_bytes(scales, expected, param.device):
+        return (
+            f"its state {scale!r} is {describe(scales)}, expected uint8 of shape {expected}: a "
+            f"scale for each block of {BLOCK} numbers of {key!r}. Is the checkpoint of another "
+            "block size? Load one that fits."
+        )
+    return None
+
+
+def _is_of_bytes(found: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    is_of_bytes = isinstance(found, Tensor) and found.dtype == torch.uint8
+    return is_of_bytes and found.shape == shape and found.device == device
 
 
 def wrong_master(param: Tensor, state: dict[str, Any], has_master: bool) -> str | None:
@@ -332,10 +318,9 @@ def wrong_master(param: Tensor, state: dict[str, Any], has_master: bool) -> str 
         and residual.dtype in (torch.int16, torch.float32)
     ):
         return None
-    found = describe(residual) if isinstance(residual, Tensor) else repr(residual)
     return (
-        f"the parameter is {describe(param)}, its state {RESIDUAL!r} is {found}: expected "
-        "int16 residuals or float32 masters of the parameter's shape, on its device"
+        f"the parameter is {describe(param)}, its state {RESIDUAL!r} is {describe(residual)}: "
+        "expected int16 residuals or float32 masters of the parameter's shape, on its device"
     )
 
 
@@ -392,8 +377,7 @@ def _completed_step(name: str, step: Any, device: torch.device, beginning: float
     if isinstance(step, (int, float)):
         return torch.tensor(float(step), dtype=torch.float32, device=device)
     if not isinstance(step, Tensor) or step.numel() != 1 or is_freed(step):
-        found = describe(step) if isinstance(step, Tensor) else repr(step)
-        raise RuntimeError(f"{name}: its state 'step' is {found}, expected one number")
+        raise RuntimeError(f"{name}: its state 'step' is {describe(step)}, expected one number")
     if step.dtype != torch.float32 or step.device != device:
         return step.to(device, torch.float32)
     return None

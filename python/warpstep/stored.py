@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from warpstep.codecs import decoded, draws, encoded, rounded_stochastic
+from warpstep.codecs import BLOCK, decoded, draws, encoded, rounded_stochastic
 from warpstep.precision import Precision
-from warpstep.recipes import BFLOAT16_STOCHASTIC, E4M3, UE5M3, AnyFormat, real_dtype, scale_of
-from warpstep.shards import own_part
+from warpstep.recipes import (
+    BFLOAT16_STOCHASTIC,
+    UE5M3,
+    AnyFormat,
+    codes_of,
+    is_codes,
+    moment_key,
+    real_dtype,
+    scale_of,
+)
+from warpstep.shards import like_shards, own_part
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -34,16 +44,60 @@ def shaped_as(stored: Tensor, flat: Tensor) -> Tensor:
     return flat.as_strided(stored.shape, torch.empty_like(stored, device="meta").stride())
 
 
-def decode_from(state: dict[str, Any], key: str, *, squares: bool) -> Tensor:
+def has_codes(state: Mapping[str, Any], moment: str) -> bool:
+    """Whether a state has a moment in 8 bits."""
+    return state.get(codes_of(moment)) is not None
+
+
+def key_in(state: Mapping[str, Any], moment: str) -> str:
+    """What a state calls a moment, by what it has of it: codes or numbers."""
+    return codes_of(moment) if has_codes(state, moment) else moment
+
+
+def moments_in(state: Mapping[str, Any], moments: Iterable[str]) -> dict[str, Any]:
+    """What a state has of each of the moments, codes or numbers; None where it lacks it."""
+    return {moment: state.get(key_in(state, moment)) for moment in moments}
+
+
+def can_be_8bit(param: Tensor) -> bool:
+    """Whether there are 8-bit moments of such a parameter."""
+    return param.is_floating_point() and param.dtype != torch.float64
+
+
+def new_moment(param: Tensor, moment: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a state has of a moment of zeros; of an 8-bit one with the scales."""
+    zeros = torch.zeros_like(
+        param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+    )
+    new: dict[str, Any] = {moment_key(moment, dtype): zeros}
+    if is_codes(dtype):
+        part, shape = own_part(param), scales_shape(param)
+        of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else scales_shape(part)
+        scales = torch.zeros(of_part, dtype=torch.uint8, device=part.device)
+        new[scale_of(moment)] = like_shards(param, scales, shape)
+    return new
+
+
+def scales_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of an 8-bit moment's scales: sharded by rows as the parameter is."""
+    blocks = -(-param.numel() // BLOCK)
+    if param.dim() < 2:
+        return (blocks,)
+    rows = param.shape[0]
+    divides = rows > 0 and param.numel() // rows % BLOCK == 0
+    return (rows, blocks // rows) if divides else (blocks,)
+
+
+def decode_from(state: Mapping[str, Any], moment: str, *, squares: bool) -> Tensor:
     """The numbers of an 8-bit moment, or of this process's shard of it."""
-    codes, scales = own_part(state[key]), own_part(state[scale_of(key)])
+    codes, scales = own_part(state[codes_of(moment)]), own_part(state[scale_of(moment)])
     flat = codes.as_strided((codes.numel(),), (1,), codes.storage_offset())
     return shaped_as(codes, decoded(flat, scales.flatten(), signed=not squares))
 
 
-def encode_into(state: dict[str, Any], key: str, numbers: Tensor, *, squares: bool) -> None:
+def encode_into(state: dict[str, Any], moment: str, numbers: Tensor, *, squares: bool) -> None:
     """Writes numbers into an 8-bit moment, or this process's shard. Not at a step: by no seed."""
-    codes, scales = own_part(state[key]), own_part(state[scale_of(key)])
+    codes, scales = own_part(state[codes_of(moment)]), own_part(state[scale_of(moment)])
     flat = flat_as(codes, numbers.to(torch.float32))
     # The middle of what random bits there are: to nearest.
     middle = torch.full(flat.shape, 0x8000, dtype=torch.int32, device=flat.device)
@@ -84,22 +138,20 @@ class Encoder:
         return shaped_as(tensor, flat)
 
     def stored_moment(
-        self, state: dict[str, Tensor], key: str, numbers: Tensor, one: AnyFormat, operand: int
+        self, state: dict[str, Tensor], moment: str, numbers: Tensor, one: AnyFormat, operand: int
     ) -> dict[str, Tensor]:
         """What is stored of a moment: itself, or codes and scales."""
+        key, scale = moment_key(moment, one), scale_of(moment)
         tensor = state[key]
-        if one not in (E4M3, UE5M3):
+        if not is_codes(one):
             return {key: self.rounded(tensor, numbers, one, operand)}
         random = self._random(tensor, operand) if one == UE5M3 else None
         codes, scales = encoded(flat_as(tensor, numbers), random=random)
-        return {
-            key: shaped_as(tensor, codes),
-            scale_of(key): scales.view(state[scale_of(key)].shape),
-        }
+        return {key: shaped_as(tensor, codes), scale: scales.view(state[scale].shape)}
 
 
-def numbers_of(state: dict[str, Tensor], key: str, *, squares: bool) -> Tensor:
+def numbers_of(state: dict[str, Tensor], moment: str, *, squares: bool) -> Tensor:
     """The numbers of a moment; of an 8-bit one, decoded."""
-    if state[key].dtype == torch.uint8:
-        return decode_from(state, key, squares=squares)
-    return real_view(state[key].detach())
+    if has_codes(state, moment):
+        return decode_from(state, moment, squares=squares)
+    return real_view(state[moment].detach())

@@ -73,7 +73,7 @@ class Survey:
         if is_new and self._fused:
             backends.check_device_for_fused("", param)
         dtypes: list[Any] = [None if name is None else getattr(torch, name) for name in formats]
-        if torch.uint8 in dtypes:  # with scales
+        if torch.uint8 in dtypes:  # no numbers, which their keys are for
             return None
         moments, ema, grad = tuple(dtypes[1 : 1 + len(self._moments)]), dtypes[-3], dtypes[-1]
         precision = self._precision

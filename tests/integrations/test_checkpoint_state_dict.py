@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -82,3 +83,20 @@ def test_restart(flatten, on_disk, tmp_path):
 def test_restart_with_the_other_optimizer(first, second, flatten):
     crossed, _ = run_with_restart(first, second, flatten)
     assert_agree(crossed, run_through(TORCH), 2 * STEPS)
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("state_dtypes", [("8bit", None), (None, "8bit")], ids=str)
+def test_codes_are_not_loaded_as_numbers_nor_the_other_way(state_dtypes, flatten, tmp_path):
+    """dcp.load misses the key that the other precision has."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    models = [torch.nn.Linear(64, 64) for _ in state_dtypes]
+    first, second = (
+        warpstep.AdamW(model.parameters(), state_dtype=state_dtype)
+        for model, state_dtype in zip(models, state_dtypes, strict=True)
+    )
+    saved = get_optimizer_state_dict(models[0], first, options=options)
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    wanted = get_optimizer_state_dict(models[1], second, options=options)
+    with pytest.raises(CheckpointException, match=r"Missing key .*state\.weight\.exp_avg"):
+        dcp.load(wanted, checkpoint_id=tmp_path, no_dist=True)

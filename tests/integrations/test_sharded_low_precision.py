@@ -84,7 +84,7 @@ def results(model, optimizer):
                 value = value.full_tensor()
             found[f"{i} {key}"] = raw_bits(value.flatten())
         if optimizer.state_dtype == "8bit":
-            assert (optimizer.state[p]["exp_avg"].dtype == torch.uint8) == OF_8_BITS[i], i
+            assert ("exp_avg_codes" in optimizer.state[p]) == OF_8_BITS[i], i
     if "master" in optimizer.defaults:
         for i, master in enumerate(optimizer.master_parameters().values()):
             found[f"{i} master"] = raw_bits(master.full_tensor().flatten())

@@ -39,9 +39,15 @@ def flat(tensor):
     return tensor.detach().cpu().flatten().clone()
 
 
+def key_in(state, moment):
+    """What a state calls a moment: codes of 8 bits have a key of their own."""
+    codes = f"{moment}_codes"
+    return codes if codes in state else moment
+
+
 def moments_of(state):
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-    return [key for key in names if key in state]
+    return [moment for moment in names if key_in(state, moment) in state]
 
 
 def numbers_of(param, state):
@@ -50,10 +56,11 @@ def numbers_of(param, state):
     if "master_param" in state:
         found["param"] = codecs.joined(flat(param), flat(state["master_param"]))
     for key in moments_of(state):
-        found[key] = flat(state[key]).float()
-        if state[key].dtype == torch.uint8:
+        found[key] = flat(state[key_in(state, key)])
+        if f"{key}_codes" in state:
             scales = flat(state[f"{key}_scale"])
-            found[key] = codecs.decoded(flat(state[key]), scales, signed=key not in SQUARES)
+            found[key] = codecs.decoded(found[key], scales, signed=key not in SQUARES)
+        found[key] = found[key].float()
     return found
 
 
@@ -79,9 +86,10 @@ def stored(numbers, param, state, optimizer, number, step):
     else:
         found = {"param": rounded("param", 0, stochastic, param.dtype)}
     for index, key in enumerate(moments_of(state)):
-        if state[key].dtype == torch.uint8:
+        if f"{key}_codes" in state:
             random = draws(1 + index) if key in SQUARES else None
-            found[key], found[f"{key}_scale"] = codecs.encoded(numbers[key], random=random)
+            codes, scales = codecs.encoded(numbers[key], random=random)
+            found |= {f"{key}_codes": codes, f"{key}_scale": scales}
         else:
             found[key] = rounded(key, 1 + index, asked and key in SQUARES, state[key].dtype)
     return found

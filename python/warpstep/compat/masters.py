@@ -93,11 +93,10 @@ class Kept:
             and (master.is_floating_point() or self.dtype_of(_MASTER, param) == master.dtype)
         )
         if not fits:
-            found = describe(master) if isinstance(master, Tensor) else repr(master)
             raise RuntimeError(
-                f"the state {_MASTER!r} of a parameter that is {describe(param)} is {found}: "
-                "shape and device must be the same, and it must be a float32 master"
-                + (" or int16 remainders" if self.has_remainder(param) else "")
+                f"the state {_MASTER!r} of a parameter that is {describe(param)} is "
+                f"{describe(master)}: shape and device must be the same, and it must be a "
+                "float32 master" + (" or int16 remainders" if self.has_remainder(param) else "")
             )
         if self.has_remainder(param):  # a float32 master is split by the step
             floats = master.dtype not in (torch.int16, torch.float32)
