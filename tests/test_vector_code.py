@@ -22,6 +22,8 @@ RULES = {
 FORMATS = ("float64", "float32", "bfloat16", "float16")
 PARTS = ("usual", "whole")
 CASES = [(rule, number, part) for rule in RULES for number in FORMATS for part in PARTS]
+# Of AdamW, in pairs: how the parameter lies, beside bfloat16 moments, the second rounded at random.
+IN_PAIRS = ("MasterHalves", "RandomHalves", "Halves")
 
 pytestmark = [
     pytest.mark.not_quick,
@@ -39,6 +41,15 @@ extern "C" void {rule}_{number}_{part}(const Constants<{kind}, {number}::Compute
 }}"""
 
 
+def function_in_pairs(param, part):
+    kinds = f"{param}, Halves, RandomHalves"
+    return f"""
+extern "C" void adamw_{param}_{part}(const Constants<AdamW<false>, float>& c, long count, {param} p,
+                                     Halves g, Halves m, RandomHalves v) {{
+  step_pairs<AdamW<false>, Part::{part}, {kinds}>(c, count, p, g, m, v);
+}}"""
+
+
 @pytest.fixture(scope="module")
 def assembly(tmp_path_factory):
     """By function, what the flags of the build's AVX2 kernels make of it."""
@@ -47,7 +58,8 @@ def assembly(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vector_code")
     source, target = folder / "loops.cpp", folder / "loops.s"
     begin = '#define WARPSTEP_ISA avx2\n#include "cpu/step.h"\nusing namespace warpstep;\n'
-    source.write_text(begin + "".join(function(*case) for case in CASES))
+    in_pairs = [function_in_pairs(param, part) for param in IN_PAIRS for part in PARTS]
+    source.write_text(begin + "".join([*(function(*case) for case in CASES), *in_pairs]))
     text = (ROOT / "CMakeLists.txt").read_text()
     flags = [
         re.search(rf"set\({name} (.*)\)", text)[1] for name in ("ARITHMETIC", "ISA_FLAGS_avx2")
@@ -56,6 +68,14 @@ def assembly(tmp_path_factory):
     subprocess.run([*command, source, "-o", target], check=True)
     code = target.read_text()
     return dict(re.findall(r"^(\w+):\n(.*?)^\s*\.size\s+\1", code, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("param", IN_PAIRS)
+def test_a_step_in_pairs_is_simd_code(assembly, param, part):
+    code = assembly[f"adamw_{param}_{part}"]
+    assert re.search(r"vdivps\s.*%ymm", code), "no quotients of vectors"
+    assert not re.search(r"vpunpck|vpack|vpmovzx", code), "halves shuffled between vectors"
 
 
 @pytest.mark.parametrize(("rule", "number", "part"), CASES)

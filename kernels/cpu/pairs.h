@@ -29,9 +29,7 @@ struct RandomHalves {
     store_pair_stochastic(x, at + i, random + i);
   }
   WARPSTEP_FN float load(std::int64_t i) const { return warpstep::load(at[i]); }
-  WARPSTEP_FN void store(float x, std::int64_t i) const {
-    store_stochastic(x, at[i], random[i]);
-  }
+  WARPSTEP_FN void store(float x, std::int64_t i) const { store_stochastic(x, at[i], random[i]); }
 };
 
 struct MasterHalves {  // with a residual, a float32

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from warpstep.allocation import new_zeros
 from warpstep.averages import Averaging
 from warpstep.codecs import joined, split
 from warpstep.plan import Plan
@@ -81,7 +82,7 @@ class KeepsMasters(Averaging):
             own_part(param.detach()).copy_(high)
             residual = self.state[param].get(RESIDUAL)
             if residual is None or residual.dtype != torch.int16:
-                residual = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+                residual = new_zeros(param, torch.int16)
                 self.state[param][RESIDUAL] = residual
             own_part(residual).copy_(low)
         if self.plan is not None:

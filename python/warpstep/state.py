@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warpstep.allocation import new_zeros
 from warpstep.codecs import BLOCK, split
 from warpstep.precision import Precision, check_has_master
 from warpstep.recipes import (
@@ -335,12 +336,12 @@ def _completed_master(
     check_has_master(name, param)
     residual = state.get(RESIDUAL)
     if residual is None:
-        return {RESIDUAL: torch.zeros_like(param, dtype=torch.int16, requires_grad=False)}
+        return {RESIDUAL: new_zeros(param, torch.int16)}
     check_has_memory(name, RESIDUAL, residual)
     if residual.dtype == torch.int16:
         same = not is_plain(residual) or not is_dense(param) or same_layout(residual, param)
         return {} if same else {RESIDUAL: match_layout(param, residual)}
-    low = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    low = new_zeros(param, torch.int16)
     high = torch.empty_like(param, requires_grad=False)
     parts = split(own_part(residual).detach())
     own_part(high).copy_(parts[0])
@@ -353,9 +354,8 @@ def _completed_average(
 ) -> dict[str, Any]:
     average, dtype = state.get("ema"), ema_dtype(param, precision.ema_dtype)
     if average is None:
-        new = torch.empty_like(param, dtype=dtype, requires_grad=False)
         with torch.no_grad():
-            return {"ema": new.copy_(param)}
+            return {"ema": new_zeros(param, dtype).copy_(param)}
     if (
         not isinstance(average, Tensor)
         or average.shape != param.shape

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warpstep.allocation import new_zeros
 from warpstep.codecs import BLOCK, decoded, draws, encoded, rounded_stochastic
 from warpstep.precision import Precision
 from warpstep.recipes import (
@@ -66,10 +67,7 @@ def can_be_8bit(param: Tensor) -> bool:
 
 def new_moment(param: Tensor, moment: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a state has of a moment of zeros; of an 8-bit one with the scales."""
-    zeros = torch.zeros_like(
-        param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-    )
-    new: dict[str, Any] = {moment_key(moment, dtype): zeros}
+    new: dict[str, Any] = {moment_key(moment, dtype): new_zeros(param, dtype)}
     if is_codes(dtype):
         part, shape = own_part(param), scales_shape(param)
         of_part = (part.shape[0], *shape[1:]) if len(shape) > 1 else scales_shape(part)

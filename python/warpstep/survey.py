@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from warpstep import backends
+from warpstep.allocation import new_zeros
 from warpstep.entries import Entry
 from warpstep.precision import Precision
 from warpstep.recipes import MOMENTS, RESIDUAL, Recipe, ema_dtype, ema_dtypes
@@ -102,9 +103,9 @@ class Survey:
             state[self._counter] = torch.zeros((), dtype=torch.float32, device=param.device)
         for which, key in enumerate(self._moments):
             dtype = self._precision.moment_dtype(param, which, False)
-            state[key] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            state[key] = new_zeros(param, dtype)
         if self._ema is not None:
             average = ema_dtype(param, self._precision.ema_dtype)
-            state[self._ema] = torch.empty_like(param, dtype=average, requires_grad=False)
+            state[self._ema] = new_zeros(param, average)
             state[self._ema].copy_(param)
         return state or None
