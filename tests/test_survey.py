@@ -1,5 +1,7 @@
 """The short way into a plan: what is usual takes it, and what is not goes the long way."""
 
+import gc
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -7,6 +9,7 @@ from torch.nn import Parameter
 import warpstep
 from support.environment import EMULATED, INTERPRETED
 from warpstep.plan import Plan
+from warpstep.survey import Survey
 
 pytestmark = pytest.mark.skipif(EMULATED or INTERPRETED, reason="of the CPU's own kernels")
 
@@ -130,3 +133,27 @@ def test_odd_parameters_go_the_long_way(make_odd, long_ways):
     assert {entry.index for _, entry, *_ in long_ways} == {1}  # twice, if the reference steps it
     assert odd.grad is kept
     assert not torch.equal(odd, before)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_waits_while_a_plan_is_made(enabled, monkeypatch):
+    """And is as it was after it, also where the plan cannot be made."""
+    seen = []
+    sorts = Survey.sorts
+    monkeypatch.setattr(
+        Survey, "sorts", lambda self, entry: seen.append(gc.isenabled()) or sorts(self, entry)
+    )
+    wrong = parameter()
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        warpstep.AdamW([parameter()]).step()
+        assert gc.isenabled() == enabled
+        optimizer = warpstep.AdamW([wrong])
+        optimizer.state[wrong]["exp_avg"] = torch.zeros(1)
+        with pytest.raises(RuntimeError, match="exp_avg"):
+            optimizer.step()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+    assert seen == [False, False]

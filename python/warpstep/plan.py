@@ -20,6 +20,7 @@ from warpstep.binding import NO_STATE, PYTHON_ONLY, bound
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.by_reference import Versions, compute
 from warpstep.clipping import Clipping, RememberedGrad
+from warpstep.collector import without_collections
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
@@ -49,6 +50,7 @@ class Plan:
 
     @torch.inference_mode(False)  # state is for steps outside, too
     @torch.no_grad()
+    @without_collections()
     def __init__(self, optimizer: Optimizer, options: Options) -> None:
         self.options = options
         self.buckets: list[Bucket] = []
