@@ -80,15 +80,15 @@ _DIGEST = """
 import hashlib, warpstep
 from support import low_precision
 from support.bits import bits, raw_bits, train
+from support.cases import covering_pairs
 from support.parameters import random
-from support.recipes import OPTIONS, RECIPES
+from support.recipes import KERNELS, OPTIONS, RECIPES
 digest = hashlib.sha256()
-for recipe in RECIPES.values():
-    for options in OPTIONS.values():
-        o = train(recipe, options, "cpu", "cpu")
-        for p in o.param_groups[0]["params"]:
-            for t in (p, *o.state[p].values()):
-                digest.update(bits(t).numpy().tobytes())
+for recipe, options in covering_pairs(OPTIONS, KERNELS):
+    o = train(RECIPES[recipe], OPTIONS[options], "cpu", "cpu")
+    for p in o.param_groups[0]["params"]:
+        for t in (p, *o.state[p].values()):
+            digest.update(bits(t).numpy().tobytes())
 for recipe in low_precision.RECIPES.values():
     params = low_precision.new_params()
     o = warpstep.AdamW(params, seed=5, amsgrad=True, ema_decay=0.9, stats=True, **recipe)

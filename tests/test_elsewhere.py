@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from support.cases import covering_pairs
+from support import cases, recipes, sgd
 from support.environment import EMULATED, INTERPRETED
-from support.recipes import OPTIONS, RECIPES
+from support.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 SUITE = [
@@ -88,15 +88,20 @@ def emulated_module(tmp_path_factory):
     return next(build.glob("_native*.so"))
 
 
-def test_the_pairs_of_recipe_and_options_there_cover_both():
-    pairs = list(covering_pairs())
-    assert len(pairs) == len(set(pairs)) < len(RECIPES) * len(OPTIONS) / 2
+@pytest.mark.parametrize(
+    ("options", "always"),
+    [(recipes.OPTIONS, recipes.KERNELS), (sgd.OPTIONS, sgd.KERNELS)],
+    ids=["AdamW", "SGD"],
+)
+def test_the_pairs_of_recipe_and_options_there_cover_both(options, always):
+    pairs = list(cases.covering_pairs(options, always))
+    assert len(pairs) == len(set(pairs)) < len(RECIPES) * len(options) / 2
     for recipe in RECIPES:
         chosen = {options for r, options in pairs if r == recipe}
-        assert chosen >= {"default", "amsgrad"}
-        assert len(chosen) >= 4
-    for options in OPTIONS:
-        assert sum(o == options for _, o in pairs) >= 2
+        assert chosen >= set(always)
+        assert len(chosen) >= len(always) + 2
+    for name in options:
+        assert sum(o == name for _, o in pairs) >= 2
 
 
 def test_cuda_source_on_the_host(emulated_module):

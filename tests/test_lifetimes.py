@@ -1,15 +1,13 @@
 """Who keeps what alive: launches own what they read, plans own neither parameters nor state."""
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
 
 import warpstep
+from support import programs
 from warpstep.buckets import CudaBucket
 from warpstep.recipes import Recipe
 from warpstep.tail import Tail
@@ -88,7 +86,8 @@ def test_swapped_tensors_are_still_possible():
 # system when it is freed, so that whoever reads it then dies. (No `p.grad = None` here: in a thread
 # beside one that reads `p.grad`, it crashes torch 2.13 itself, which then frees without the GIL.)
 RACE = """
-import sys, threading, time, torch, warpstep
+import ctypes, sys, threading, time, torch, warpstep
+assert ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: freed memory is given back at once
 torch.manual_seed(0)
 what = sys.argv[1]
 size = 1 << 21
@@ -149,14 +148,7 @@ RACES = ["grads", "state", "load", "lists", "grads-in-parts", "state-in-parts"]
     [*((what, "1") for what in RACES), ("grads", "0"), ("state", "0"), ("lists", "0")],
 )
 def test_another_thread_replaces_what_is_being_stepped(what, torch_abi):
-    environment = {
-        **os.environ,
-        "WARPSTEP_TORCH_ABI": torch_abi,
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed memory is given back at once
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", RACE, what, "0.7"], env=environment, capture_output=True, text=True
-    )
+    run = programs.run(RACE, what, "0.7", WARPSTEP_TORCH_ABI=torch_abi)
     assert run.returncode == 0, f"{run.returncode}: {run.stderr[-2000:]}"
     assert int(run.stdout.split()[1]) > 0
 

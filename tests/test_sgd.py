@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import warpstep
 from support import oracle
 from support.bits import raw_bits
-from support.cases import each_recipe
+from support.cases import each_recipe, recipes_with
 from support.oracle import ROUNDOFF
 from support.parameters import set_grads
 from support.recipes import (
@@ -28,6 +28,7 @@ from support.recipes import (
     set_grad,
 )
 from support.sgd import (
+    KERNELS,
     OPTIONS,
     Options,
     assert_ran_on,
@@ -42,8 +43,7 @@ F32S = RECIPES["float32"]
 MOMENTUM, NESTEROV = Options(momentum=0.9), OPTIONS["nesterov-coupled-maximize"]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@each_recipe
+@recipes_with(OPTIONS, KERNELS)
 def test_every_recipe_and_option_of_sgd_agrees_with_the_oracle(backend, device, recipe, options):
     params, generator = model(recipe, device, sizes=SIZES)
     optimizer = optimizer_for(params, options, recipe, backend)

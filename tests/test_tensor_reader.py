@@ -3,24 +3,16 @@
 test_elsewhere.py runs the tests of odd and of changing tensors again through DLPack.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import warpstep
+from support import programs
 
 
 def run(program, **environment):
     """What a program prints in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    done = programs.run(program, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -7,7 +7,7 @@ import torch
 
 import warpstep
 from support.environment import EMULATED, HAS_GPU, INTERPRETED
-from support.recipes import OPTIONS, RECIPES
+from support.recipes import KERNELS, OPTIONS, RECIPES
 
 # warpstep's class and torch's.
 PAIRS = {
@@ -16,23 +16,28 @@ PAIRS = {
 }
 
 
-def covering_pairs():
-    """Some (recipe, options), by name: every recipe with and without amsgrad, which are kernels of
-    their own, and with two options more; every option, which kernels read, with two recipes.
+def covering_pairs(options, always):
+    """Some (recipe, options), by name: every recipe with `always`, which are kernels of their own,
+    and with a fifth of the other options; every option, which kernels read, with two recipes.
     """
-    always = ["default", "amsgrad"]
-    others = [name for name in OPTIONS if name not in always]
+    others = [name for name in options if name not in always]
     for i, recipe in enumerate(RECIPES):
         rest = [name for j, name in enumerate(others) if (i + j) % 5 == 0]
-        yield from itertools.product([recipe], always + rest)
+        yield from itertools.product([recipe], [*always, *rest])
+
+
+def recipes_with(options, always):
+    """A test of all pairs; of some where a launch takes a hundred times as long as elsewhere."""
+    pairs = itertools.product(RECIPES, options)
+    if EMULATED or INTERPRETED:
+        pairs = covering_pairs(options, always)
+    return pytest.mark.parametrize(
+        ("recipe", "options"),
+        [pytest.param(RECIPES[r], options[o], id=f"{r}-{o}") for r, o in pairs],
+    )
 
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 each_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-# All pairs, but where a launch takes a hundred times as long as on the processor that it is for.
-_PAIRS = covering_pairs() if EMULATED or INTERPRETED else itertools.product(RECIPES, OPTIONS)
-each_recipe_with_options = pytest.mark.parametrize(
-    ("recipe", "options"),
-    [pytest.param(RECIPES[r], OPTIONS[o], id=f"{r}-{o}") for r, o in _PAIRS],
-)
+each_recipe_with_options = recipes_with(OPTIONS, KERNELS)
 on_each_device = pytest.mark.parametrize("device", ["cpu", "cuda"] if HAS_GPU else ["cpu"])

@@ -25,6 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = EMULATED or INTERPRETED  # where a test takes fewer cases and steps
 if INTERPRETED:
     interpreter.fuse_multiply_adds()
+    interpreter.look_up_once()
 HAS_GPU = torch.cuda.is_available()
 
 

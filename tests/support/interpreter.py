@@ -1,5 +1,7 @@
-"""Triton's interpreter, made to fuse multiply-adds as a GPU does."""
+"""Triton's interpreter, made to fuse multiply-adds as a GPU does, and to look things up once."""
 
+import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -24,3 +26,36 @@ def fuse_multiply_adds() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     InterpreterBuilder.create_fma = exact_fma
+
+
+def look_up_once() -> None:
+    """Spares the interpreter what it works out anew at each operation or call. For tests.
+
+    It patches the whole language at each launch and at each call of a function of Triton's own,
+    makes a table of all types to look one up, and works out whether an integer overflows without
+    looking at the answer (TritonSemantic.device_assert, without `debug`): a third of the time.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn: Any) -> Any:
+        languages = {id(x) for x in fn.__globals__.values() if inspect.ismodule(x)}
+        if not languages <= patched:
+            patch(fn)
+            patched.update(languages)
+        return interpreter._LangPatchScope()  # with nothing to take back
+
+    interpreter._patch_lang = patch_once
+    np_dtype_of, by_name = interpreter._get_np_dtype, {}
+
+    def np_dtype_by_name(dtype: Any) -> np.dtype:
+        if dtype.name not in by_name:
+            by_name[dtype.name] = np_dtype_of(dtype)
+        return by_name[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype_by_name

@@ -41,6 +41,7 @@ OPTIONS = {
     "l1l2-decay": Options(decay_form="l1l2", lr=0.1, weight_decay=0.3),
     "min-decay": Options(decay_form="min", lr=0.1, weight_decay=0.3),
 }
+KERNELS = ("default", "amsgrad")  # those that are kernels of their own; others are read
 # Around the edges of vectors.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 257, 1000, 1023)
 # The edges of vectors, of the CPU's tiles and of chunks.

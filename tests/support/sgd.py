@@ -58,6 +58,8 @@ OPTIONS = {
     ),
     "dampening-alone": Options(dampening=0.5),  # torch takes it, to no effect
 }
+# Those that are kernels of their own: no buffer, a buffer, a count of steps. Others are read.
+KERNELS = ("plain", "momentum-plain", "dampening")
 
 
 @dataclass
