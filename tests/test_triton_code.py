@@ -88,7 +88,7 @@ def test_random_bits_and_numbers_of_blocks_stay_in_their_thread(recipe: Recipe) 
 
 
 @compiles
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", TARGETS[1:])  # as many registers as sm_80 has: seconds each
 @pytest.mark.parametrize(
     "recipe",
     [
