@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import warpstep
 from bench.machine import REPOSITORY
+from bench.trained import FLOAT32, RESULTS, SUMMARY
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,11 +34,10 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 import digits_cnn
 from train_gpt import GPT, Size, Text
 
-RESULTS = REPOSITORY / "bench" / "results" / "recipes"
+PICTURE = REPOSITORY / "docs" / "images" / "recipes.png"
 BF16 = torch.bfloat16
 LR = 3e-3
 EVERY = 20  # steps between two looks at the validation loss
-FLOAT32 = "float32"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    """Trains, writes curves.csv, summary.csv and curves.png, prints the summary."""
+    """Trains, writes curves.csv, summary.csv and a picture, prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
@@ -227,8 +227,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(arguments.out / "curves.csv", index=False, float_format="%.6g")
     table = summary(rows)
-    table.to_csv(arguments.out / "summary.csv", index=False, float_format="%.6g")
-    plot(rows, arguments.out / "curves.png")
+    table.to_csv(arguments.out / SUMMARY, index=False, float_format="%.6g")
+    plot(rows, PICTURE if arguments.out == RESULTS else arguments.out / "curves.png")
     print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     print(f"warpstep {warpstep.__version__}; written to {arguments.out}")
 

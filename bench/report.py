@@ -18,6 +18,7 @@ from bench.machine import REPOSITORY
 from bench.plots import draw_bandwidth, draw_tensors, figures
 from bench.run import RESULTS, Row
 from bench.tables import MEMORY_BOUND_BYTES, SHORT_TABLES, TABLES, Results, conditions, where
+from bench.trained import trained
 
 BLOCK = "<!-- bench:begin {name} -->", "<!-- bench:end {name} -->"
 FIRST = "summary"  # the first table of docs/benchmarks.md
@@ -99,7 +100,12 @@ def main() -> None:
     results = load(given.results)
     if not results:
         raise SystemExit(f"no results under {given.results}; `python -m bench.run` makes them")
-    texts = blocks(results)
+    of_recipes = given.results / "recipes"
+    texts = {
+        **blocks(results),
+        "trained": trained(of_recipes),
+        "trained-short": trained(of_recipes, short=True),
+    }
     filled = {}
     for path in given.documents:
         try:

@@ -25,6 +25,7 @@ from bench.competitors import (  # noqa: E402
     TRITON,
 )
 from bench.run import Row, write  # noqa: E402
+from bench.trained import trained  # noqa: E402
 
 MACHINE = {
     "device": "cpu",
@@ -312,3 +313,21 @@ def test_main_fills_documents_or_none(results, tmp_path, monkeypatch):
     report.main()
     assert "A GPU" in good.read_text()
     assert (tmp_path / "images" / "tensors-dark.png").exists()
+
+
+def test_what_was_trained_is_shown_beside_the_spread_of_float32s_seeds(tmp_path):
+    assert trained(tmp_path) == ""
+    columns = "task,recipe,loss,std,off_float32,off_float32_abs,seeds_abs,state_bytes,step_ms\n"
+    rows = (
+        "float32,2,0.25,0,0,0.03,8,1",
+        "near,2.01,0.2,0,0.03,0.5,4,1",
+        "far,1,0.1,-1,0.04,0,4,1",
+    )
+    (tmp_path / "summary.csv").write_text(columns + "".join(f"gpt,{row}\n" for row in rows))
+    text = trained(tmp_path)
+    assert "| float32 | 8 | 2.0000 <sub>± 0.2500</sub> | - |" in text
+    assert "| near | 4 | 2.0100 <sub>± 0.2000</sub> | 0.0300 |" in text
+    assert "| far | 4 | 1.0000 <sub>± 0.1000</sub> | 0.0400, outside |" in text
+    assert "seeds are 0.0300 (GPT)" in text
+    assert "digits" not in text
+    assert "| near | 0.0300 |\n" in trained(tmp_path, short=True)
