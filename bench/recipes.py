@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TASKS, action="append", help="some tasks")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # for models this small more only wait for each other
     rows = measure(arguments.only or list(TASKS), arguments.seeds, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(arguments.out / "curves.csv", index=False, float_format="%.6g")

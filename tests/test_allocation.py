@@ -1,13 +1,15 @@
-"""Large states lie where a processor's L1 cache has room for all operands of an element."""
+"""Large states lie where a processor's L1 cache has room for all that is written of an element."""
 
 import itertools
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 
 import warpstep
 from support.environment import EMULATED, INTERPRETED
+from warpstep import allocation
 from warpstep.allocation import new_zeros
 
 pytestmark = pytest.mark.skipif(EMULATED or INTERPRETED, reason="of the CPU's own kernels")
@@ -60,3 +62,40 @@ def test_a_large_state_is_as_any_other(options):
         assert large[key].storage_offset() == 0
         assert not large[key]._is_view()
         assert torch.equal(large[key], small[key][0, 0].expand(param.shape))
+
+
+def test_a_loaded_state_has_room_too():
+    param = Parameter(torch.ones(LARGE // 2, dtype=BF16))
+    param.grad = torch.ones_like(param)
+    first, second = (warpstep.AdamW([param]) for _ in range(2))
+    first.step()
+    second.load_state_dict(first.state_dict())
+    for key in ("exp_avg", "exp_avg_sq"):
+        loaded = second.state[param][key]
+        assert torch.equal(loaded, first.state[param][key])
+        assert loaded.data_ptr() != first.state[param][key].data_ptr()
+        assert loaded.untyped_storage().nbytes() > loaded.nbytes
+
+
+def stepped(x, begin=None):
+    """A parameter made inside a transform and stepped, with a state that begins in the step."""
+    param = Parameter(torch.linspace(-1, 1, 4) if begin is None else begin.clone())
+    param.grad = x
+    warpstep.AdamW([param], lr=0.1).step()
+    return param * x
+
+
+TRANSFORMS = {
+    "vmap": lambda xs: torch.vmap(stepped)(xs, -xs),
+    "jvp": lambda xs: torch.func.jvp(stepped, (xs[0],), (xs[1],)),
+    "make_fx": lambda xs: make_fx(stepped)(xs[0])(xs[1]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_state_that_begins_inside_a_transform_may_be_large(transform, monkeypatch):
+    """What stands for a tensor there has no memory to be chosen."""
+    xs = torch.linspace(1, 2, 8).view(2, 4)
+    expected = transform(xs)
+    monkeypatch.setattr(allocation, "_LARGE", 1)
+    torch.testing.assert_close(transform(xs), expected, rtol=0, atol=0)

@@ -1,6 +1,6 @@
 // The step on the CPU for recipes in 16 bits that are no codec's of one element: masters in two
-// halves, rounding at random. Only the plain step: what the tail adds goes through tiles, with the
-// same bits.
+// halves, rounding at random. With averages, copies, statistics or gradients that are written it
+// goes through tiles, with the same bits.
 #pragma once
 
 #include "draws.h"
@@ -46,7 +46,7 @@ class InPairs {
   using C = Constants<Rule, float>;
 
   explicit InPairs(const Launch& launch)
-      : keys_(launch.seed), steps_ahead_(launch.tail.steps_advanced ? 0 : 1) {}
+      : keys_(launch.seed), steps_advanced_(launch.tail.steps_advanced) {}
 
   template <Part kPart, std::size_t... kIndex>
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count,
@@ -62,7 +62,8 @@ class InPairs {
     if constexpr (std::is_same_v<Kind, MasterHalves>) {
       return {halves, static_cast<std::int16_t*>(of.row.operands[kResidual]) + at};
     } else if constexpr (std::is_same_v<Kind, RandomHalves>) {
-      const Draw from(keys_, of.step + steps_ahead_, of.row.number, which);
+      const float step_after = steps_advanced_ ? of.step : of.step + 1;
+      const Draw from(keys_, step_after, of.row.number, which);
       return {halves, draws_[which].fill(from, of.row.first + at, count)};
     } else {
       return {halves};
@@ -70,7 +71,7 @@ class InPairs {
   }
 
   const Keys keys_;
-  const float steps_ahead_;  // of the counter, which the launch advances
+  const bool steps_advanced_;
   TileDraws<kDecoded> draws_[kMomentEnd];
 };
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warpstep.allocation import new_copy
 from warpstep.averages import Averaging
 from warpstep.foreign_states import forget_count, translated
 from warpstep.hypers import check_own_options, complete_group
@@ -147,7 +148,7 @@ def _loaded_state(
         elif key in dtypes and value is not None:
             state[key] = _loaded_moment(misfit, param, key, value, dtypes[key])
         elif isinstance(value, Tensor):
-            state[key] = value.detach().to(param.device, copy=True)
+            state[key] = new_copy(value, param.device, value.dtype)
         else:
             state[key] = deepcopy(value)
     wrong = _wrong_precision(param, rule, group, state)
@@ -191,4 +192,4 @@ def _loaded_moment(
         wanted = ema_dtype(param, wanted) if wanted is not None else None
     elif value.is_complex():
         wanted = None
-    return value.detach().to(param.device, wanted or value.dtype, copy=True)
+    return new_copy(value, param.device, wanted or value.dtype)

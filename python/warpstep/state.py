@@ -205,7 +205,7 @@ def _completed_codes(
         check_has_memory(name, part, state[part])
     codes = state[key]
     if dtype is not None and not is_codes(dtype):
-        numbers = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        numbers = new_zeros(param, dtype)
         own_part(numbers).copy_(decode_from(state, moment, squares=squares))
         return {moment: numbers, key: None, scale: None}
     if is_plain(codes) and is_dense(param) and not same_layout(codes, param):

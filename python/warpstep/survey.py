@@ -16,7 +16,7 @@ from warpstep import backends
 from warpstep.allocation import new_zeros
 from warpstep.entries import Entry
 from warpstep.precision import Precision
-from warpstep.recipes import MOMENTS, RESIDUAL, Recipe, ema_dtype, ema_dtypes
+from warpstep.recipes import MOMENTS, RESIDUAL, Recipe, codes_of, ema_dtype, ema_dtypes
 from warpstep.rules import Rule
 
 Sorted = tuple[str, Recipe]  # a backend, and the recipe that it has a kernel for
@@ -45,11 +45,13 @@ class Survey:
         none = (None,) * (MOMENTS - len(self._moments))
         others = (*(None,) * MOMENTS, None, self._ema, None, None)  # no scales, residual or copy
         self._keys = (None, *self._moments, *none, *others)
+        self._of_codes = frozenset(map(codes_of, rule.moments))
         self._found: dict[Any, Sorted | None] = {}
 
     def sorts(self, entry: Entry) -> bool:
         """Gives an entry its backend and recipe, and a new parameter its state; or leaves it."""
-        if self._native is None or RESIDUAL in entry.state:
+        state = entry.state
+        if self._native is None or RESIDUAL in state or not self._of_codes.isdisjoint(state):
             return False
         formats = self._native(entry.param, entry.state, self._keys, self._counter)
         if formats is None:

@@ -2,7 +2,7 @@
 
 Importing torch, and what of it the first optimizer imports, takes 3 s of CPU. One process a worker
 does so, and each program runs in a fork of it: the same as started anew, but for what only a new
-process reads of its environment (Python's and the C library's own variables).
+process reads of its environment (the variables of Python, the C library and OpenMP).
 """
 
 import atexit
@@ -31,7 +31,7 @@ if program is not None:
     os.environ.update(asked["environment"])
     sys.argv[1:] = asked["arguments"]
     del child, line, number, path
-    exec(program)
+    exec(program, {"__name__": "__main__"})
 """
 
 
