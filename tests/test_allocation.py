@@ -88,7 +88,7 @@ def stepped(x, begin=None):
 TRANSFORMS = {
     "vmap": lambda xs: torch.vmap(stepped)(xs, -xs),
     "jvp": lambda xs: torch.func.jvp(stepped, (xs[0],), (xs[1],)),
-    "make_fx": lambda xs: make_fx(stepped)(xs[0])(xs[1]),
+    "make_fx": lambda xs: make_fx(lambda x: stepped(x))(xs[0])(xs[1]),
 }
 
 
