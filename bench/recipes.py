@@ -149,9 +149,17 @@ def train(task: Task, recipe: Recipe, seed: int, steps: int) -> list[dict[str, f
             rows.append({"step": step, "loss": validation})
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
     elements = sum(p.numel() for p in model.parameters())
-    rows[-1]["state_bytes"] = sum(t.nbytes for t in state if t.dim() > 0) / elements
+    rows[-1]["state_bytes"] = sum(bytes_of(t) for t in state if t.dim() > 0) / elements
     rows[-1]["step_ms"] = 1e3 * taken / steps
     return rows
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What a tensor takes; one that is made of others, as torchao's are, takes what these take."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(bytes_of(getattr(tensor, name)) for name in names)
 
 
 def measure(tasks: list[str], seeds: int, steps: int) -> pd.DataFrame:
@@ -195,10 +203,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(rows: pd.DataFrame, path: Path) -> None:
-    """How far each recipe's curve is from float32's, the mean of the seeds."""
+    """How far each recipe's curve is from float32's, in the mean of the seeds."""
     tasks = list(rows["task"].unique())
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False, layout="constrained"
+        1, len(tasks), figsize=(6 * len(tasks), 5), squeeze=False, layout="constrained"
     )
     keys = ["task", "seed", "step"]
     exact = rows[rows["recipe"] == FLOAT32].set_index(keys)["loss"].rename("exact")
@@ -209,9 +217,14 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
                 off = (of_one["loss"] - of_one["exact"]).groupby(of_one["step"]).mean()
                 panel.plot(off.index, off, label=recipe, linewidth=1.4)
         panel.axhline(0, color="#1f2328", linewidth=0.8)
+        of_task = rows[(rows["task"] == task) & (rows["recipe"] == FLOAT32)]
+        by_step = of_task.groupby("step")["loss"]
+        apart = (of_task["loss"] - by_step.transform("mean")).abs().groupby(of_task["step"]).mean()
+        label = "float32's seeds from their mean"
+        panel.fill_between(apart.index, -apart, apart, color="#1f2328", alpha=0.08, label=label)
         panel.set(title=task, xlabel="step", ylabel="validation loss less float32's, same seed")
         panel.grid(True, alpha=0.25)
-    panels[0][-1].legend(fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=140, metadata={"Software": None})
 
 
