@@ -272,8 +272,9 @@ def test_every_block_of_the_documents_is_filled():
     named = {}
     for path in report.DOCUMENTS:
         named[path.name] = re.findall(r"<!-- bench:begin (\S+) -->", path.read_text())
-    assert set(named["README.md"]) == set(tables.SHORT_TABLES)
+    assert set(named["README.md"]) == {*tables.SHORT_TABLES, "trained-short"}
     assert set(named["benchmarks.md"]) == set(tables.TABLES)
+    assert set(named["low-precision.md"]) == {"recipe", "trained"}
 
 
 def test_report_draws_the_plots_for_light_and_dark_pages(results, tmp_path):
