@@ -9,7 +9,7 @@ one after another, each with a page of the allocator's. Tensors of 2^27 bytes ar
 bytes apart, which is such a distance, and operands push one another out at every element: all-
 bfloat16 AdamW of 2^26 elements took 0.88 ns an element and thread, and takes 0.52 where they do
 not (an EPYC 9004). So a large tensor gets some more pages. With those of the allocator their
-number has two bits or more, so that the one bit of a tensor's own size cannot cancel it.
+number has two bits or more, which the one bit of a tensor's own size seldom cancels.
 """
 
 from __future__ import annotations
