@@ -75,15 +75,13 @@ class InPairs {
   TileDraws<kDecoded> draws_[kMomentEnd];
 };
 
-template <class... Types>
-struct PairsList {};
-using AllInPairs = PairsList<InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves>,
-                             InPairs<AdamW<false>, RandomHalves, Halves, RandomHalves>,
-                             InPairs<AdamW<false>, Halves, Halves, RandomHalves>>;
+using AllInPairs = List<InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves>,
+                        InPairs<AdamW<false>, RandomHalves, Halves, RandomHalves>,
+                        InPairs<AdamW<false>, Halves, Halves, RandomHalves>>;
 
 // The kernel of a recipe in pairs; null for any other.
 template <class... Types>
-StepChunks find_in_pairs(PairsList<Types...>, const RecipeKey& key) {
+StepChunks find_in_pairs(List<Types...>, const RecipeKey& key) {
   StepChunks kernel = nullptr;
   ((kernel = Types::is_for(key) ? Types::step_chunks : kernel), ...);
   return kernel;
