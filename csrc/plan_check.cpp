@@ -39,7 +39,7 @@ bool is_run(const TensorView& view, Format format, std::int64_t numel, dlpack::D
 // Calls look(0) to look(count - 1): see NOTE [looking on several threads].
 template <class Function>
 void look_on_threads(int threads, std::size_t count, const Function& look) {
-  constexpr std::size_t kRun = 128, kWorthThreads = 512;
+  constexpr std::size_t kRun = 64, kWorthThreads = 128;
   const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
   static Sharing sharing;
   run_on_threads(count < kWorthThreads ? 1 : threads, runs, sharing, [&](std::uint32_t run) {
