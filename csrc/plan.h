@@ -185,7 +185,7 @@ class Plan {
   // What is compared, and how: in place is without Python, as other threads can (TensorReader).
   enum class Scope { everything, grads };
   enum class Look { in_place, thorough };
-  int looking_threads(int threads) const;
+  int checking_threads(int threads) const;
   const char* check_state(PyObject* state, int threads);
   bool holds_bound_items(const BoundState& bound) const;
   // What is not in scope was not compared, and may be gone.

@@ -36,14 +36,14 @@ bool is_run(const TensorView& view, Format format, std::int64_t numel, dlpack::D
          view.device.type == device.type && view.device.index == device.index;
 }
 
-// Calls look(0) to look(count - 1): see NOTE [looking on several threads].
+// Calls check(0) to check(count - 1): see NOTE [checking on several threads].
 template <class Function>
-void look_on_threads(int threads, std::size_t count, const Function& look) {
+void check_on_threads(int threads, std::size_t count, const Function& check) {
   constexpr std::size_t kRun = 64, kWorthThreads = 128;
   const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
   static Sharing sharing;
   run_on_threads(count < kWorthThreads ? 1 : threads, runs, sharing, [&](std::uint32_t run) {
-    for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) look(i);
+    for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) check(i);
   });
 }
 
@@ -52,7 +52,7 @@ void look_on_threads(int threads, std::size_t count, const Function& look) {
 const char* Plan::check(py::handle state, py::handle param_groups, int threads) {
   tensor_numbers_.clear();
   keeper_.clear();
-  threads = looking_threads(threads);
+  threads = checking_threads(threads);
   // The groups first: reading them can run Python, which could change what is looked at then.
   if (const char* why = check_groups(param_groups.ptr(), Scope::everything)) return why;
   if (const char* why = check_state(state.ptr(), threads)) return why;
@@ -99,7 +99,7 @@ const char* Plan::check_state(PyObject* state, int threads) {
   if (next != states_.size()) return "a parameter's state was removed";
 
   std::atomic<bool> same{true};
-  look_on_threads(threads, states_.size(), [&](std::size_t i) {
+  check_on_threads(threads, states_.size(), [&](std::size_t i) {
     prefetch_states_after(i);
     if (!holds_bound_items(states_[i])) same = false;
   });
@@ -154,13 +154,13 @@ const char* Plan::check_group(PyObject* group, std::uint32_t index, Scope scope,
   return nullptr;
 }
 
-// NOTE [looking on several threads]
-// What is looked at lies all over memory, some thirty cache lines a parameter; with thousands of
-// them the step waits for memory, and each thread that looks has its own misses under way. So on
-// the CPU, whose threads the step will use anyway, they share the looking. They do it in place,
-// which takes no Python: this thread holds the GIL for all of them. What cannot be seen that way,
-// or is not as it was, is left to this thread, which looks thoroughly and can tell why.
-int Plan::looking_threads(int threads) const {
+// NOTE [checking on several threads]
+// The objects that are checked lie all over memory, some thirty cache lines a parameter; with many
+// parameters the step waits for memory, and each thread has cache misses of its own under way. So
+// on the CPU, whose threads the step will use anyway, they share the parameters out. They read
+// tensors in place, which takes no Python: this thread holds the GIL for all of them. What cannot
+// be read that way, or is not as it was, is left to this thread, which can tell why.
+int Plan::checking_threads(int threads) const {
   for (const PlanBucket& bucket : buckets_) {
     if (bucket.backend == Backend::cpu) return threads;
   }
@@ -189,7 +189,7 @@ const char* Plan::check_tensors(Scope scope, int threads) {
     if (scope == Scope::everything) keep_seen_alive(scope);  // Python may run now
     ask_for_grads();
   }
-  look_on_threads(threads, params_.size(), [&](std::size_t i) {
+  check_on_threads(threads, params_.size(), [&](std::size_t i) {
     prefetch_params_after(i, scope);
     if (look_at(params_[i], scope, Look::in_place) == nullptr) params_[i].seen = looks_;
   });

@@ -9,7 +9,7 @@ const char* Plan::gather_grads(py::handle param_groups, int threads) {
   keeper_.clear();
   gathered_.clear();
   if (const char* why = check_groups(param_groups.ptr(), Scope::grads)) return why;
-  if (const char* why = check_tensors(Scope::grads, looking_threads(threads))) return why;
+  if (const char* why = check_tensors(Scope::grads, checking_threads(threads))) return why;
   // Owned from here on: another thread may replace them while their norm is taken.
   for (const BoundParam& bound : params_) {
     if (!has_grad(bound)) continue;

@@ -77,7 +77,9 @@ def test_a_tensor_in_two_pieces(backend, device, cut):
 
 
 _DIGEST = """
-import hashlib, warpstep
+import hashlib, torch, warpstep
+from functools import partial
+from torch.nn import Parameter
 from support import low_precision
 from support.bits import bits, raw_bits, train
 from support.cases import covering_pairs
@@ -99,6 +101,35 @@ for recipe in low_precision.RECIPES.values():
     for p in params:
         for t in (p, *o.state[p].values()):
             digest.update(raw_bits(t.flatten()).numpy().tobytes())
+# All bits that there are, NaN and subnormal numbers among them.
+def any_bits(size, dtype):
+    whole = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    limits = torch.iinfo(whole)
+    return torch.randint(limits.min, limits.max, (size,), dtype=whole).view(dtype)
+torch.manual_seed(0)
+rules = {
+    "adamw": warpstep.AdamW,
+    "amsgrad": partial(warpstep.AdamW, amsgrad=True),
+    "l1": partial(warpstep.AdamW, decay_form="l1"),
+    "sgd": warpstep.SGD,
+    "momentum": partial(warpstep.SGD, momentum=0.9),
+    "nesterov": partial(warpstep.SGD, momentum=0.9, nesterov=True),
+    "stochastic": partial(warpstep.AdamW, rounding="stochastic"),
+    "residual": partial(warpstep.AdamW, master="residual", state_dtype=torch.bfloat16),
+}
+for new in rules.values():
+    for size in (33, 5000):
+        p = Parameter(any_bits(size, torch.bfloat16))
+        o = new([p], lr=0.1)
+        for step in range(3):
+            p.grad = any_bits(size, torch.bfloat16)
+            o.step()
+            for t in o.state[p].values():
+                digest.update(raw_bits(t).numpy().tobytes())
+                if t.dtype == torch.bfloat16:
+                    t.copy_(any_bits(size, t.dtype))
+            digest.update(raw_bits(p).numpy().tobytes())
+            p.data.copy_(any_bits(size, p.dtype))
 print(warpstep.status().native["CPU code"], digest.hexdigest())
 """
 
@@ -107,7 +138,7 @@ print(warpstep.status().native["CPU code"], digest.hexdigest())
 def test_instruction_sets():
     """Every copy of the CPU kernel that this machine can run, each in a process of its own."""
     digests = {}
-    for isa in ("baseline", "avx2", "avx512"):
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
         environment = {**os.environ, "WARPSTEP_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
         run = subprocess.run(
             [sys.executable, "-c", _DIGEST], env=environment, capture_output=True, text=True

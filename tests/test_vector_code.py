@@ -50,24 +50,43 @@ extern "C" void adamw_{param}_{part}(const Constants<AdamW<false>, float>& c, lo
 }}"""
 
 
-@pytest.fixture(scope="module")
-def assembly(tmp_path_factory):
-    """By function, what the flags of the build's AVX2 kernels make of it."""
+def compiled(functions, isa, folder):
+    """By function, what the flags of the build's kernels make of it."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("vector_code")
     source, target = folder / "loops.cpp", folder / "loops.s"
-    begin = '#define WARPSTEP_ISA avx2\n#include "cpu/step.h"\nusing namespace warpstep;\n'
-    in_pairs = [function_in_pairs(param, part) for param in IN_PAIRS for part in PARTS]
-    source.write_text(begin + "".join([*(function(*case) for case in CASES), *in_pairs]))
+    begin = '#include "cpu/step.h"\nusing namespace warpstep;\n'
+    source.write_text(begin + "".join(functions))
     text = (ROOT / "CMakeLists.txt").read_text()
-    flags = [
-        re.search(rf"set\({name} (.*)\)", text)[1] for name in ("ARITHMETIC", "ISA_FLAGS_avx2")
-    ]
+    names = ("ARITHMETIC", f"ISA_FLAGS_{isa}")
+    flags = [re.search(rf"set\({name} (.*)\)", text)[1] for name in names]
     command = ["g++", "-std=c++17", *" ".join(flags).split(), f"-I{ROOT / 'kernels'}", "-w", "-S"]
     subprocess.run([*command, source, "-o", target], check=True)
     code = target.read_text()
-    return dict(re.findall(r"^(\w+):\n(.*?)^\s*\.size\s+\1", code, re.DOTALL | re.MULTILINE))
+    return dict(re.findall(r"^([\w.]+):\n(.*?)^\s*\.size\s+\1", code, re.DOTALL | re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    in_pairs = [function_in_pairs(param, part) for param in IN_PAIRS for part in PARTS]
+    functions = [*(function(*case) for case in CASES), *in_pairs]
+    return compiled(functions, "avx2", tmp_path_factory.mktemp("avx2"))
+
+
+def test_bfloat16_is_rounded_by_the_instruction(tmp_path):
+    """And all stays in the registers: nothing is written but each result, once."""
+    whole = """
+extern "C" long run(const Constants<AdamW<false>, float>& c, long count, bfloat16* p, bfloat16* g,
+                    bfloat16* m, bfloat16* v) {
+  return step_runs<AdamW<false>, Part::usual>(c, count, Halves{p}, Halves{g}, Halves{m}, Halves{v});
+}"""
+    (code,) = (
+        code for name, code in compiled([whole], "avx512", tmp_path).items() if "step_runs" in name
+    )
+    assert len(re.findall("vcvtne2ps2bf16", code)) == 3
+    assert len(re.findall(r"vsqrtps\s.*%zmm", code)) == 2
+    assert not re.search("vsqrtss|vdivss", code)
+    assert not re.search(r"vmov\w+\s+%zmm\d+, \S*\(%r[bs]p", code), "kept in memory"
 
 
 @pytest.mark.parametrize("part", PARTS)

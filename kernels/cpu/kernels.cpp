@@ -9,7 +9,10 @@
 
 namespace warpstep {
 
-CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)() {
+CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)([[maybe_unused]] bool has_bf16) {
+#if defined(__AVX512F__)
+  rounds_by_instruction = has_bf16;
+#endif
   return {[](const RecipeKey& key) {
             StepChunks kernel = nullptr;
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });

@@ -13,22 +13,29 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  CpuKernels (*kernels)();
+  CpuKernels (*kernels)(bool has_bf16);
+  bool has_bf16;
   bool supported;
 };
 
 // The widest instruction set of this machine, or the one that WARPSTEP_ISA names.
 const InstructionSet& instruction_set() {
   static const InstructionSet chosen = [] {
+#ifdef WARPSTEP_X86
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+#endif
     const InstructionSet sets[] = {
 #ifdef WARPSTEP_X86
-        {"avx512", cpu_kernels_avx512,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("fma")},
-        {"avx2", cpu_kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        {"avx512_bf16", cpu_kernels_avx512, true,
+         has_avx512 && __builtin_cpu_supports("avx512bf16")},
+        {"avx512", cpu_kernels_avx512, false, has_avx512},
+        {"avx2", cpu_kernels_avx2, false,
+         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-        {"baseline", cpu_kernels_baseline, true},
+        {"baseline", cpu_kernels_baseline, false, true},
     };
     const char* wanted = std::getenv("WARPSTEP_ISA");
     const InstructionSet* widest = nullptr;
@@ -43,7 +50,7 @@ const InstructionSet& instruction_set() {
 }
 
 const CpuKernels& kernels() {
-  static const CpuKernels chosen = instruction_set().kernels();
+  static const CpuKernels chosen = instruction_set().kernels(instruction_set().has_bf16);
   return chosen;
 }
 

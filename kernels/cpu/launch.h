@@ -58,10 +58,11 @@ struct CpuKernels {
   void (*touch)(float*, const float*, float*, float*, std::int64_t);
 };
 
+// Called once, before any kernel runs. `has_bf16`: AVX512_BF16 besides.
 #define WARPSTEP_CPU_KERNELS_(isa) cpu_kernels_##isa
 #define WARPSTEP_CPU_KERNELS(isa) WARPSTEP_CPU_KERNELS_(isa)
-CpuKernels cpu_kernels_baseline();
-CpuKernels cpu_kernels_avx2();
-CpuKernels cpu_kernels_avx512();
+CpuKernels cpu_kernels_baseline(bool has_bf16);
+CpuKernels cpu_kernels_avx2(bool has_bf16);
+CpuKernels cpu_kernels_avx512(bool has_bf16);
 
 }  // namespace warpstep

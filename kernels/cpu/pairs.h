@@ -5,6 +5,10 @@
 #include "../blocks.h"
 #include "../tail.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace warpstep {
 namespace {
 
@@ -45,12 +49,13 @@ struct MasterHalves {  // with a residual, a float32
   WARPSTEP_FN void store(float x, std::int64_t i) const { split(x, at[i], residual[i]); }
 };
 
+// Elements [first, count).
 template <class Rule, Part kPart, class Param, class... Moment>
-void step_pairs(const Constants<Rule, float> c, std::int64_t count, const Param param,
-                const Halves grad, const Moment... moments) {
+void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t count,
+               const Param param, const Halves grad, const Moment... moments) {
   constexpr std::uint32_t kMoments = sizeof...(Moment);
   [[maybe_unused]] std::uint32_t next;
-  std::int64_t i = 0;
+  std::int64_t i = first;
   // Operands do not overlap.
 #pragma GCC ivdep
   for (; i < count - 1; i += 2) {
@@ -77,6 +82,92 @@ void step_pairs(const Constants<Rule, float> c, std::int64_t count, const Param 
     next = 0;
     (moments.store(numbers[next++], i), ...);
   }
+}
+
+#if defined(__AVX512F__)
+// NOTE [rounding by an instruction]
+// AVX512_BF16 rounds two vectors of float32 to one of bfloat16, in the place of 15 instructions:
+// in the caches all-bfloat16 AdamW takes 0.37 ns an element with it and 0.47 without. But it makes
+// zeros of subnormal numbers and keeps a NaN's payload, so vectors with such are rounded as all
+// others are elsewhere.
+#define WARPSTEP_AVX512_BF16 __attribute__((target("avx512bf16")))
+
+// Whether this processor has it, and it is wanted. kernels.cpp is told.
+bool rounds_by_instruction = false;
+
+constexpr std::int64_t kInVector = 16;
+constexpr std::int64_t kInRun = 2 * kInVector;
+typedef float Run[2][kInVector];  // the even elements, and the odd ones
+
+template <class Operand>
+WARPSTEP_FN void load_run(const Operand& from, std::int64_t at, Run& x) {
+  for (std::int64_t k = 0; k < kInVector; ++k) {
+    float pair[2];
+    from.load(at + 2 * k, pair);
+    x[0][k] = pair[0], x[1][k] = pair[1];
+  }
+}
+
+template <class Operand>
+WARPSTEP_FN void store_run(const Run& x, const Operand& to, std::int64_t at) {
+  for (std::int64_t k = 0; k < kInVector; ++k) {
+    const float pair[] = {x[0][k], x[1][k]};
+    to.store(pair, at + 2 * k);
+  }
+}
+WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_run(const Run& x, const Halves& to, std::int64_t at) {
+  constexpr int kNanOrSubnormal = 0x01 | 0x80 | 0x20;
+  const __m512 even = _mm512_loadu_ps(x[0]), odd = _mm512_loadu_ps(x[1]);
+  if (__builtin_expect(_mm512_fpclass_ps_mask(even, kNanOrSubnormal) |
+                           _mm512_fpclass_ps_mask(odd, kNanOrSubnormal),
+                       false)) {
+    return store_run<Halves>(x, to, at);
+  }
+  alignas(64) static constexpr std::uint16_t kInTurn[] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  _mm512_storeu_si512(to.at + at, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), rounded));
+}
+
+// As many elements as there are in whole runs; returns how many.
+template <class Rule, Part kPart, class Param, class... Moment>
+WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std::int64_t count,
+                                            const Param param, const Halves grad,
+                                            const Moment... moments) {
+  constexpr std::uint32_t kMoments = sizeof...(Moment);
+  [[maybe_unused]] std::uint32_t next;
+  std::int64_t i = 0;
+  for (; i + kInRun <= count; i += kInRun) {
+    Run p, g, m[kMoments + 1];
+    load_run(param, i, p);
+    load_run(grad, i, g);
+    next = 0;
+    (load_run(moments, i, m[next++]), ...);
+    for (int half = 0; half < 2; ++half) {
+      for (std::int64_t k = 0; k < kInVector; ++k) {
+        float numbers[kMoments + 1];
+        for (std::uint32_t j = 0; j < kMoments; ++j) numbers[j] = m[j][half][k];
+        p[half][k] = stepped<Rule, kPart>(c, p[half][k], g[half][k], numbers);
+        for (std::uint32_t j = 0; j < kMoments; ++j) m[j][half][k] = numbers[j];
+      }
+    }
+    store_run(p, param, i);
+    next = 0;
+    (store_run(m[next++], moments, i), ...);
+  }
+  return i;
+}
+#endif
+
+template <class Rule, Part kPart, class Param, class... Moment>
+void step_pairs(const Constants<Rule, float>& c, std::int64_t count, const Param param,
+                const Halves grad, const Moment... moments) {
+  std::int64_t done = 0;
+#if defined(__AVX512F__)
+  if (rounds_by_instruction) done = step_runs<Rule, kPart>(c, count, param, grad, moments...);
+#endif
+  step_from<Rule, kPart>(done, c, count, param, grad, moments...);
 }
 
 }  // namespace

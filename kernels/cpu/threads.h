@@ -29,10 +29,11 @@ class Sharing {
 
 // Calls work(0) to work(count - 1) once each, on the calling thread and on up to `threads` - 1
 // others, and returns when all is done; `work` must not throw. Each thread has a run of neighbours
-// to begin with, the same at each call, so that it finds in its core's caches what it left there;
-// who has done with its own takes from the others'. A thread that comes late, or that the machine
-// does not run for a while, thus holds up no more than what it has in hand, and its own end: where
-// `sharing` knows that this costs more than it saves, the calling thread does all.
+// to begin with, the same at each call, so that it finds in its core's caches what it left there; a
+// thread that has finished its own run takes over parts of others'. A thread that comes late, or
+// that the machine does not run for a while, thus holds up no more than what it has in hand, and
+// its own end: where `sharing` knows that this costs more than it saves, the calling thread does
+// all.
 //
 // The others compute as the calling thread does: its floating-point environment (whether subnormal
 // numbers are flushed to zero, how results are rounded) is theirs for the time of the work. Each
