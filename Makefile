@@ -10,6 +10,11 @@ BIN  := $(VENV)/bin
 SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.py' -o -name '*.pyi') \
            CMakeLists.txt setup.py pyproject.toml
 
+# Two at a time: the kernels are compiled beside what pip installs, of which there is one at a time.
+# Python compiles what is imported; pip would compile all of torch first, for half of its time.
+MAKEFLAGS += --jobs=2 --output-sync=none
+INSTALL := flock $(VENV) $(BIN)/python -m pip install -q --no-compile
+
 .DEFAULT_GOAL := help
 .PHONY: help build demo test quick test-huge digests docs bench report recipes experiments gpu lint \
         format clean
@@ -87,30 +92,41 @@ format: $(VENV)/.dev ## format all sources
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/warpstep/*.so
 
-$(VENV)/.environment:
+$(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)"
 	@touch $@
 
-# Installed, not linked: what is tested is what a user gets.
-$(VENV)/.installed: $(VENV)/.environment $(SOURCES)
-	@echo "Building and installing warpstep: a minute or two, with nvcc some more."
-	$(BIN)/python -m pip install -q ".[test,bench]"
+$(VENV)/.environment: $(VENV)/.venv
+	$(INSTALL) "$(TORCH)" "$(TRITON)"
+	@touch $@
+
+# Compiled while torch is installed. The folder is emptied first: nothing old is installed.
+$(VENV)/.wheel: $(VENV)/.venv $(SOURCES)
+	@echo "Building warpstep: a minute or two, with nvcc some more."
+	@rm -rf $(VENV)/wheel
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
+	@touch $@
+
+# Installed, not linked: what is tested is what a user gets. First what it asks for, then itself, also
+# where an older build with the same version is there.
+$(VENV)/.installed: $(VENV)/.environment $(VENV)/.wheel
+	$(INSTALL) "$$(echo $(VENV)/wheel/*.whl)[test,bench]"
+	$(INSTALL) --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	@touch $@
 
 # Libraries that the integration tests use. timm alone without its dependencies: the torchvision that
 # it asks for does not import beside a CPU build of torch.
 $(VENV)/.integrations: $(VENV)/.environment
-	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" accelerate lightning transformers
-	$(BIN)/python -m pip install -q --no-deps timm
+	$(INSTALL) "$(TORCH)" "$(TRITON)" accelerate lightning transformers
+	$(INSTALL) --no-deps timm
 	@touch $@
 
 # warpstep is there already: this installs what its extra names.
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install -q "warpstep[docs]"
+	$(INSTALL) "warpstep[docs]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.environment
-	$(BIN)/python -m pip install -q ".[dev,test,bench]"
+$(VENV)/.dev: $(VENV)/.installed
+	$(INSTALL) "warpstep[dev]"
 	@touch $@

@@ -152,6 +152,8 @@ def test_reading_through_dlpack():
 
 
 def test_without_torchs_threads():
-    assert run_suite("test", ["test_threads.py"], WARPSTEP_TORCH_ABI="0") > 12
+    # Tests whose programs run in both ways are none of those here.
+    name = "test and not forked_child_steps and not flush_subnormal"
+    assert run_suite(name, ["test_threads.py"], WARPSTEP_TORCH_ABI="0") > 8
     files = ["--quick", "test_tensor_reader.py", "test_many_parameters.py"]
     assert run_suite("test", files, WARPSTEP_TORCH_ABI="0") > 12

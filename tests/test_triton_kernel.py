@@ -43,6 +43,8 @@ from support.triton_model import (
 )
 
 NESTED = "WARPSTEP_TEST_NESTED"
+if NESTED in os.environ and kernel.INTERPRETED:
+    interpreter.look_up_once()
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 # What a step makes of a tensor: a name, its value, and how far a result may be from it.
@@ -310,7 +312,7 @@ def test_nan_and_inf_propagate(recipe: Recipe) -> None:
             assert found.cpu().isinf().equal(want.isinf()), name
 
 
-@pytest.mark.not_quick
+@pytest.mark.slow
 @pytest.mark.skipif(NESTED in os.environ, reason="this is the other process")
 def test_in_the_other_mode() -> None:
     interpret = "0" if kernel.INTERPRETED else "1"
