@@ -127,6 +127,14 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     assert line.left_out == ""
 
 
+def test_peers_of_8_bits_are_measured_beside_8_bits():
+    measured = {c.id for c in CASES if BY_ID["torchao-8bit"].declines(c, "cpu") is None}
+    sizes = ("gpt2-124m", "one-2^26", "one-2^28", "2000x64x64")
+    assert measured == {f"{size}/{r}-8bit" for size in sizes for r in ("residual", "stochastic")}
+    declined = BY_ID["bitsandbytes-8bit"].declines(Case("tiny", "small", equal(3, 5)), "cpu")
+    assert declined == "is measured where warpstep's moments have 8 bits, too"
+
+
 def test_threads_are_the_cases_own_and_no_more_than_cores(monkeypatch):
     ids = [c.id for c in select("cpu", False, ("*-threads",), cores=4)]
     assert "gpt2-124m/bf16/4-threads" in ids
