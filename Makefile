@@ -10,10 +10,10 @@ BIN  := $(VENV)/bin
 SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.py' -o -name '*.pyi') \
            CMakeLists.txt setup.py pyproject.toml
 
-# Two at a time: the kernels are compiled beside what pip installs, of which there is one at a time.
-# Python compiles what is imported; pip would compile all of torch first, for half of its time.
-MAKEFLAGS += --jobs=2 --output-sync=none
-INSTALL := flock $(VENV) $(BIN)/python -m pip install -q --no-compile
+# The kernels are compiled while pip installs packages; a lock keeps two pips from installing at once.
+# Without pip's byte-compilation, half of the time that torch takes to install.
+IN_PARALLEL := @$(MAKE) --no-print-directory --jobs=2
+INSTALL := flock $(VENV)/.lock $(BIN)/python -m pip install -q --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test quick test-huge digests docs bench report recipes experiments gpu lint \
@@ -22,7 +22,8 @@ INSTALL := flock $(VENV) $(BIN)/python -m pip install -q --no-compile
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-build: $(VENV)/.installed ## make the environment in .venv and install warpstep into it
+build: ## make the environment in .venv and install warpstep into it
+	$(IN_PARALLEL) $(VENV)/.installed
 
 demo: build ## train a small GPT with torch's AdamW and with warpstep's, side by side
 	@$(BIN)/python examples/train_gpt.py
@@ -35,7 +36,8 @@ PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 $(BIN)/py
 quick: build ## run one case of each test, in about a minute
 	@$(PYTEST) --quick --ignore tests/integrations
 
-test: build $(VENV)/.integrations $(VENV)/.docs ## run the test suite, some 25 minutes of one core
+test: ## run the test suite, some 25 minutes of one core
+	$(IN_PARALLEL) $(VENV)/.installed $(VENV)/.integrations $(VENV)/.docs
 	@echo "The whole suite takes some 25 minutes of one core; make quick takes about one of two."
 	@$(PYTEST)
 
@@ -105,7 +107,7 @@ $(VENV)/.environment: $(VENV)/.venv
 $(VENV)/.wheel: $(VENV)/.venv $(SOURCES)
 	@echo "Building warpstep: a minute or two, with nvcc some more."
 	@rm -rf $(VENV)/wheel
-	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
+	MAKEFLAGS= $(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
 	@touch $@
 
 # Installed, not linked: what is tested is what a user gets. First what it asks for, then itself, also
@@ -127,6 +129,6 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(INSTALL) "warpstep[docs]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
-	$(INSTALL) "warpstep[dev]"
+$(VENV)/.dev: $(VENV)/.environment
+	$(INSTALL) ".[dev,test,bench]"
 	@touch $@

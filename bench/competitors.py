@@ -36,9 +36,10 @@ class Competitor:
     `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
     `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
     parameter's format, as torch's do. `same_formats` is False where they have 8 bits: it is then
-    measured beside warpstep's own moments of 8 bits, on its time and not its bandwidth. `sequences` are those it knows beside the step. With
-    `graph`, its step is captured in a CUDA graph and replayed. Its times are compared with those of
-    the competitor `against`. Of `optimizers` beside AdamW it has a class of that name.
+    measured beside warpstep's own moments of 8 bits, on its time and not its bandwidth. `sequences`
+    are those it knows beside the step. With `graph`, its step is captured in a CUDA graph and
+    replayed. Its times are compared with those of the competitor `against`. Of `optimizers` beside
+    AdamW it has a class of that name.
     """
 
     id: str

@@ -311,8 +311,9 @@ def report(
     if is_disturbed(trainings):
         fast = [deciles(steady(t))[0] for t in trainings]
         told = (
-            f"Other programs kept this machine busy: its times say little. Of the fastest tenth of "
-            f"the steps, warpstep's take {fast[-1]:.2f} ms at most and torch's fused {fast[0]:.2f}."
+            f"The times of the steps differ so much that their medians say little: is this machine "
+            f"busy with something else? Of the fastest tenth of the steps, warpstep's take "
+            f"{fast[-1]:.2f} ms at most and torch's fused {fast[0]:.2f}."
         )
     else:
         told = (

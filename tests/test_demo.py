@@ -58,5 +58,5 @@ def test_the_demo_says_when_its_times_say_little(busy):
         demo["report"](console, trainings, [1.0] * 3, [0.0] * 2, [0.0] * 2)
     said = " ".join(captured.get().split())
     assert ("torch's fused one 0.60 ms: 1.5 times as long" in said) == (not busy)
-    assert ("its times say little" in said) == busy
+    assert ("their medians say little" in said) == busy
     assert ("warpstep's take 0.40 ms at most and torch's fused 0.60." in said) == busy

@@ -152,7 +152,7 @@ def test_reading_through_dlpack():
 
 
 def test_without_torchs_threads():
-    # Tests whose programs run in both ways are none of those here.
+    # Without the tests that set WARPSTEP_TORCH_ABI themselves.
     name = "test and not forked_child_steps and not flush_subnormal"
     assert run_suite(name, ["test_threads.py"], WARPSTEP_TORCH_ABI="0") > 8
     files = ["--quick", "test_tensor_reader.py", "test_many_parameters.py"]

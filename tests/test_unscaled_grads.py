@@ -42,7 +42,7 @@ def assert_left(grads, before, factor):
         assert np.all(np.abs(oracle.wide(grad) - exact) <= bound)
 
 
-# Of factors; where a launch takes a hundred times as long as elsewhere, all of them or none.
+# Emulated and interpreted launches are slow: there, the two extremes of the four combinations.
 FACTORS = list(itertools.product([None, 0.37], [False, True]))
 if EMULATED or INTERPRETED:
     FACTORS = [FACTORS[0], FACTORS[-1]]

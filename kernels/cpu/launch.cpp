@@ -29,8 +29,10 @@ const InstructionSet& instruction_set() {
 #endif
     const InstructionSet sets[] = {
 #ifdef WARPSTEP_X86
+#ifdef WARPSTEP_KNOWS_AVX512_BF16
         {"avx512_bf16", cpu_kernels_avx512, true,
          has_avx512 && __builtin_cpu_supports("avx512bf16")},
+#endif
         {"avx512", cpu_kernels_avx512, false, has_avx512},
         {"avx2", cpu_kernels_avx2, false,
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},

@@ -58,7 +58,13 @@ struct CpuKernels {
   void (*touch)(float*, const float*, float*, float*, std::int64_t);
 };
 
-// Called once, before any kernel runs. `has_bf16`: AVX512_BF16 besides.
+// Whether the compiler knows AVX512_BF16.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 10 : __GNUC__ >= 10)
+#define WARPSTEP_KNOWS_AVX512_BF16
+#endif
+
+// Each is called once, before any of its kernels runs. `has_bf16`: whether they may use
+// AVX512_BF16.
 #define WARPSTEP_CPU_KERNELS_(isa) cpu_kernels_##isa
 #define WARPSTEP_CPU_KERNELS(isa) WARPSTEP_CPU_KERNELS_(isa)
 CpuKernels cpu_kernels_baseline(bool has_bf16);

@@ -4,8 +4,9 @@
 
 #include "../blocks.h"
 #include "../tail.h"
+#include "launch.h"
 
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -84,15 +85,16 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
   }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
 // NOTE [rounding by an instruction]
 // AVX512_BF16 rounds two vectors of float32 to one of bfloat16, in the place of 15 instructions:
 // in the caches all-bfloat16 AdamW takes 0.37 ns an element with it and 0.47 without. But it makes
-// zeros of subnormal numbers and keeps a NaN's payload, so vectors with such are rounded as all
-// others are elsewhere.
+// zeros of subnormal numbers and keeps a NaN's payload, so vectors that have some are rounded as
+// formats.h does it. Where the processor is told to read subnormal numbers as zero, no test finds
+// them, and all vectors are.
 #define WARPSTEP_AVX512_BF16 __attribute__((target("avx512bf16")))
 
-// Whether this processor has it, and it is wanted. kernels.cpp is told.
+// Whether this processor has it and WARPSTEP_ISA lets it be used.
 bool rounds_by_instruction = false;
 
 constexpr std::int64_t kInVector = 16;
@@ -164,8 +166,11 @@ template <class Rule, Part kPart, class Param, class... Moment>
 void step_pairs(const Constants<Rule, float>& c, std::int64_t count, const Param param,
                 const Halves grad, const Moment... moments) {
   std::int64_t done = 0;
-#if defined(__AVX512F__)
-  if (rounds_by_instruction) done = step_runs<Rule, kPart>(c, count, param, grad, moments...);
+#if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
+  constexpr unsigned kReadsSubnormalsAsZero = 0x40;
+  if (rounds_by_instruction && !(_mm_getcsr() & kReadsSubnormalsAsZero)) {
+    done = step_runs<Rule, kPart>(c, count, param, grad, moments...);
+  }
 #endif
   step_from<Rule, kPart>(done, c, count, param, grad, moments...);
 }
