@@ -211,15 +211,14 @@ const char* Plan::look_at(const BoundParam& bound, Scope scope, Look look) {
 }
 
 // NOTE [asking ahead]
-// The objects that are looked at lie all over memory; one after the other they would be waited for.
-// So they are asked for in good time, a stage every few parameters: an object, what it points to,
-// and so on.
-constexpr std::size_t kApart = 3;
-
+// The objects that are checked lie all over memory; one after the other they would be waited for.
+// So they are asked for in good time, a stage a parameter: an object, what it points to, and so on.
+// (10,000 parameters took 2.9 ms so, and 3.3 and 3.4 with two and six parameters from stage to
+// stage: more is then under way than a core keeps track of.)
 void Plan::prefetch_states_after(std::size_t at) const {
-  if (at + 2 * kApart < states_.size()) fetch_object(states_[at + 2 * kApart].found);
-  if (at + kApart >= states_.size()) return;
-  PyObject* const found = states_[at + kApart].found;
+  if (at + 2 < states_.size()) fetch_object(states_[at + 2].found);
+  if (at + 1 >= states_.size()) return;
+  PyObject* const found = states_[at + 1].found;
   if (!PyDict_Check(found)) return;
   const auto* const keys =
       reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(found)->ma_keys);
@@ -229,7 +228,7 @@ void Plan::prefetch_states_after(std::size_t at) const {
 void Plan::prefetch_params_after(std::size_t at, Scope scope) const {
   const TensorReader& reader = tensor_reader();
   for (int stage = 0; stage < TensorReader::kFetchStages; ++stage) {
-    const std::size_t ahead = at + kApart * (TensorReader::kFetchStages - stage);
+    const std::size_t ahead = at + TensorReader::kFetchStages - stage;
     if (ahead >= params_.size()) continue;
     const BoundParam& bound = params_[ahead];
     reader.fetch(stage, bound.param, true);
