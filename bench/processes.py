@@ -15,14 +15,15 @@ from bench.measure import Effort, Result, Times, measure, threads_of
 
 
 class Processes:
-    """Forked from a server that has imported what the competitors need, and has done nothing else:
-    a case then starts at once, and none begins with another's threads.
+    """Forked from a server that has imported torch and the peers, and has done nothing else: a case
+    then starts at once, and none begins with another's threads. Each imports warpstep by itself:
+    where that is imported before a fork, it uses threads of its own and not torch's in the child.
     """
 
     def __init__(self, competitors: Sequence[Competitor]) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        modules = ["bench.measure", *dict.fromkeys(c.module for c in competitors)]
-        self.context.set_forkserver_preload(modules)
+        peers = [c.module for c in competitors if c.module.split(".")[0] != "warpstep"]
+        self.context.set_forkserver_preload(["torch", *dict.fromkeys(peers)])
 
     def measure(
         self,

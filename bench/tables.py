@@ -283,6 +283,12 @@ def host(results: Results) -> str:
     return table(["Tensors of one element", *(short(i) for i in ids)], lines)
 
 
+def times_of_others(by_id: pd.DataFrame) -> str:
+    """How many times longer peers take, beside torch's fused optimizer."""
+    peers = [i for i in by_id.index if i not in (OURS, PLAIN, BASELINE)]
+    return ", ".join(f"{short(i)} {times(by_id.loc[i])}" for i in peers)
+
+
 def tail(results: Results) -> str:
     """What training loops do around the step: one line a sequence."""
     rows = results.rows[(results.rows["family"] == "tail") & results.rows["step_us"].notna()]
@@ -294,10 +300,11 @@ def tail(results: Results) -> str:
             continue
         mine, rival = by_id.loc[OURS], by_id.loc[rivals[0]]
         alone = duration(by_id.loc[PLAIN, "step_us"]) if PLAIN in rivals[1:] else ""
+        others = times_of_others(by_id) if rivals[0] == BASELINE else ""
         what = IN_WORDS[mine["sequence"]]
         medians = (duration(mine["step_us"]), duration(rival["step_us"]))
-        lines.append([str(case).rsplit("/", 1)[0], what, *medians, times(rival), alone])
-    header = ["Tensors of", "Inside the clock", "warpstep", "against", "ratio"]
+        lines.append([str(case).rsplit("/", 1)[0], what, *medians, times(rival), others, alone])
+    header = ["Tensors of", "Inside the clock", "warpstep", "against", "ratio", "others"]
     return table([*header, "warpstep's step alone, same rounds"], lines)
 
 
@@ -336,9 +343,11 @@ def recipes(results: Results) -> str:
         one = RECIPES[name]
         share = f"{ours['copy_share']:.0%}" if limited_by_copy(ours) else ""
         line = [one.words, shapes, f"{one.kept:.3g}", f"{one.moved:.3g}"]
-        lines.append([*line, duration(ours["step_us"]), times(by_id.loc[BASELINE]), share])
-    header = ["Kept", "Tensors of", "bytes an element, with the weight", "bytes moved"]
-    return table([*header, "warpstep", "vs torch's fused, all bfloat16", "of copy"], lines)
+        line += [duration(ours["step_us"]), times(by_id.loc[BASELINE]), times_of_others(by_id)]
+        lines.append([*line, share])
+    header = ["Kept", "Tensors of", "bytes an element, with the weight", "bytes moved", "warpstep"]
+    header += ["vs torch's fused, all bfloat16", "vs others' 8-bit moments", "of copy"]
+    return table(header, lines)
 
 
 def recipe(results: Results) -> str:
@@ -346,16 +355,20 @@ def recipe(results: Results) -> str:
     that was measured.
     """
     rows = results.rows[results.rows["step_us"].notna()].set_index(["case", "competitor"])
-    lines = [[f"{k}", "", f"{a}", f"{b}", "", ""] for k, (a, b) in TORCHS_FORMATS.items()]
+    lines = [[f"{k}", "", f"{a}", f"{b}", "", "", ""] for k, (a, b) in TORCHS_FORMATS.items()]
     for name, one in RECIPES.items():
         keys = [(f"{RECIPE_SHAPES}/{name}", id) for id in (OURS, BASELINE)]
         measured = all(key in rows.index for key in keys)
         ours, torchs = (rows.loc[key] for key in keys) if measured else (None, None)
-        cells = ["", ""] if ours is None else [duration(ours["step_us"]), times(torchs)]
+        cells = ["", "", ""]
+        if measured:
+            of_case = rows.loc[f"{RECIPE_SHAPES}/{name}"]
+            cells = [duration(ours["step_us"]), times(torchs), times_of_others(of_case)]
         lines.append([one.words, one.code, f"{one.kept:.3g}", f"{one.moved:.3g}", *cells])
     header = ["What is kept", "asked for by", "bytes an element", "bytes that a step moves"]
-    text = table([*header, "GPT-2's step", "vs torch's fused, all bfloat16"], lines)
-    return f"{text}\n\n{where(results)}." if any(line[-1] for line in lines) else text
+    header += ["GPT-2's step", "vs torch's fused, all bfloat16", "vs others' 8-bit moments"]
+    text = table(header, lines)
+    return f"{text}\n\n{where(results)}." if any(any(line[4:]) for line in lines) else text
 
 
 def speed(results: Results) -> str:

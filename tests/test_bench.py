@@ -127,6 +127,19 @@ def test_measuring_a_tiny_case_gives_a_sample_a_round_for_each():
     assert line.left_out == ""
 
 
+def threads_used():
+    import warpstep
+
+    return warpstep.status().native["threads"]
+
+
+def test_a_cases_process_steps_with_torchs_threads():
+    """Forked after warpstep's import it would not."""
+    context = Processes([BY_ID[OURS], BY_ID[BASELINE]]).context
+    with context.Pool(1) as pool:
+        assert pool.apply(threads_used) == threads_used()
+
+
 def test_peers_of_8_bits_are_measured_beside_8_bits():
     measured = {c.id for c in CASES if BY_ID["torchao-8bit"].declines(c, "cpu") is None}
     sizes = ("gpt2-124m", "one-2^26", "one-2^28", "2000x64x64")

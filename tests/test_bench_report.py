@@ -265,6 +265,14 @@ def test_the_recipes_are_shown_with_their_times_once_these_are_known(tmp_path):
     assert "| 26 | 250 µs | 1.50x <sub>0.90 to 1.10</sub> |" in text
     assert text.endswith("2026-01-01.")
     assert f"| {tables.RECIPE_SHAPES} | 12 | 26 | 250 µs | 1.50x" in tables.recipes(of_b)
+    case = f"{tables.RECIPE_SHAPES}/residual-8bit"
+    ids = (OURS, BASELINE, "bitsandbytes-8bit", "torchao-8bit")
+    save(tmp_path / "c", MACHINE, [line(case, "recipe", c, 2, ratio=20) for c in ids])
+    of_c = report.load(tmp_path)[2]
+    others = "bitsandbytes-8bit 20.00x <sub>0.90 to 1.10</sub>, torchao-8bit 20.00x"
+    for text in (tables.recipe(of_c), tables.recipes(of_c)):
+        assert "vs others' 8-bit moments" in text
+        assert others in text
 
 
 def test_every_block_of_the_documents_is_filled():
