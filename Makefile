@@ -33,12 +33,12 @@ demo: build ## train a small GPT with torch's AdamW and with warpstep's, side by
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
           --dist loadgroup -o console_output_style=count
 
-quick: build ## run one case of each test, in about a minute
+quick: build ## run one case of each test, some three minutes on two cores
 	@$(PYTEST) --quick --ignore tests/integrations
 
 test: ## run the test suite, some 25 minutes of one core
 	$(IN_PARALLEL) $(VENV)/.installed $(VENV)/.integrations $(VENV)/.docs
-	@echo "The whole suite takes some 25 minutes of one core; make quick takes about one of two."
+	@echo "The whole suite takes some 25 minutes of one core; make quick takes some three on two."
 	@$(PYTEST)
 
 test-huge: build ## step 2^31 elements on the CPU (some minutes)
