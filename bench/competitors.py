@@ -35,8 +35,8 @@ class Competitor:
 
     `module` must be importable and hold `name`, a class with torch's `lr`, `betas`, `eps` and
     `weight_decay`; `options` are its own. `dtypes` are those for which its moments have the
-    parameter's format, as torch's do. `same_formats` is False where they have 8 bits: it is then
-    measured beside warpstep's own moments of 8 bits, on its time and not its bandwidth. `sequences`
+    parameter's format, as torch's do. `same_formats` is False where they never do: it is then
+    measured on the cases that name it, on its time and not its bandwidth. `sequences`
     are those it knows beside the step. With `graph`, its step is captured in a CUDA graph and
     replayed. Its times are compared with those of the competitor `against`. Of `optimizers` beside
     AdamW it has a class of that name.
@@ -73,9 +73,7 @@ class Competitor:
             return f"is not measured with {case.optimizer}"
         if case.sequence not in self.sequences:
             return f"is not measured on {case.sequence}"
-        if not self.same_formats and "8bit" not in case.recipe:
-            return "is measured where warpstep's moments have 8 bits, too"
-        if case.only and self.id not in case.only:
+        if (case.only or not self.same_formats) and self.id not in case.only:
             return f"is not measured on {case.id}"
         if self.compiled and device not in case.compiled_on:
             return f"not among those compiled on {device}"

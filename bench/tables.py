@@ -357,13 +357,11 @@ def recipe(results: Results) -> str:
     rows = results.rows[results.rows["step_us"].notna()].set_index(["case", "competitor"])
     lines = [[f"{k}", "", f"{a}", f"{b}", "", "", ""] for k, (a, b) in TORCHS_FORMATS.items()]
     for name, one in RECIPES.items():
-        keys = [(f"{RECIPE_SHAPES}/{name}", id) for id in (OURS, BASELINE)]
-        measured = all(key in rows.index for key in keys)
-        ours, torchs = (rows.loc[key] for key in keys) if measured else (None, None)
-        cells = ["", "", ""]
-        if measured:
-            of_case = rows.loc[f"{RECIPE_SHAPES}/{name}"]
-            cells = [duration(ours["step_us"]), times(torchs), times_of_others(of_case)]
+        case, cells = f"{RECIPE_SHAPES}/{name}", ["", "", ""]
+        if {(case, OURS), (case, BASELINE)} <= set(rows.index):
+            by_id = rows.loc[case]
+            cells = [duration(by_id.loc[OURS, "step_us"]), times(by_id.loc[BASELINE])]
+            cells.append(times_of_others(by_id))
         lines.append([one.words, one.code, f"{one.kept:.3g}", f"{one.moved:.3g}", *cells])
     header = ["What is kept", "asked for by", "bytes an element", "bytes that a step moves"]
     header += ["GPT-2's step", "vs torch's fused, all bfloat16", "vs others' 8-bit moments"]

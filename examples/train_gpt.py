@@ -312,8 +312,8 @@ def report(
         fast = [deciles(steady(t))[0] for t in trainings]
         told = (
             f"The times of the steps differ so much that their medians say little: is this machine "
-            f"busy with something else? Of the fastest tenth of the steps, warpstep's take "
-            f"{fast[-1]:.2f} ms at most and torch's fused {fast[0]:.2f}."
+            f"busy with something else? In its fastest tenth, warpstep's step takes "
+            f"{fast[-1]:.2f} ms at most, and torch's fused one {fast[0]:.2f} ms."
         )
     else:
         told = (

@@ -1,6 +1,5 @@
 """The demo, in small: it is the first that a new user sees."""
 
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ def test_the_demo_trains_compares_and_draws(monkeypatch, capsys, tmp_path):
     for row in ("weights, first step", "weights, at the end"):
         assert all(float(cell.removesuffix(" away")) < 1e-3 for cell in table[row][1:])
     assert "" not in table  # no row takes two lines
-    assert re.search("warpstep's (step takes|take)", said)  # the second if the machine is busy
+    assert "warpstep's step takes" in said
     assert plot.stat().st_size > 10_000
 
 
@@ -59,4 +58,5 @@ def test_the_demo_says_when_its_times_say_little(busy):
     said = " ".join(captured.get().split())
     assert ("torch's fused one 0.60 ms: 1.5 times as long" in said) == (not busy)
     assert ("their medians say little" in said) == busy
-    assert ("warpstep's take 0.40 ms at most and torch's fused 0.60." in said) == busy
+    fastest = "warpstep's step takes 0.40 ms at most, and torch's fused one 0.60 ms."
+    assert (fastest in said) == busy

@@ -10,7 +10,7 @@
 namespace warpstep {
 
 CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)([[maybe_unused]] bool has_bf16) {
-#if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
+#ifdef WARPSTEP_AVX512_BF16
   rounds_by_instruction = has_bf16;
 #endif
   return {[](const RecipeKey& key) {

@@ -166,13 +166,13 @@ template <class Rule, Part kPart, class Param, class... Moment>
 void step_pairs(const Constants<Rule, float>& c, std::int64_t count, const Param param,
                 const Halves grad, const Moment... moments) {
   std::int64_t done = 0;
-#if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
+#ifdef WARPSTEP_AVX512_BF16
   constexpr unsigned kReadsSubnormalsAsZero = 0x40;
   if (rounds_by_instruction && !(_mm_getcsr() & kReadsSubnormalsAsZero)) {
     done = step_runs<Rule, kPart>(c, count, param, grad, moments...);
   }
 #endif
-  step_from<Rule, kPart>(done, c, count, param, grad, moments...);
+  if (done < count) step_from<Rule, kPart>(done, c, count, param, grad, moments...);
 }
 
 }  // namespace
