@@ -13,7 +13,7 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
 # The kernels are compiled while pip installs packages; a lock keeps two pips from installing at once.
 # Without pip's byte-compilation, half of the time that torch takes to install.
 IN_PARALLEL := @$(MAKE) --no-print-directory --jobs=2
-INSTALL := flock $(VENV)/.lock $(BIN)/python -m pip install -q --no-compile
+INSTALL := @flock $(VENV)/.lock $(BIN)/python -m pip install -q --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test quick test-huge digests docs bench report recipes experiments gpu lint \
@@ -95,11 +95,12 @@ clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/warpstep/*.so
 
 $(VENV)/.venv:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade pip
 	@touch $@
 
 $(VENV)/.environment: $(VENV)/.venv
+	@echo "Installing $(TORCH) and $(TRITON) into $(VENV)."
 	$(INSTALL) "$(TORCH)" "$(TRITON)"
 	@touch $@
 
@@ -107,7 +108,7 @@ $(VENV)/.environment: $(VENV)/.venv
 $(VENV)/.wheel: $(VENV)/.venv $(SOURCES)
 	@echo "Building warpstep: a minute or two, with nvcc some more."
 	@rm -rf $(VENV)/wheel
-	MAKEFLAGS= $(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
+	@MAKEFLAGS= $(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
 	@touch $@
 
 # Installed, not linked: what is tested is what a user gets. First what it asks for, then itself, also
