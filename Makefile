@@ -15,6 +15,10 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
 IN_PARALLEL := @$(MAKE) --no-print-directory --jobs=2
 INSTALL := @flock $(VENV)/.lock $(BIN)/python -m pip install -q --no-compile
 
+# A module is compiled once, and not again by each process, whatever the environment says: torch's
+# modules take two seconds, and the suite has hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help build demo test quick test-huge digests docs bench report recipes experiments gpu lint \
         format clean

@@ -102,8 +102,8 @@ struct Draw {
 static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of eight numbers");
 
 // Philox4x32-7 of a counter, in place; product_of(lane, factor) is of 32 by 32 bits.
-template <class Lane, class Product>
-WARPSTEP_FN void philox(Lane (&c)[4], const Keys& keys, Product&& product_of) {
+template <class Lane, class KeysOfLanes, class Product>
+WARPSTEP_FN void philox(Lane (&c)[4], const KeysOfLanes& keys, Product&& product_of) {
 #ifdef __CUDACC__
 #pragma unroll
 #else

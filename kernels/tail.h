@@ -65,7 +65,7 @@ WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, doub
 template <class Rule, Part kPart, class T>
 WARPSTEP_FN T stepped(const Constants<Rule, T>& c, T param, T grad, T* moments) {
   T g = grad * c.tail.grad_factor;
-  if (kPart != Part::usual) g = with_coupled(c.decay, param, g);
+  if (!is_usual(kPart)) g = with_coupled(c.decay, param, g);
   return decayed<kPart>(c.decay, param, Rule::template update<kPart>(c.rule, g, moments));
 }
 

@@ -92,9 +92,10 @@ for recipe, options in covering_pairs(OPTIONS, KERNELS):
     for p in o.param_groups[0]["params"]:
         for t in (p, *o.state[p].values()):
             digest.update(bits(t).numpy().tobytes())
-for recipe in low_precision.RECIPES.values():
+tails = ({}, {"amsgrad": True, "ema_decay": 0.9, "stats": True})
+for recipe, tail in itertools.product(low_precision.RECIPES.values(), tails):
     params = low_precision.new_params()
-    o = warpstep.AdamW(params, seed=5, amsgrad=True, ema_decay=0.9, stats=True, **recipe)
+    o = warpstep.AdamW(params, seed=5, **tail, **recipe)
     for step in range(3):
         for i, p in enumerate(params):
             p.grad = random(p.shape, 100 * step + i).to(p.dtype)

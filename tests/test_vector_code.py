@@ -55,12 +55,13 @@ def compiled(functions, isa, folder):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     source, target = folder / "loops.cpp", folder / "loops.s"
-    begin = '#include "cpu/step.h"\nusing namespace warpstep;\n'
+    begin = '#include "cpu/eight.h"\nusing namespace warpstep;\n'
     source.write_text(begin + "".join(functions))
     text = (ROOT / "CMakeLists.txt").read_text()
     names = ("ARITHMETIC", f"ISA_FLAGS_{isa}")
     flags = [re.search(rf"set\({name} (.*)\)", text)[1] for name in names]
-    command = ["g++", "-std=c++17", *" ".join(flags).split(), f"-I{ROOT / 'kernels'}", "-w", "-S"]
+    flags = [*" ".join(flags).split(), "-fno-access-control", "-w", "-S"]
+    command = ["g++", "-std=c++17", *flags, f"-I{ROOT / 'kernels'}"]
     subprocess.run([*command, source, "-o", target], check=True)
     code = target.read_text()
     return dict(re.findall(r"^([\w.]+):\n(.*?)^\s*\.size\s+\1", code, re.DOTALL | re.MULTILINE))
@@ -89,6 +90,23 @@ extern "C" long run(const Constants<AdamW<false>, float>& c, long count, bfloat1
     assert len(re.findall(r"vsqrtps\s.*%zmm", code)) == 2
     assert not re.search("vsqrtss|vdivss", code)
     assert not re.search(r"vmov\w+\s+%zmm\d+, \S*\(%r[bs]p", code), "kept in memory"
+
+
+@pytest.mark.parametrize("param", IN_PAIRS)
+def test_blocks_of_8_bits_are_stepped_in_registers(tmp_path, param):
+    """One block in a loop, and no constant made anew in it by way of a general register."""
+    whole = f"""
+extern "C" bool run(const InBlocks<AdamW<false>, {param}>& blocks,
+                    const Constants<AdamW<false>, float>& c, long at) {{
+  return blocks.step(c, at);
+}}"""
+    code = compiled([whole], "avx512", tmp_path)["run"]
+    assert len(re.findall(r"vsqrtps\s.*%zmm", code)) == 4
+    assert len(re.findall(r"vdivps\s.*%zmm", code)) == 4
+    assert not re.search("vsqrtss|vdivss", code)
+    # The bases of two scales, and indices: of four blocks' random bits, an operand or two.
+    operands = 2 if param == "RandomHalves" else 1
+    assert len(re.findall(r"vpbroadcast\w\s+%[er]", code)) <= 2 + 4 * operands
 
 
 @pytest.mark.parametrize("part", PARTS)

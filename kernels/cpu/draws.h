@@ -2,12 +2,7 @@
 #pragma once
 
 #include "../blocks.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "intrinsics.h"
 
 namespace warpstep {
 namespace {
@@ -26,9 +21,8 @@ typedef std::uint64_t Lanes __attribute__((vector_size(kLanes * sizeof(std::uint
 // Spelled, because compilers multiply all 64 bits of such vectors, at several times the cost.
 WARPSTEP_FN Lanes product_of(Lanes a, std::uint32_t by) {
 #if defined(__AVX512F__)
-  // As _mm512_mul_epu32, whose header GCC 12 warns of.
   return reinterpret_cast<Lanes>(
-      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(by)));
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(by)));
 #elif defined(__AVX2__)
   return reinterpret_cast<Lanes>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(by)));
@@ -40,6 +34,17 @@ WARPSTEP_FN Lanes product_of(Lanes a, std::uint32_t by) {
   return (a & 0xffffffffu) * by;
 #endif
 }
+
+// Keys as every lane takes them.
+struct LaneKeys {
+  Lanes words[kRounds][2];
+
+  explicit LaneKeys(const Keys& keys) {
+    for (std::uint32_t round = 0; round < kRounds; ++round) {
+      for (int i = 0; i < 2; ++i) words[round][i] = Lanes{} + keys.words[round][i];
+    }
+  }
+};
 
 // Random bits for as many as kMost elements, 16 each.
 template <std::int64_t kMost>

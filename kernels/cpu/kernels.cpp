@@ -1,5 +1,6 @@
 // The CPU kernels, made SIMD by the compiler. Compiled once per instruction set; WARPSTEP_ISA names
 // the copy. launch.cpp chooses one.
+#include "eight.h"
 #include "grad_norm.h"
 #include "launch.h"
 #include "least_magnitude.h"
@@ -17,8 +18,11 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)([[maybe_unused]] bool has_bf16) {
             StepChunks kernel = nullptr;
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
             visit_tiled(key, [&](auto rule) { kernel = step_tiles<decltype(rule)>; });
-            const StepChunks in_pairs = find_in_pairs(AllInPairs{}, key);
-            return in_pairs != nullptr ? in_pairs : kernel;
+            kernel = find_among(AllInPairs{}, key, kernel);
+#ifdef __AVX512F__
+            kernel = find_among(AllInBlocks{}, key, kernel);
+#endif
+            return kernel;
           },
           chunk_norm, chunk_least, touch_arrays};
 }

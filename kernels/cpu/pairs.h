@@ -4,11 +4,8 @@
 
 #include "../blocks.h"
 #include "../tail.h"
+#include "intrinsics.h"
 #include "launch.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace warpstep {
 namespace {

@@ -79,10 +79,9 @@ using AllInPairs = List<InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves
                         InPairs<AdamW<false>, RandomHalves, Halves, RandomHalves>,
                         InPairs<AdamW<false>, Halves, Halves, RandomHalves>>;
 
-// The kernel of a recipe in pairs; null for any other.
+// The kernel of a recipe that is among these; `kernel` for any other.
 template <class... Types>
-StepChunks find_in_pairs(List<Types...>, const RecipeKey& key) {
-  StepChunks kernel = nullptr;
+StepChunks find_among(List<Types...>, const RecipeKey& key, StepChunks kernel) {
   ((kernel = Types::is_for(key) ? Types::step_chunks : kernel), ...);
   return kernel;
 }

@@ -79,12 +79,12 @@ struct AdamW {
   // Returns u.
   template <Part kPart, class T>
   WARPSTEP_FN static T update(const Constants<T>& c, T g, T* moments) {
-    constexpr bool kUsual = kPart == Part::usual;
+    constexpr bool kUsual = is_usual(kPart);
     T& m = moments[0];
     T& v = moments[1];
     m = lerp(m, g, c.weight1, c.beta1, kUsual || std::fabs(c.weight1) < T(0.5));
     const T kept =
-        kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_or_zero(v), v) : c.beta2 * v;
+        kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_in<kPart>(v), v) : c.beta2 * v;
     v = fma_of(c.weight2 * g, g, kept);
     T peak = v;
     if constexpr (kAmsgrad) peak = moments[2] = maximum(moments[2], v);

@@ -27,10 +27,20 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
+  finite,   // `usual`, of a parameter and moments that are known to be finite
   usual,    // where is_usual() of DecayConstants and of the rule's constants
   uniform,  // where the decay is none that is_selective()
   whole
 };
+WARPSTEP_FN constexpr bool is_usual(Part part) {
+  return part == Part::finite || part == Part::usual;
+}
+
+// x, or 0 where x may be infinite or NaN, and is.
+template <Part kPart, class T>
+WARPSTEP_FN T finite_in(T x) {
+  return kPart == Part::finite ? x : finite_or_zero(x);
+}
 
 template <class T>
 struct DecayConstants {
@@ -97,7 +107,7 @@ WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
 // loops become SIMD code. Products with 1 and 0 are exact.
 template <Part kPart, class T>
 WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
-  T d = finite_or_zero(param);
+  T d = finite_in<kPart>(param);
   if (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
     const T kept = c.cautious * sign * update < 0 ? T(0) : d;

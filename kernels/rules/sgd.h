@@ -48,7 +48,7 @@ struct Sgd {
       T& b = moments[0];
       b = fma_of(c.weight, g, c.kept * b);
       const T ahead = fma_of(c.momentum, b, g);
-      g = kPart != Part::usual && c.nesterov != 0 ? ahead : b;
+      g = !is_usual(kPart) && c.nesterov != 0 ? ahead : b;
     }
     return c.lr * g;
   }

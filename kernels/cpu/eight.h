@@ -1,0 +1,477 @@
+// The step on the CPU for moments of 8 bits, with AVX-512: in registers and the L1 cache from loads
+// to stores. Blocks with something that is no finite number go through tiles, as do a tensor's last
+// elements, and everything with averages, copies, statistics or gradients that are written; the
+// bits are the same.
+//
+// NOTE [the order in a block]
+// A block's 64 elements are four vectors: the even and the odd ones of its first half, then those
+// of its second half. So two vectors are the halves of 32-bit lanes, as 16-bit operands lie in
+// memory (pairs.h), and the four are the bytes of 32-bit lanes, once a code's halves are
+// interleaved(). Codes become numbers in lanes of 16 bits, and numbers codes in lanes of 8.
+//
+// NOTE [four blocks at a time]
+// A processor looks some hundred instructions ahead. A block takes more, and waits for itself: for
+// the rounds of its random bits, for its root and division, for its largest number. So each part of
+// the step is done for four blocks before the next, which one after the other do not wait.
+#pragma once
+
+#include "draws.h"
+#include "pairs.h"
+#include "tiles.h"
+
+#ifdef __AVX512F__
+namespace warpstep {
+namespace {
+
+constexpr int kVectors = 4;  // of a block
+constexpr int kBlocks = 4;   // that are stepped at a time
+constexpr std::int64_t kAtOnce = kBlocks * kBlock;
+
+// A block's numbers, or their bits.
+struct Block {
+  __m512i of[kVectors];
+};
+
+// A constant in each lane, from memory, where it costs no instruction. Others GCC makes anew for
+// each block, by way of general registers, in the unit that has the shuffles to do.
+template <std::uint32_t kLane>
+WARPSTEP_FN __m512i every() {
+  __attribute__((used)) static std::uint32_t lane = kLane;  // "used": as if it might be changed
+  return _mm512_set1_epi32(static_cast<int>(lane));
+}
+
+// ---- Operands of 16 and 32 bits
+
+// 16 bits an element, as they lie in memory.
+struct Halves16 {
+  __m512i first, second;  // half of the block
+
+  static Halves16 load(const void* from) {
+    return {_mm512_loadu_si512(from), _mm512_loadu_si512(static_cast<const __m512i*>(from) + 1)};
+  }
+  void store(void* to) const {
+    _mm512_storeu_si512(to, first);
+    _mm512_storeu_si512(static_cast<__m512i*>(to) + 1, second);
+  }
+};
+
+// The halves of 32-bit lanes, as bfloat16.
+WARPSTEP_FN __m512i lower_as_numbers(__m512i x) { return _mm512_slli_epi32(x, 16); }
+WARPSTEP_FN __m512i upper_as_numbers(__m512i x) {
+  return _mm512_and_si512(x, every<0xffff0000u>());
+}
+// Lanes of `lower`'s upper halves, below those of `upper`.
+WARPSTEP_FN __m512i upper_halves(__m512i lower, __m512i upper) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(lower, 16), upper);
+}
+WARPSTEP_FN Halves16 upper_halves(const Block& x) {
+  return {upper_halves(x.of[0], x.of[1]), upper_halves(x.of[2], x.of[3])};
+}
+WARPSTEP_FN __m512i lower_halves(__m512i lower, __m512i upper) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, lower, _mm512_slli_epi32(upper, 16));
+}
+
+WARPSTEP_FN Block load_block(const Halves& from) {
+  const auto [first, second] = Halves16::load(from.at);
+  return {{lower_as_numbers(first), upper_as_numbers(first), lower_as_numbers(second),
+           upper_as_numbers(second)}};
+}
+WARPSTEP_FN Block load_block(const RandomHalves& from) { return load_block(Halves{from.at}); }
+WARPSTEP_FN Block load_block(const MasterHalves& from) {
+  const Block high = load_block(Halves{from.at});
+  const auto [first, second] = Halves16::load(from.residual);
+  // With their signs: a sum of products is the shortest way to the lower half's.
+  const auto lower = [](__m512i x) { return _mm512_madd_epi16(x, every<1>()); };
+  const auto upper = [](__m512i x) { return _mm512_srai_epi32(x, 16); };
+  return {{_mm512_add_epi32(high.of[0], lower(first)), _mm512_add_epi32(high.of[1], upper(first)),
+           _mm512_add_epi32(high.of[2], lower(second)),
+           _mm512_add_epi32(high.of[3], upper(second))}};
+}
+
+// Of numbers, no NaN among them. `random` has 16 bits an element, where they are needed.
+WARPSTEP_FN void store_block(const Block& x, const Halves& to, const Halves16&) {
+  Block rounded;
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(x.of[i], 16), every<1>());
+    rounded.of[i] = _mm512_add_epi32(_mm512_add_epi32(x.of[i], every<0x7fff>()), is_odd);
+  }
+  upper_halves(rounded).store(to.at);
+}
+WARPSTEP_FN void store_block(const Block& x, const MasterHalves& to, const Halves16&) {
+  Block rounded;
+  for (int i = 0; i < kVectors; ++i) {
+    rounded.of[i] = _mm512_add_epi32(x.of[i], every<kHalfOfLast>());
+  }
+  upper_halves(rounded).store(to.at);
+  Halves16{lower_halves(x.of[0], x.of[1]), lower_halves(x.of[2], x.of[3])}.store(to.residual);
+}
+WARPSTEP_FN void store_block(const Block& x, const RandomHalves& to, const Halves16& random) {
+  const auto lower = [](__m512i bits) { return _mm512_and_si512(bits, every<0xffff>()); };
+  const auto upper = [](__m512i bits) { return _mm512_srli_epi32(bits, 16); };
+  upper_halves({{_mm512_add_epi32(x.of[0], lower(random.first)),
+                 _mm512_add_epi32(x.of[1], upper(random.first)),
+                 _mm512_add_epi32(x.of[2], lower(random.second)),
+                 _mm512_add_epi32(x.of[3], upper(random.second))}})
+      .store(to.at);
+}
+
+// ---- Codes
+
+// 16-bit lanes i and i + 16 side by side.
+WARPSTEP_FN __m512i interleaved(__m512i codes) {
+  alignas(64) static constexpr std::uint16_t kOrder[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), codes);
+}
+
+// Of interleaved() codes that are numbers.
+template <class C>
+WARPSTEP_FN Block decoded(__m512i codes, std::int32_t base) {
+  __m512i even, odd;  // as bfloat16
+  if constexpr (C::kSigned) {
+    const __m512i mask = every<0x87f087f0u>();
+    even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 4), mask);
+    odd = _mm512_and_si512(_mm512_srai_epi16(codes, 4), mask);
+  } else {
+    even = _mm512_and_si512(_mm512_slli_epi16(codes, 4), every<0x0ff00ff0>());
+    odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), every<0x0ff00ff0>());
+  }
+  const __m512i upper = _mm512_set1_epi16(static_cast<std::int16_t>(base >> 16));
+  const auto with_base = [&](__m512i x) {
+    const __mmask32 is_not_zero = _mm512_test_epi16_mask(x, C::kSigned ? every<0x07f007f0>() : x);
+    return _mm512_mask_add_epi16(x, is_not_zero, x, upper);
+  };
+  even = with_base(even), odd = with_base(odd);
+  return {{lower_as_numbers(even), lower_as_numbers(odd), upper_as_numbers(even),
+           upper_as_numbers(odd)}};
+}
+
+WARPSTEP_FN Block magnitudes_of(const Block& x) {
+  Block magnitudes;
+  for (int i = 0; i < kVectors; ++i) {
+    magnitudes.of[i] = _mm512_and_si512(x.of[i], every<0x7fffffff>());
+  }
+  return magnitudes;
+}
+
+// As bytes, too large and too small ones as the largest and least there are; below zero is zero, or
+// if `kSigned` the sign stays. In each 128 bits there are four of each vector.
+template <bool kSigned>
+WARPSTEP_FN __m512i packed(const Block& x) {
+  const __m512i first = _mm512_packs_epi32(x.of[0], x.of[1]);
+  const __m512i second = _mm512_packs_epi32(x.of[2], x.of[3]);
+  return kSigned ? _mm512_packs_epi16(first, second) : _mm512_packus_epi16(first, second);
+}
+// Those as they lie in memory.
+WARPSTEP_FN __m512i in_order(__m512i packed) {
+  alignas(16) static constexpr std::uint8_t kPairs[] = {0, 4,  1, 5,  2,  6,  3,  7,
+                                                        8, 12, 9, 13, 10, 14, 11, 15};
+  alignas(64) static constexpr std::uint64_t kHalves[] = {0, 2, 4, 6, 1, 3, 5, 7};
+  const __m128i pairs = _mm_load_si128(reinterpret_cast<const __m128i*>(kPairs));
+  return _mm512_permutexvar_epi64(_mm512_load_si512(kHalves),
+                                  _mm512_shuffle_epi8(packed, _mm512_broadcast_i32x4(pairs)));
+}
+
+// `base` with what blocks.h's encoded() takes from it.
+WARPSTEP_FN __m512i encoded_e4m3(const Block& x, __m512i base) {
+  Block codes = magnitudes_of(x);
+  for (__m512i& code : codes.of) code = _mm512_srai_epi32(_mm512_sub_epi32(code, base), 20);
+  constexpr int kBySelector = 0xca;  // the second's bits where the first has ones, else the third's
+  return in_order(_mm512_ternarylogic_epi32(every<0x7f7f7f7f>(), packed<false>(codes),
+                                            packed<true>(x), kBySelector));
+}
+WARPSTEP_FN __m512i encoded_ue5m3(const Block& x, __m512i base, const Halves16& random) {
+  const auto lower = [](__m512i bits) {
+    return _mm512_slli_epi32(_mm512_and_si512(bits, every<0xffff>()), 4);
+  };
+  const auto upper = [](__m512i bits) {
+    return _mm512_and_si512(_mm512_srli_epi32(bits, 12), every<0xffff0>());
+  };
+  Block codes = {
+      {lower(random.first), upper(random.first), lower(random.second), upper(random.second)}};
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512i rounded = _mm512_add_epi32(_mm512_sub_epi32(x.of[i], base), codes.of[i]);
+    codes.of[i] = _mm512_srai_epi32(rounded, 20);
+  }
+  // No positive number becomes zero.
+  const __m512i least = _mm512_min_epu8(packed<false>(x), every<0x01010101>());
+  return in_order(_mm512_max_epu8(packed<false>(codes), least));
+}
+
+// ---- Scales
+
+WARPSTEP_FN __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
+WARPSTEP_FN __m512i largest_of(const Block& x) {
+  return larger(larger(x.of[0], x.of[1]), larger(x.of[2], x.of[3]));
+}
+// Of a block's moments, as unsigned numbers: eight lanes for exp_avg, then eight for exp_avg_sq.
+WARPSTEP_FN __m512i largest_of(const Block& exp_avg, const Block& exp_avg_sq) {
+  const __m512i m = largest_of(magnitudes_of(exp_avg)), v = largest_of(exp_avg_sq);
+  return larger(_mm512_shuffle_i64x2(m, v, 0x44), _mm512_shuffle_i64x2(m, v, 0xee));
+}
+
+// Of the blocks that are stepped at once.
+class Scales {
+ public:
+  explicit Scales(const __m512i (&largest)[kBlocks]) {
+    // Halves are put side by side, and the larger ones kept, until there are two lanes for each.
+    const auto halved = [](__m512i a, __m512i b) {
+      return larger(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+    };
+    const __m512i a = halved(largest[0], largest[1]), b = halved(largest[2], largest[3]);
+    const __m512i in_pairs = larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    largest_ = larger(in_pairs, _mm512_shuffle_epi32(in_pairs, _MM_PERM_CDAB));
+    // As scale_of() and base_of().
+    const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(largest_, every<0x300000>()), 23);
+    scales_ = larger(exponents, of_both<E4m3::kReach + 1, Ue5m3::kReach + 1>());
+    bases_ = _mm512_sub_epi32(_mm512_slli_epi32(scales_, 23),
+                              of_both<(E4m3::kReach << 23) + 0x80000, (Ue5m3::kReach << 23) + 8>());
+  }
+
+  // Whether the largest are, and none is negative that has no sign.
+  bool are_of_numbers() const {
+    return _mm512_cmpge_epu32_mask(largest_, every<0x7f800000>()) == 0;
+  }
+  template <int kOfBlock>
+  WARPSTEP_FN __m512i base_of_exp_avg() const {
+    return base<lane_of(kOfBlock)>();
+  }
+  template <int kOfBlock>
+  WARPSTEP_FN __m512i base_of_exp_avg_sq() const {
+    return base<lane_of(kOfBlock) + 4>();
+  }
+  void store(std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq) const {
+    const __m512i order =
+        _mm512_setr_epi32(lane_of(0), lane_of(1), lane_of(2), lane_of(3), lane_of(0) + 4,
+                          lane_of(1) + 4, lane_of(2) + 4, lane_of(3) + 4, 0, 0, 0, 0, 0, 0, 0, 0);
+    alignas(16) std::uint8_t bytes[16];
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
+                    _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, scales_)));
+    std::memcpy(exp_avg, bytes, kBlocks);
+    std::memcpy(exp_avg_sq, bytes + kBlocks, kBlocks);
+  }
+
+ private:
+  // Where a block's exp_avg is, with exp_avg_sq four lanes further.
+  static constexpr int lane_of(int block) { return block / 2 * 2 + block % 2 * 8; }
+
+  template <std::uint32_t kOfExpAvg, std::uint32_t kOfExpAvgSq>
+  static __m512i of_both() {
+    return _mm512_mask_blend_epi32(0xf0f0, every<kOfExpAvg>(), every<kOfExpAvgSq>());
+  }
+  template <int kLane>
+  WARPSTEP_FN __m512i base() const {
+    return _mm512_permutexvar_epi32(every<kLane>(), bases_);
+  }
+
+  __m512i largest_, scales_, bases_;
+};
+
+// ---- Random bits
+
+// An operand's, for the blocks of a chunk.
+class BlockDraws {
+ public:
+  // `keys`: those of `from`. `upper`: the upper 32 bits of draws' indices, which the chunk shares.
+  BlockDraws(const LaneKeys& keys, const Draw& from, std::uint64_t upper)
+      : keys_(keys),
+        upper_(Lanes{} + upper),
+        step_(Lanes{} + from.step),
+        operand_(Lanes{} + from.operand) {}
+
+  // `index`: the lower bits of the block's first draw.
+  WARPSTEP_FN Halves16 of_block(std::uint32_t index) const {
+    static_assert(kBlock == kDrawn * kLanes, "a lane a draw");
+    const Lanes order = {0, 4, 1, 5, 2, 6, 3, 7};  // the block's halves take turns
+    Lanes words[] = {order + index, upper_, step_, operand_};
+    philox(words, keys_, product_of);
+    const auto side_by_side = [](Lanes a, Lanes b) {
+      return reinterpret_cast<__m512i>(_mm512_mask_moveldup_ps(reinterpret_cast<__m512>(a), 0xaaaa,
+                                                               reinterpret_cast<__m512>(b)));
+    };
+    const __m512i a = side_by_side(words[0], words[1]), b = side_by_side(words[2], words[3]);
+    return {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)};
+  }
+
+ private:
+  const LaneKeys& keys_;
+  const Lanes upper_, step_, operand_;
+};
+
+// ---- The step
+
+// A rule, and how its parameter lies (pairs.h). Gradients are bfloat16, moments e4m3 and ue5m3.
+template <class Rule, class Param>
+class InBlocks {
+ public:
+  static bool is_for(const RecipeKey& key) {
+    RecipeKey mine{Rule::id, {}};
+    mine.formats[kParam] = Param::format;
+    mine.formats[kResidual] = kHasMaster ? Format::int16 : Format::none;
+    mine.formats[kGrad] = Format::bfloat16;
+    mine.formats[kExpAvg] = Format::e4m3, mine.formats[kExpAvgSq] = Format::ue5m3;
+    mine.formats[kScale] = mine.formats[kScale + 1] = Format::uint8;
+    return key == mine;
+  }
+
+  static void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
+    const Tail& tail = launch.tail;
+    const bool only_steps =
+        is_taken(tail) && tail.statistics == nullptr && tail.grads_after == GradsAfter::kept;
+    const Keys keys(launch.seed);
+    const LaneKeys lane_keys(keys);
+    TileStepper<Rule> tiles(launch);
+    for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums& sums) {
+      const auto [begin, end] = of.range;
+      std::int64_t at = begin;
+      if (only_steps && c.is_usual() && InBlocks::draws_are_whole(of)) {
+        const float step_after = tail.steps_advanced ? of.step : of.step + 1;
+        const auto draws = [&](std::uint32_t operand) {
+          return BlockDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
+                            draw_of(of.row, begin) >> 32);
+        };
+        const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
+        for (; at + kAtOnce <= end; at += kAtOnce) {
+          if (!blocks.step(c, at)) tiles.step(c, of, at, kAtOnce, sums);
+        }
+      }
+      for (; at < end; at += kDecoded) tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
+    });
+  }
+
+ private:
+  using C = Constants<Rule, float>;
+  static constexpr bool kHasMaster = std::is_same_v<Param, MasterHalves>;
+  static constexpr bool kIsRandom = std::is_same_v<Param, RandomHalves>;
+  static constexpr std::uint32_t kExpAvg = kMoment, kExpAvgSq = kMoment + 1;
+  static_assert(Rule::kMoments == 2, "exp_avg and exp_avg_sq");
+
+  // A block's numbers after the step.
+  struct Stepped {
+    Block param, exp_avg, exp_avg_sq;
+  };
+
+  static std::uint64_t draw_of(const TensorRow& row, std::int64_t at) {
+    return static_cast<std::uint64_t>(row.first + at) / kDrawn;
+  }
+  // Whether the chunk begins with a draw, and the upper bits of its draws' indices are the same.
+  static bool draws_are_whole(const ChunkOf& of) {
+    return of.row.first % kDrawn == 0 &&
+           draw_of(of.row, of.range.begin) >> 32 == draw_of(of.row, of.range.end) >> 32;
+  }
+
+  InBlocks(const ChunkOf& of, const BlockDraws& of_param, const BlockDraws& of_exp_avg_sq)
+      : row_(of.row),
+        grad_(static_cast<bfloat16*>(of.grad)),
+        of_param_(of_param),
+        of_exp_avg_sq_(of_exp_avg_sq) {}
+
+  // Elements [at, at + kAtOnce); false, and nothing done, where something is no finite number.
+  WARPSTEP_FN bool step(const C& c, std::int64_t at) const {
+    Halves16 random[kBlocks], random_of_param[kBlocks];
+    draw(of_exp_avg_sq_, at, random);
+    if (kIsRandom) draw(of_param_, at, random_of_param);
+
+    Stepped stepped[kBlocks];
+    __m512i largest[kBlocks];
+    bool are_finite = true;
+    for (int b = 0; b < kBlocks; ++b) {
+      are_finite &= step_block(c, at + b * kBlock, stepped[b], largest[b]);
+    }
+    const Scales scales(largest);
+    if (__builtin_expect(!are_finite || !scales.are_of_numbers(), false)) return false;
+
+    store<0>(stepped, scales, random, random_of_param, at);
+    scales.store(operand<std::uint8_t>(kScale, at / kBlock),
+                 operand<std::uint8_t>(kScale + 1, at / kBlock));
+    return true;
+  }
+
+  WARPSTEP_FN void draw(const BlockDraws& from, std::int64_t at,
+                        Halves16 (&random)[kBlocks]) const {
+    auto index = static_cast<std::uint32_t>(draw_of(row_, at));
+    for (Halves16& bits : random) bits = from.of_block(index), index += kBlock / kDrawn;
+  }
+
+  // Whether all that it read and made is finite; but its moments may be none.
+  WARPSTEP_FN bool step_block(const C c, std::int64_t at, Stepped& to, __m512i& largest) const {
+    const __m512i m_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvg, at));
+    const __m512i v_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvgSq, at));
+    const std::uint8_t m_scale = *operand<std::uint8_t>(kScale, at / kBlock);
+    const std::uint8_t v_scale = *operand<std::uint8_t>(kScale + 1, at / kBlock);
+    const __m512i largest_codes =
+        _mm512_max_epu8(_mm512_or_si512(m_codes, every<0x80808080u>()), v_codes);
+    const __mmask64 no_numbers =
+        _mm512_cmpge_epu8_mask(largest_codes, every<Ue5m3::kInfinite * 0x01010101u>());
+    static_assert((E4m3::kInfinite | 0x80) == Ue5m3::kInfinite, "one comparison for both");
+    // With the last scale the codes of numbers may be infinite.
+    const bool are_finite = (m_scale != 0xff) & (v_scale != 0xff);
+
+    const Block p = load_block(param_at(at)), g = load_block(Halves{grad_ + at});
+    const Block m = decoded<E4m3>(interleaved(m_codes), base_of<E4m3>(m_scale));
+    const Block v = decoded<Ue5m3>(interleaved(v_codes), base_of<Ue5m3>(v_scale));
+    struct Vector {
+      float lane[16];
+    };
+    for (int i = 0; i < kVectors; ++i) {
+      Vector param = bits_as<Vector>(p.of[i]), grad = bits_as<Vector>(g.of[i]);
+      Vector exp_avg = bits_as<Vector>(m.of[i]), exp_avg_sq = bits_as<Vector>(v.of[i]);
+      for (int k = 0; k < 16; ++k) {
+        float moments[] = {exp_avg.lane[k], exp_avg_sq.lane[k]};
+        param.lane[k] = stepped<Rule, Part::finite>(c, param.lane[k], grad.lane[k], moments);
+        exp_avg.lane[k] = moments[0], exp_avg_sq.lane[k] = moments[1];
+      }
+      to.param.of[i] = bits_as<__m512i>(param);
+      to.exp_avg.of[i] = bits_as<__m512i>(exp_avg);
+      to.exp_avg_sq.of[i] = bits_as<__m512i>(exp_avg_sq);
+    }
+    largest = largest_of(to.exp_avg, to.exp_avg_sq);
+
+    // An infinite parameter has become NaN, but where it stays what it is by any rule.
+    const auto any_nan = [&](int i, int j) {
+      return _mm512_cmp_ps_mask(bits_as<__m512>(to.param.of[i]), bits_as<__m512>(to.param.of[j]),
+                                _CMP_UNORD_Q);
+    };
+    return are_finite & ((no_numbers | any_nan(0, 1) | any_nan(2, 3)) == 0);
+  }
+
+  // Blocks from `kFirst` on.
+  template <int kFirst>
+  WARPSTEP_FN void store(const Stepped (&stepped)[kBlocks], const Scales& scales,
+                         const Halves16 (&random)[kBlocks],
+                         const Halves16 (&random_of_param)[kBlocks], std::int64_t at) const {
+    if constexpr (kFirst < kBlocks) {
+      const auto& [param, exp_avg, exp_avg_sq] = stepped[kFirst];
+      _mm512_storeu_si512(operand<std::uint8_t>(kExpAvg, at),
+                          encoded_e4m3(exp_avg, scales.base_of_exp_avg<kFirst>()));
+      _mm512_storeu_si512(
+          operand<std::uint8_t>(kExpAvgSq, at),
+          encoded_ue5m3(exp_avg_sq, scales.base_of_exp_avg_sq<kFirst>(), random[kFirst]));
+      store_block(param, param_at(at), random_of_param[kFirst]);
+      store<kFirst + 1>(stepped, scales, random, random_of_param, at + kBlock);
+    }
+  }
+
+  template <class T>
+  WARPSTEP_FN T* operand(std::uint32_t which, std::int64_t at) const {
+    return static_cast<T*>(row_.operands[which]) + at;
+  }
+  WARPSTEP_FN Param param_at(std::int64_t at) const {
+    Param param{};
+    param.at = operand<bfloat16>(kParam, at);
+    if constexpr (kHasMaster) param.residual = operand<std::int16_t>(kResidual, at);
+    return param;
+  }
+
+  const TensorRow& row_;
+  bfloat16* const grad_;
+  const BlockDraws of_param_, of_exp_avg_sq_;
+};
+
+using AllInBlocks = List<InBlocks<AdamW<false>, Halves>, InBlocks<AdamW<false>, MasterHalves>,
+                         InBlocks<AdamW<false>, RandomHalves>>;
+
+}  // namespace
+}  // namespace warpstep
+#endif

@@ -1,0 +1,99 @@
+"""8-bit moments on the CPU: blocks in registers (kernels/cpu/eight.h) leave the bits of tiles.
+
+Statistics change no bit and go through tiles, so an optimizer with them is the other one's oracle.
+"""
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+import warpstep
+from support.bits import raw_bits
+
+RECIPES = {
+    "nearest": {"rounding": "nearest"},
+    "stochastic": {"rounding": "stochastic"},
+    "master": {"master": "residual"},
+}
+CODES = ("exp_avg_codes", "exp_avg_sq_codes")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+# The least and the largest scales, zeros and all that is no number: bits of a bfloat16 or a byte.
+SPECIAL_HALVES = (0x0000, 0x8000, 0x0001, 0x8001, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF)
+SPECIAL_CODES = (0x00, 0x01, 0x7D, 0x7E, 0x7F, 0x80, 0x81, 0xFD, 0xFE, 0xFF)
+SPECIAL_SCALES = (0, 1, 15, 16, 17, 31, 32, 33, 253, 254, 255)
+
+
+def bfloat16(random, size):
+    """Numbers of either sign over many decades."""
+    magnitudes = numpy.exp2(random.uniform(-40, 10, size))
+    signs = random.choice((-1.0, 1.0), size)
+    return torch.from_numpy(magnitudes * signs).to(torch.bfloat16)
+
+
+def put(tensor, specials, choices, random):
+    """Writes some of `choices` somewhere into a tensor, as bits."""
+    flat = tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8).flatten()
+    for _ in range(specials):
+        bits = int(random.choice(choices))
+        flat[int(random.integers(flat.numel()))] = bits - 0x10000 * (
+            flat.dtype == torch.int16 and bits > 0x7FFF
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(64, 72),
+    specials=st.fixed_dictionaries(
+        {k: st.sampled_from((0, 0, 0, 1, 3)) for k in ("param", "grad", "codes", "scales")}
+    ),
+    scales=st.sampled_from(((100, 130), (0, 256), (250, 256))),
+    options=st.fixed_dictionaries(
+        {
+            "lr": st.sampled_from((1e-3, 0.0, 10.0)),
+            "betas": st.sampled_from(((0.9, 0.999), (0.0, 0.0), (0.4, 0.6), (0.99, 0.9999))),
+            "eps": st.sampled_from((1e-8, 0.0, 1.0)),
+            "weight_decay": st.sampled_from((0.01, 0.0, 0.5)),
+            "maximize": st.booleans(),
+        }
+    ),
+)
+def test_blocks_in_registers_have_the_bits_of_tiles(recipe, seed, rows, specials, scales, options):
+    random = numpy.random.default_rng(seed)
+    size = (rows, 64)
+    start = bfloat16(random, size)
+    twins = []
+    for stats in (False, True):
+        p = Parameter(start.clone())
+        p.grad = torch.zeros_like(p)
+        o = warpstep.AdamW(
+            [p], state_dtype="8bit", stats=stats, seed=7, **RECIPES[recipe], **options
+        )
+        o.step()
+        twins.append((o, p))
+    (mine, p), (other, q) = twins
+    state = mine.state[p]
+    for step in range(2):
+        with torch.no_grad():
+            p.grad.copy_(bfloat16(random, size))
+            put(p.grad, specials["grad"], SPECIAL_HALVES, random)
+            put(p.data, specials["param"], SPECIAL_HALVES, random)
+            for name in CODES:
+                state[name].copy_(torch.from_numpy(random.integers(0, 126, size)))
+                put(state[name], specials["codes"], SPECIAL_CODES, random)
+            for name in SCALES:
+                state[name].copy_(torch.from_numpy(random.integers(*scales, state[name].shape)))
+                put(state[name], specials["scales"], SPECIAL_SCALES, random)
+            if "master_param" in state:
+                state["master_param"].random_(-(2**15), 2**15)
+            q.data.copy_(p.data), q.grad.copy_(p.grad)
+            for name, value in state.items():
+                other.state[q][name].copy_(value)
+        mine.step(), other.step()
+        assert torch.equal(raw_bits(p), raw_bits(q)), step
+        for name, value in state.items():
+            assert torch.equal(raw_bits(value), raw_bits(other.state[q][name])), (name, step)
