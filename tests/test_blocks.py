@@ -18,7 +18,7 @@ RECIPES = {
     "stochastic": {"rounding": "stochastic"},
     "master": {"master": "residual"},
 }
-CODES = ("exp_avg_codes", "exp_avg_sq_codes")
+CODES = {"exp_avg_codes": 0x7E, "exp_avg_sq_codes": 0xFE}  # the first that is no number
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 # The least and the largest scales, zeros and all that is no number: bits of a bfloat16 or a byte.
 SPECIAL_HALVES = (0x0000, 0x8000, 0x0001, 0x8001, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF)
@@ -82,8 +82,8 @@ def test_blocks_in_registers_have_the_bits_of_tiles(recipe, seed, rows, specials
             p.grad.copy_(bfloat16(random, size))
             put(p.grad, specials["grad"], SPECIAL_HALVES, random)
             put(p.data, specials["param"], SPECIAL_HALVES, random)
-            for name in CODES:
-                state[name].copy_(torch.from_numpy(random.integers(0, 126, size)))
+            for name, end in CODES.items():
+                state[name].copy_(torch.from_numpy(random.integers(0, end, size)))
                 put(state[name], specials["codes"], SPECIAL_CODES, random)
             for name in SCALES:
                 state[name].copy_(torch.from_numpy(random.integers(*scales, state[name].shape)))

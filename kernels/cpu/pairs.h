@@ -47,6 +47,31 @@ struct MasterHalves {  // with a residual, a float32
   WARPSTEP_FN void store(float x, std::int64_t i) const { split(x, at[i], residual[i]); }
 };
 
+struct Singles {  // float32, which are no pairs
+  static constexpr Format format = Format::float32;
+  float* at;
+
+  WARPSTEP_FN float load(std::int64_t i) const { return at[i]; }
+  WARPSTEP_FN void store(float x, std::int64_t i) const { at[i] = x; }
+};
+
+template <class Rule, Part kPart, class Param, class... Moment>
+WARPSTEP_FN void step_one(std::int64_t i, const Constants<Rule, float>& c, const Param& param,
+                          const Halves& grad, const Moment&... moments) {
+  float numbers[] = {moments.load(i)..., 0.0f};
+  param.store(stepped<Rule, kPart>(c, param.load(i), grad.load(i), numbers), i);
+  [[maybe_unused]] std::uint32_t next = 0;
+  (moments.store(numbers[next++], i), ...);
+}
+
+// One at a time: vectors of 16 and of 32 bits are shuffled into each other.
+template <class Rule, Part kPart, class Param, class... Moment>
+void step_singly(const Constants<Rule, float> c, std::int64_t count, const Param param,
+                 const Halves grad, const Moment... moments) {
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < count; ++i) step_one<Rule, kPart>(i, c, param, grad, moments...);
+}
+
 // Elements [first, count).
 template <class Rule, Part kPart, class Param, class... Moment>
 void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t count,
@@ -74,12 +99,7 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
     next = 0;
     (moments.store(m[next++], i), ...);
   }
-  if (i < count) {
-    float numbers[] = {moments.load(i)..., 0.0f};
-    param.store(stepped<Rule, kPart>(c, param.load(i), grad.load(i), numbers), i);
-    next = 0;
-    (moments.store(numbers[next++], i), ...);
-  }
+  if (i < count) step_one<Rule, kPart>(i, c, param, grad, moments...);
 }
 
 #if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)

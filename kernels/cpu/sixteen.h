@@ -1,6 +1,6 @@
-// The step on the CPU for recipes in 16 bits that are no codec's of one element: masters in two
-// halves, rounding at random. With averages, copies, statistics or gradients that are written it
-// goes through tiles, with the same bits.
+// The step on the CPU for a bfloat16 parameter and gradient where a format is no codec's of one
+// element: a master in two halves, rounding at random. With averages, copies, statistics or
+// gradients that are written it goes through tiles, with the same bits.
 #pragma once
 
 #include "draws.h"
@@ -51,22 +51,32 @@ class InPairs {
   template <Part kPart, std::size_t... kIndex>
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count,
             std::index_sequence<kIndex...>) {
-    step_pairs<Rule, kPart>(c, count, operand<Param>(of, kParam, at, count),
-                            Halves{static_cast<bfloat16*>(of.grad) + at},
-                            operand<Moment>(of, kMoment + kIndex, at, count)...);
+    const auto step = [&](auto... operands) {
+      if constexpr ((std::is_same_v<Moment, Singles> || ...)) {
+        step_singly<Rule, kPart>(c, count, operands...);
+      } else {
+        step_pairs<Rule, kPart>(c, count, operands...);
+      }
+    };
+    step(operand<Param>(of, kParam, at, count), Halves{static_cast<bfloat16*>(of.grad) + at},
+         operand<Moment>(of, kMoment + kIndex, at, count)...);
   }
 
   template <class Kind>
   Kind operand(const ChunkOf& of, std::uint32_t which, std::int64_t at, std::int64_t count) {
-    bfloat16* const halves = static_cast<bfloat16*>(of.row.operands[which]) + at;
-    if constexpr (std::is_same_v<Kind, MasterHalves>) {
-      return {halves, static_cast<std::int16_t*>(of.row.operands[kResidual]) + at};
+    const auto elements = [&](std::uint32_t which_one, auto element) {
+      return static_cast<decltype(element)*>(of.row.operands[which_one]) + at;
+    };
+    if constexpr (std::is_same_v<Kind, Singles>) {
+      return {elements(which, float{})};
+    } else if constexpr (std::is_same_v<Kind, MasterHalves>) {
+      return {elements(which, bfloat16{}), elements(kResidual, std::int16_t{})};
     } else if constexpr (std::is_same_v<Kind, RandomHalves>) {
       const float step_after = steps_advanced_ ? of.step : of.step + 1;
       const Draw from(keys_, step_after, of.row.number, which);
-      return {halves, draws_[which].fill(from, of.row.first + at, count)};
+      return {elements(which, bfloat16{}), draws_[which].fill(from, of.row.first + at, count)};
     } else {
-      return {halves};
+      return {elements(which, bfloat16{})};
     }
   }
 
@@ -75,7 +85,8 @@ class InPairs {
   TileDraws<kDecoded> draws_[kMomentEnd];
 };
 
-using AllInPairs = List<InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves>,
+using AllInPairs = List<InPairs<AdamW<false>, MasterHalves, Singles, Singles>,
+                        InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves>,
                         InPairs<AdamW<false>, RandomHalves, Halves, RandomHalves>,
                         InPairs<AdamW<false>, Halves, Halves, RandomHalves>>;
 
