@@ -13,34 +13,35 @@ from torch.nn import Parameter
 import warpstep
 from support.bits import raw_bits
 
+BF16, F32 = torch.bfloat16, torch.float32
 RECIPES = {
-    "nearest": {"rounding": "nearest"},
-    "stochastic": {"rounding": "stochastic"},
-    "master": {"master": "residual"},
+    "float32": (F32, {}),
+    "nearest": (BF16, {"rounding": "nearest"}),
+    "stochastic": (BF16, {"rounding": "stochastic"}),
+    "master": (BF16, {"master": "residual"}),
 }
 CODES = {"exp_avg_codes": 0x7E, "exp_avg_sq_codes": 0xFE}  # the first that is no number
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-# The least and the largest scales, zeros and all that is no number: bits of a bfloat16 or a byte.
-SPECIAL_HALVES = (0x0000, 0x8000, 0x0001, 0x8001, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF)
+# Zeros, the least and the largest, and all that is no number: the bits of a bfloat16, or a byte's.
+SPECIAL_NUMBERS = (0x0000, 0x8000, 0x0001, 0x8001, 0x7F7F, 0xFF7F, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF)
 SPECIAL_CODES = (0x00, 0x01, 0x7D, 0x7E, 0x7F, 0x80, 0x81, 0xFD, 0xFE, 0xFF)
 SPECIAL_SCALES = (0, 1, 15, 16, 17, 31, 32, 33, 253, 254, 255)
 
 
-def bfloat16(random, size):
-    """Numbers of either sign over many decades."""
+def numbers(dtype, random, size):
+    """Of either sign, over many decades."""
     magnitudes = numpy.exp2(random.uniform(-40, 10, size))
     signs = random.choice((-1.0, 1.0), size)
-    return torch.from_numpy(magnitudes * signs).to(torch.bfloat16)
+    return torch.from_numpy(magnitudes * signs).to(dtype)
 
 
 def put(tensor, specials, choices, random):
-    """Writes some of `choices` somewhere into a tensor, as bits."""
-    flat = tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.uint8).flatten()
+    """Writes some of `choices` somewhere into a tensor of numbers or bytes."""
     for _ in range(specials):
         bits = int(random.choice(choices))
-        flat[int(random.integers(flat.numel()))] = bits - 0x10000 * (
-            flat.dtype == torch.int16 and bits > 0x7FFF
-        )
+        if tensor.dtype != torch.uint8:
+            bits = torch.tensor(bits << 16, dtype=torch.uint32).view(torch.float32)
+        tensor.view(-1)[int(random.integers(tensor.numel()))] = bits
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -65,23 +66,22 @@ def put(tensor, specials, choices, random):
 def test_blocks_in_registers_have_the_bits_of_tiles(recipe, seed, rows, specials, scales, options):
     random = numpy.random.default_rng(seed)
     size = (rows, 64)
-    start = bfloat16(random, size)
+    dtype, kept = RECIPES[recipe]
+    start = numbers(dtype, random, size)
     twins = []
     for stats in (False, True):
         p = Parameter(start.clone())
         p.grad = torch.zeros_like(p)
-        o = warpstep.AdamW(
-            [p], state_dtype="8bit", stats=stats, seed=7, **RECIPES[recipe], **options
-        )
+        o = warpstep.AdamW([p], state_dtype="8bit", stats=stats, seed=7, **kept, **options)
         o.step()
         twins.append((o, p))
     (mine, p), (other, q) = twins
     state = mine.state[p]
     for step in range(2):
         with torch.no_grad():
-            p.grad.copy_(bfloat16(random, size))
-            put(p.grad, specials["grad"], SPECIAL_HALVES, random)
-            put(p.data, specials["param"], SPECIAL_HALVES, random)
+            p.grad.copy_(numbers(dtype, random, size))
+            put(p.grad, specials["grad"], SPECIAL_NUMBERS, random)
+            put(p.data, specials["param"], SPECIAL_NUMBERS, random)
             for name, end in CODES.items():
                 state[name].copy_(torch.from_numpy(random.integers(0, end, size)))
                 put(state[name], specials["codes"], SPECIAL_CODES, random)

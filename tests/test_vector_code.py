@@ -92,11 +92,12 @@ extern "C" long run(const Constants<AdamW<false>, float>& c, long count, bfloat1
     assert not re.search(r"vmov\w+\s+%zmm\d+, \S*\(%r[bs]p", code), "kept in memory"
 
 
-@pytest.mark.parametrize("param", IN_PAIRS)
+@pytest.mark.parametrize("param", ["Singles", *IN_PAIRS])
 def test_blocks_of_8_bits_are_stepped_in_registers(tmp_path, param):
     """One block in a loop, and no constant made anew in it by way of a general register."""
+    grad = "Singles" if param == "Singles" else "Halves"
     whole = f"""
-extern "C" bool run(const InBlocks<AdamW<false>, {param}>& blocks,
+extern "C" bool run(const InBlocks<AdamW<false>, {param}, {grad}>& blocks,
                     const Constants<AdamW<false>, float>& c, long at) {{
   return blocks.step(c, at);
 }}"""

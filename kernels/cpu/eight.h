@@ -76,6 +76,17 @@ WARPSTEP_FN Block load_block(const Halves& from) {
   return {{lower_as_numbers(first), upper_as_numbers(first), lower_as_numbers(second),
            upper_as_numbers(second)}};
 }
+WARPSTEP_FN Block load_block(const Singles& from) {
+  alignas(64) static constexpr std::int32_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
+                                                       16, 18, 20, 22, 24, 26, 28, 30};
+  alignas(64) static constexpr std::int32_t kOdd[] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                      17, 19, 21, 23, 25, 27, 29, 31};
+  const auto picked = [&](const std::int32_t (&order)[16], std::int64_t at) {
+    return _mm512_permutex2var_epi32(_mm512_loadu_si512(from.at + at), _mm512_load_si512(order),
+                                     _mm512_loadu_si512(from.at + at + 16));
+  };
+  return {{picked(kEven, 0), picked(kOdd, 0), picked(kEven, 32), picked(kOdd, 32)}};
+}
 WARPSTEP_FN Block load_block(const RandomHalves& from) { return load_block(Halves{from.at}); }
 WARPSTEP_FN Block load_block(const MasterHalves& from) {
   const Block high = load_block(Halves{from.at});
@@ -89,6 +100,18 @@ WARPSTEP_FN Block load_block(const MasterHalves& from) {
 }
 
 // Of numbers, no NaN among them. `random` has 16 bits an element, where they are needed.
+WARPSTEP_FN void store_block(const Block& x, const Singles& to, const Halves16&) {
+  alignas(64) static constexpr std::int32_t kFirst[] = {0, 16, 1, 17, 2, 18, 3, 19,
+                                                        4, 20, 5, 21, 6, 22, 7, 23};
+  alignas(64) static constexpr std::int32_t kSecond[] = {8,  24, 9,  25, 10, 26, 11, 27,
+                                                         12, 28, 13, 29, 14, 30, 15, 31};
+  for (int half = 0; half < 2; ++half) {
+    const __m512i even = x.of[2 * half], odd = x.of[2 * half + 1];
+    float* const at = to.at + 32 * half;
+    _mm512_storeu_si512(at, _mm512_permutex2var_epi32(even, _mm512_load_si512(kFirst), odd));
+    _mm512_storeu_si512(at + 16, _mm512_permutex2var_epi32(even, _mm512_load_si512(kSecond), odd));
+  }
+}
 WARPSTEP_FN void store_block(const Block& x, const Halves& to, const Halves16&) {
   Block rounded;
   for (int i = 0; i < kVectors; ++i) {
@@ -301,15 +324,15 @@ class BlockDraws {
 
 // ---- The step
 
-// A rule, and how its parameter lies (pairs.h). Gradients are bfloat16, moments e4m3 and ue5m3.
-template <class Rule, class Param>
+// A rule, and how its parameter and gradient lie (pairs.h). Moments are e4m3 and ue5m3.
+template <class Rule, class Param, class Grad>
 class InBlocks {
  public:
   static bool is_for(const RecipeKey& key) {
     RecipeKey mine{Rule::id, {}};
     mine.formats[kParam] = Param::format;
     mine.formats[kResidual] = kHasMaster ? Format::int16 : Format::none;
-    mine.formats[kGrad] = Format::bfloat16;
+    mine.formats[kGrad] = Grad::format;
     mine.formats[kExpAvg] = Format::e4m3, mine.formats[kExpAvgSq] = Format::ue5m3;
     mine.formats[kScale] = mine.formats[kScale + 1] = Format::uint8;
     return key == mine;
@@ -363,7 +386,7 @@ class InBlocks {
 
   InBlocks(const ChunkOf& of, const BlockDraws& of_param, const BlockDraws& of_exp_avg_sq)
       : row_(of.row),
-        grad_(static_cast<bfloat16*>(of.grad)),
+        grad_{static_cast<decltype(Grad::at)>(of.grad)},
         of_param_(of_param),
         of_exp_avg_sq_(of_exp_avg_sq) {}
 
@@ -408,7 +431,7 @@ class InBlocks {
     // With the last scale the codes of numbers may be infinite.
     const bool are_finite = (m_scale != 0xff) & (v_scale != 0xff);
 
-    const Block p = load_block(param_at(at)), g = load_block(Halves{grad_ + at});
+    const Block p = load_block(param_at(at)), g = load_block(Grad{grad_.at + at});
     const Block m = decoded<E4m3>(interleaved(m_codes), base_of<E4m3>(m_scale));
     const Block v = decoded<Ue5m3>(interleaved(v_codes), base_of<Ue5m3>(v_scale));
     struct Vector {
@@ -459,18 +482,20 @@ class InBlocks {
   }
   WARPSTEP_FN Param param_at(std::int64_t at) const {
     Param param{};
-    param.at = operand<bfloat16>(kParam, at);
+    param.at = static_cast<decltype(Param::at)>(row_.operands[kParam]) + at;
     if constexpr (kHasMaster) param.residual = operand<std::int16_t>(kResidual, at);
     return param;
   }
 
   const TensorRow& row_;
-  bfloat16* const grad_;
+  const Grad grad_;
   const BlockDraws of_param_, of_exp_avg_sq_;
 };
 
-using AllInBlocks = List<InBlocks<AdamW<false>, Halves>, InBlocks<AdamW<false>, MasterHalves>,
-                         InBlocks<AdamW<false>, RandomHalves>>;
+using AllInBlocks =
+    List<InBlocks<AdamW<false>, Singles, Singles>,  //
+         InBlocks<AdamW<false>, Halves, Halves>, InBlocks<AdamW<false>, MasterHalves, Halves>,
+         InBlocks<AdamW<false>, RandomHalves, Halves>>;
 
 }  // namespace
 }  // namespace warpstep
