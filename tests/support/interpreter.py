@@ -33,9 +33,12 @@ def look_up_once() -> None:
 
     It patches the whole language at each launch and at each call of a function of Triton's own,
     makes a table of all types to look one up, and works out whether an integer overflows without
-    looking at the answer (TritonSemantic.device_assert, without `debug`): a third of the time.
+    looking at the answer (TritonSemantic.device_assert, without `debug`): a third of the time. Of
+    the rest, more than half is an operation's types (support/remembered.py).
     """
     from triton.runtime import interpreter
+
+    from support import remembered
 
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
@@ -59,3 +62,16 @@ def look_up_once() -> None:
         return by_name[dtype.name]
 
     interpreter._get_np_dtype = np_dtype_by_name
+
+    def patch_operation(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        scope.set_attr(owner, name, remembered.remembering(member))
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_too(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        for name in ("__bool__", "__index__"):
+            scope.set_attr(tensor, name, remembered.asking(getattr(tensor, name)))
+
+    interpreter._patch_attr = patch_operation
+    interpreter._patch_lang_tensor = patch_tensor_too
