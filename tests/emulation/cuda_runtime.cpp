@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -46,8 +47,8 @@ struct Exchanges {
 };
 
 struct Fiber {
-  ucontext_t context;
   std::unique_ptr<char[]> stack;
+  void* at[5] = {};  // where it goes on, once it has begun
   bool done = false;
   // By mask: threads that have met in a part of a warp may go on alone, and meet the others later.
   std::map<unsigned, Exchanges> exchanges;
@@ -60,7 +61,7 @@ struct Fiber {
 struct Block {
   dim3 index{0}, size{0}, thread{0};
   const std::function<void()>* body = nullptr;
-  std::vector<Fiber> fibers;
+  std::deque<Fiber> fibers;  // which stay where they are
   Fiber scheduler;  // on the thread's own stack
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_size = 0;
@@ -79,6 +80,20 @@ std::atomic<const char*> diverged{nullptr};
   std::abort();
 }
 
+// Not by swapcontext: it calls the system, and has the address sanitizer forget what it knows of the
+// stack. Both took longer than the kernels.
+[[noreturn, gnu::noinline, gnu::no_sanitize("address")]] void go_on(Fiber& fiber) {
+  __builtin_longjmp(fiber.at, 1);
+}
+
+[[gnu::noinline, gnu::no_sanitize("address")]] void leave_for(Fiber& from, Fiber& to) {
+  if (__builtin_setjmp(from.at) == 0) go_on(to);
+}
+
+[[gnu::noinline, gnu::no_sanitize("address")]] void enter(Fiber& from, const ucontext_t& to) {
+  if (__builtin_setjmp(from.at) == 0) setcontext(&to);
+}
+
 // The sanitizers must be told of every change of stack.
 void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] const void* stack,
                    [[maybe_unused]] std::size_t size) {
@@ -86,7 +101,7 @@ void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] const void* stack,
   __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, stack, size);
 #endif
   if (finds_races()) __tsan_switch_to_fiber(to.sanitized, __tsan_switch_to_fiber_no_sync);
-  swapcontext(&from.context, &to.context);
+  leave_for(from, to);
 }
 
 void after_switch([[maybe_unused]] Fiber& to) {
@@ -106,13 +121,29 @@ void to_scheduler(Fiber& from) {
   after_switch(from);
 }
 
-void fiber_main() {
+[[noreturn]] void fiber_main() {
   Fiber& fiber = *block.current;
+  leave_for(fiber, block.scheduler);  // `begin`, until there is something to run
   after_switch(fiber);
-  (*block.body)();
-  if (finds_races()) __tsan_release(&block.end);
-  fiber.done = true;
-  to_scheduler(fiber);
+  for (;;) {
+    (*block.body)();
+    if (finds_races()) __tsan_release(&block.end);
+    fiber.done = true;
+    to_scheduler(fiber);
+  }
+}
+
+// Gives a fiber a stack, on which it runs its thread of one block after the other.
+void begin(Fiber& fiber) {
+  fiber.stack.reset(new char[kStack]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  block.current = &fiber;
+  enter(block.scheduler, context);
 }
 
 // Whether all that a thread's shuffle waits for have come to it.
@@ -150,13 +181,8 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
     fiber.exchanges.clear();
     fiber.waits_for = 0;
     fiber.fake_stack = nullptr;
-    if (fiber.stack == nullptr) fiber.stack.reset(new char[kStack]);
+    if (fiber.stack == nullptr) begin(fiber);
     if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
   }
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
