@@ -1,5 +1,6 @@
 """Runs tests on the backends of this process (support/environment.py); skips what needs a GPU."""
 
+import gc
 import zlib
 
 import pytest
@@ -29,6 +30,17 @@ def pytest_generate_tests(metafunc):
 def _seed(request):
     """A test's random numbers are its own, whatever ran before it: a failure can be run again."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What modules make stays: the collector need not look through it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_addoption(parser):

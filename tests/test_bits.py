@@ -1,8 +1,6 @@
 """The same bits: whatever the threads, the instruction set, the grouping, the cuts, the run."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support import programs
 from support.bits import assert_same_bits, bits, train, train_tail
 from support.cases import each_recipe, each_recipe_with_options
 from support.environment import INTERPRETED
@@ -78,7 +77,8 @@ def test_a_tensor_in_two_pieces(backend, device, cut):
 
 
 _DIGEST = """
-import hashlib, itertools, torch, warpstep
+import hashlib, itertools, sys, torch, warpstep
+sys.path.insert(0, sys.argv[1])
 from functools import partial
 from torch.nn import Parameter
 from support import low_precision
@@ -139,10 +139,7 @@ def test_instruction_sets():
     """Every copy of the CPU kernel that this machine can run, each in a process of its own."""
     digests = {}
     for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
-        environment = {**os.environ, "WARPSTEP_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-        run = subprocess.run(
-            [sys.executable, "-c", _DIGEST], env=environment, capture_output=True, text=True
-        )
+        run = programs.run(_DIGEST, os.path.dirname(__file__), WARPSTEP_ISA=isa)
         assert run.returncode == 0, run.stderr
         used, digest = run.stdout.split()
         digests[used] = digest  # a set that is missing here falls back to the widest
