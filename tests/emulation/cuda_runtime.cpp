@@ -62,7 +62,7 @@ struct Block {
   dim3 index{0}, size{0}, thread{0};
   const std::function<void()>* body = nullptr;
   std::deque<Fiber> fibers;  // which stay where they are
-  Fiber scheduler;  // on the thread's own stack
+  Fiber scheduler;           // on the thread's own stack
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_size = 0;
   Fiber* current = nullptr;
@@ -80,8 +80,8 @@ std::atomic<const char*> diverged{nullptr};
   std::abort();
 }
 
-// Not by swapcontext: it calls the system, and has the address sanitizer forget what it knows of the
-// stack. Both took longer than the kernels.
+// Not by swapcontext: it calls the system, and has the address sanitizer forget what it knows of
+// the stack. Both took longer than the kernels.
 [[noreturn, gnu::noinline, gnu::no_sanitize("address")]] void go_on(Fiber& fiber) {
   __builtin_longjmp(fiber.at, 1);
 }
