@@ -173,10 +173,11 @@ WARPSTEP_FN std::int32_t magnitude_of(float x) {
 
 // The exponent of the largest; the next one where rounding might go beyond the last code that is a
 // number, which is that of 1.625. At least so much that every code is a normal float32.
+constexpr std::uint32_t kToNextScale = 0x300000;  // from 1.625 to 2
 template <class C>
 WARPSTEP_FN std::uint32_t scale_of(std::int32_t largest) {
   const auto magnitude = static_cast<std::uint32_t>(largest - kMagnitudeOfZero);
-  const std::uint32_t exponent = (magnitude + 0x300000u) >> 23;
+  const std::uint32_t exponent = (magnitude + kToNextScale) >> 23;
   constexpr std::uint32_t kLeast = C::kReach + 1;
   return exponent < kLeast ? kLeast : exponent;
 }
@@ -207,6 +208,7 @@ WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
 
 // To nearest, ties away from zero, or (ue5m3) by 16 random bits for the 20 that are cut off and the
 // middle of what else they might be. With `kAllNumbers` every magnitude_of() the block is positive.
+constexpr std::int32_t kHalfOfCode = 0x80000, kHalfOfRandom = 8;
 template <class C, bool kAllNumbers>
 WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t random) {
   const std::int32_t bits = bits_as<std::int32_t>(x);
@@ -215,8 +217,8 @@ WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t rando
   // No positive number of ue5m3 becomes zero.
   const std::int32_t least = C::kSigned ? 0 : min_of(magnitude, 1);
   const std::int32_t rounded =
-      C::kSigned ? magnitude - (base - 0x80000)
-                 : magnitude - (base - 8) + static_cast<std::int32_t>(random << 4);
+      C::kSigned ? magnitude - (base - kHalfOfCode)
+                 : magnitude - (base - kHalfOfRandom) + static_cast<std::int32_t>(random << 4);
   std::int32_t code = rounded >> 20;
   code = code < least ? least : code;
   if (!kAllNumbers && magnitude >= 0x7f800000) {

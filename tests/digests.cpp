@@ -256,6 +256,7 @@ std::vector<Case> cases() {
   all.push_back({"master, bfloat16", RuleId::adamw, bf16, bf16, {bf16, bf16_random}, i16});
   all.push_back({"master, 8 bits", RuleId::adamw, bf16, bf16, {e4m3, ue5m3}, i16});
   all.push_back({"master, 8 bits, average", RuleId::adamw, bf16, f32, {e4m3, ue5m3}, i16, f32});
+  all.push_back({"bfloat16, 8 bits", RuleId::adamw, bf16, bf16, {e4m3, ue5m3}});
   all.push_back({"at random, 8 bits", RuleId::adamw, bf16_random, bf16, {e4m3, ue5m3}});
   all.push_back({"float32, 8 bits", RuleId::adamw, f32, f32, {e4m3, ue5m3}});
   all.push_back({"float32, a copy", RuleId::adamw, f32, bf16, {f32, f32}, none, none, bf16});

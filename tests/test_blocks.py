@@ -55,15 +55,19 @@ def put(tensor, specials, choices, random):
     scales=st.sampled_from(((100, 130), (0, 256), (250, 256))),
     options=st.fixed_dictionaries(
         {
-            "lr": st.sampled_from((1e-3, 0.0, 10.0)),
+            "lr": st.sampled_from((1e-3, 0.0, 10.0, 1e30)),
             "betas": st.sampled_from(((0.9, 0.999), (0.0, 0.0), (0.4, 0.6), (0.99, 0.9999))),
             "eps": st.sampled_from((1e-8, 0.0, 1.0)),
-            "weight_decay": st.sampled_from((0.01, 0.0, 0.5)),
+            "weight_decay": st.sampled_from((0.01, 0.0, 0.5, 1e10)),
             "maximize": st.booleans(),
         }
     ),
+    sign=st.sampled_from((1, -1)),
+    flush=st.booleans(),
 )
-def test_blocks_in_registers_have_the_bits_of_tiles(recipe, seed, rows, specials, scales, options):
+def test_blocks_in_registers_have_the_bits_of_tiles(
+    recipe, seed, rows, specials, scales, options, sign, flush
+):
     random = numpy.random.default_rng(seed)
     size = (rows, 64)
     dtype, kept = RECIPES[recipe]
@@ -93,7 +97,58 @@ def test_blocks_in_registers_have_the_bits_of_tiles(recipe, seed, rows, specials
             q.data.copy_(p.data), q.grad.copy_(p.grad)
             for name, value in state.items():
                 other.state[q][name].copy_(value)
-        mine.step(), other.step()
+        for o in (mine, other):
+            o.param_groups[0]["lr"] = sign * options["lr"]  # which AdamW() does not take
+        torch.set_flush_denormal(flush)
+        try:
+            mine.step(), other.step()
+        finally:
+            torch.set_flush_denormal(False)
         assert torch.equal(raw_bits(p), raw_bits(q)), step
         for name, value in state.items():
             assert torch.equal(raw_bits(value), raw_bits(other.state[q][name])), (name, step)
+
+
+@pytest.mark.parametrize("recipe", ["stochastic", "master"])
+@pytest.mark.parametrize("first", [0, 64, 2**35 - 1024, 2**38 - 64])
+def test_ranges_have_the_bits_of_their_blocks(recipe, first):
+    """Ranges of a parameter, by blocks in registers and each block alone, which goes through tiles.
+
+    At 2^35 elements the index of random bits takes a second word.
+    """
+    random = numpy.random.default_rng(0)
+    size = 4096
+    operands = {
+        "params": numbers(BF16, random, size),
+        "grads": numbers(BF16, random, size),
+        "exp_avgs": torch.from_numpy(random.integers(0, 0x7E, size).astype("uint8")),
+        "exp_avg_sqs": torch.from_numpy(random.integers(0, 0xFE, size).astype("uint8")),
+        "exp_avg_scales": torch.full((size // 64,), 120, dtype=torch.uint8),
+        "exp_avg_sq_scales": torch.full((size // 64,), 110, dtype=torch.uint8),
+    }
+    if recipe == "master":
+        operands["residuals"] = torch.zeros(size, dtype=torch.int16)
+
+    def stepped(pieces):
+        mine = {name: value.clone() for name, value in operands.items()}
+        cut = {name: mine[name].chunk(pieces) for name in mine}
+        warpstep.functional.adamw_(
+            **{name: list(parts) for name, parts in cut.items()},
+            max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(3.0) for _ in range(pieces)],
+            param_indices=[5] * pieces,
+            first_elements=[first + i * size // pieces for i in range(pieces)],
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            rounding="stochastic" if recipe == "stochastic" else None,
+            seed=3,
+        )
+        return mine
+
+    whole, alone = stepped(1), stepped(size // 64)
+    for name, value in whole.items():
+        assert torch.equal(raw_bits(value), raw_bits(alone[name])), name
+        assert name == "grads" or not torch.equal(raw_bits(value), raw_bits(operands[name]))

@@ -110,6 +110,18 @@ extern "C" bool run(const InBlocks<AdamW<false>, {param}, {grad}>& blocks,
     assert len(re.findall(r"vpbroadcast\w\s+%[er]", code)) <= 2 + 4 * operands
 
 
+def test_tiles_beside_blocks_of_8_bits_are_simd_code(tmp_path):
+    """Where GCC took it for rare, it once copied the loop, and made that of single elements."""
+    whole = """
+extern "C" void run(const Launch& launch) {
+  InBlocks<AdamW<false>, MasterHalves, Halves>::step_chunks(launch, 0, 1);
+}"""
+    code = "".join(compiled([whole], "avx512", tmp_path).values())
+    of_tiles = len(re.findall(r"vsqrtps\s.*%zmm", code)) - 4
+    assert of_tiles == len(PARTS)
+    assert len(re.findall("vsqrtss", code)) <= of_tiles, "more than the last elements of vectors"
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("param", IN_PAIRS)
 def test_a_step_in_pairs_is_simd_code(assembly, param, part):

@@ -4,14 +4,15 @@
 // NOTE [the order in a block]
 // A block's 64 elements are four vectors: the even and the odd ones of its first half, then those
 // of its second half. So two vectors are the halves of 32-bit lanes, as 16-bit operands lie in
-// memory (pairs.h), and the four are the bytes of 32-bit lanes, once a code's halves are
-// interleaved(). Codes become numbers in lanes of 16 bits, and numbers codes in lanes of 8.
+// memory (pairs.h), and the four are the bytes of 32-bit lanes, once the halves of 64 codes are
+// interleaved(). Decoding is done in lanes of 16 bits, and most of encoding in lanes of 8: each
+// instruction does two or four times as much as with the lanes of float32.
 #pragma once
 
 #include "draws.h"
 #include "pairs.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 namespace warpstep {
 namespace {
 
@@ -19,24 +20,24 @@ constexpr int kVectors = 4;  // of a block
 
 // A block's numbers, or their bits.
 struct Block {
-  __m512i of[kVectors];
+  __m512i vectors[kVectors];
 };
 
 // A constant in each lane, from memory, where it costs no instruction. Others GCC makes anew for
 // each block, by way of general registers, in the unit that has the shuffles to do.
-template <std::uint32_t kLane>
+template <std::uint32_t kBits>
 WARPSTEP_FN __m512i every() {
-  __attribute__((used)) static std::uint32_t lane = kLane;  // "used": as if it might be changed
-  return _mm512_set1_epi32(static_cast<int>(lane));
+  __attribute__((used)) static std::uint32_t bits = kBits;  // "used": as if it might be changed
+  return _mm512_set1_epi32(static_cast<int>(bits));
 }
 
 // ---- Operands of 16 and 32 bits
 
-// 16 bits an element, as they lie in memory.
-struct Halves16 {
+// A word of 16 bits an element, as they lie in memory.
+struct Words {
   __m512i first, second;  // half of the block
 
-  static Halves16 load(const void* from) {
+  static Words load(const void* from) {
     return {_mm512_loadu_si512(from), _mm512_loadu_si512(static_cast<const __m512i*>(from) + 1)};
   }
   void store(void* to) const {
@@ -45,6 +46,12 @@ struct Halves16 {
   }
 };
 
+// In lanes of 32 bits, above zeros.
+WARPSTEP_FN Block widened(const Words& x) {
+  const auto lower = [](__m512i words) { return _mm512_and_si512(words, every<0xffff>()); };
+  const auto upper = [](__m512i words) { return _mm512_srli_epi32(words, 16); };
+  return {{lower(x.first), upper(x.first), lower(x.second), upper(x.second)}};
+}
 // The halves of 32-bit lanes, as bfloat16.
 WARPSTEP_FN __m512i lower_as_numbers(__m512i x) { return _mm512_slli_epi32(x, 16); }
 WARPSTEP_FN __m512i upper_as_numbers(__m512i x) {
@@ -54,15 +61,15 @@ WARPSTEP_FN __m512i upper_as_numbers(__m512i x) {
 WARPSTEP_FN __m512i upper_halves(__m512i lower, __m512i upper) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(lower, 16), upper);
 }
-WARPSTEP_FN Halves16 upper_halves(const Block& x) {
-  return {upper_halves(x.of[0], x.of[1]), upper_halves(x.of[2], x.of[3])};
+WARPSTEP_FN Words upper_halves(const Block& x) {
+  return {upper_halves(x.vectors[0], x.vectors[1]), upper_halves(x.vectors[2], x.vectors[3])};
 }
 WARPSTEP_FN __m512i lower_halves(__m512i lower, __m512i upper) {
   return _mm512_mask_blend_epi16(0xaaaaaaaau, lower, _mm512_slli_epi32(upper, 16));
 }
 
 WARPSTEP_FN Block load_block(const Halves& from) {
-  const auto [first, second] = Halves16::load(from.at);
+  const auto [first, second] = Words::load(from.at);
   return {{lower_as_numbers(first), upper_as_numbers(first), lower_as_numbers(second),
            upper_as_numbers(second)}};
 }
@@ -80,63 +87,55 @@ WARPSTEP_FN Block load_block(const Singles& from) {
 WARPSTEP_FN Block load_block(const RandomHalves& from) { return load_block(Halves{from.at}); }
 WARPSTEP_FN Block load_block(const MasterHalves& from) {
   const Block high = load_block(Halves{from.at});
-  const auto [first, second] = Halves16::load(from.residual);
+  const auto [first, second] = Words::load(from.residual);
   // With their signs: a sum of products is the shortest way to the lower half's.
   const auto lower = [](__m512i x) { return _mm512_madd_epi16(x, every<1>()); };
   const auto upper = [](__m512i x) { return _mm512_srai_epi32(x, 16); };
-  return {{_mm512_add_epi32(high.of[0], lower(first)), _mm512_add_epi32(high.of[1], upper(first)),
-           _mm512_add_epi32(high.of[2], lower(second)),
-           _mm512_add_epi32(high.of[3], upper(second))}};
+  return {{_mm512_add_epi32(high.vectors[0], lower(first)),
+           _mm512_add_epi32(high.vectors[1], upper(first)),
+           _mm512_add_epi32(high.vectors[2], lower(second)),
+           _mm512_add_epi32(high.vectors[3], upper(second))}};
 }
 
 // Of numbers, no NaN among them. `random` has 16 bits an element, where they are needed.
-WARPSTEP_FN void store_block(const Block& x, const Singles& to, const Halves16&) {
+WARPSTEP_FN void store_block(const Block& x, const Singles& to, const Words&) {
   alignas(64) static constexpr std::int32_t kFirst[] = {0, 16, 1, 17, 2, 18, 3, 19,
                                                         4, 20, 5, 21, 6, 22, 7, 23};
   alignas(64) static constexpr std::int32_t kSecond[] = {8,  24, 9,  25, 10, 26, 11, 27,
                                                          12, 28, 13, 29, 14, 30, 15, 31};
   for (int half = 0; half < 2; ++half) {
-    const __m512i even = x.of[2 * half], odd = x.of[2 * half + 1];
+    const __m512i even = x.vectors[2 * half], odd = x.vectors[2 * half + 1];
     float* const at = to.at + 32 * half;
     _mm512_storeu_si512(at, _mm512_permutex2var_epi32(even, _mm512_load_si512(kFirst), odd));
     _mm512_storeu_si512(at + 16, _mm512_permutex2var_epi32(even, _mm512_load_si512(kSecond), odd));
   }
 }
-WARPSTEP_FN void store_block(const Block& x, const Halves& to, const Halves16&) {
+WARPSTEP_FN void store_block(const Block& x, const Halves& to, const Words&) {
   Block rounded;
   for (int i = 0; i < kVectors; ++i) {
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(x.of[i], 16), every<1>());
-    rounded.of[i] = _mm512_add_epi32(_mm512_add_epi32(x.of[i], every<0x7fff>()), is_odd);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(x.vectors[i], 16), every<1>());
+    rounded.vectors[i] = _mm512_add_epi32(_mm512_add_epi32(x.vectors[i], every<0x7fff>()), is_odd);
   }
   upper_halves(rounded).store(to.at);
 }
-WARPSTEP_FN void store_block(const Block& x, const MasterHalves& to, const Halves16&) {
+WARPSTEP_FN void store_block(const Block& x, const MasterHalves& to, const Words&) {
   Block rounded;
   for (int i = 0; i < kVectors; ++i) {
-    rounded.of[i] = _mm512_add_epi32(x.of[i], every<kHalfOfLast>());
+    rounded.vectors[i] = _mm512_add_epi32(x.vectors[i], every<kHalfOfLast>());
   }
   upper_halves(rounded).store(to.at);
-  Halves16{lower_halves(x.of[0], x.of[1]), lower_halves(x.of[2], x.of[3])}.store(to.residual);
+  Words{lower_halves(x.vectors[0], x.vectors[1]), lower_halves(x.vectors[2], x.vectors[3])}.store(
+      to.residual);
 }
-WARPSTEP_FN void store_block(const Block& x, const RandomHalves& to, const Halves16& random) {
-  const auto lower = [](__m512i bits) { return _mm512_and_si512(bits, every<0xffff>()); };
-  const auto upper = [](__m512i bits) { return _mm512_srli_epi32(bits, 16); };
-  upper_halves({{_mm512_add_epi32(x.of[0], lower(random.first)),
-                 _mm512_add_epi32(x.of[1], upper(random.first)),
-                 _mm512_add_epi32(x.of[2], lower(random.second)),
-                 _mm512_add_epi32(x.of[3], upper(random.second))}})
-      .store(to.at);
+WARPSTEP_FN void store_block(const Block& x, const RandomHalves& to, const Words& random) {
+  Block rounded = widened(random);
+  for (int i = 0; i < kVectors; ++i) {
+    rounded.vectors[i] = _mm512_add_epi32(x.vectors[i], rounded.vectors[i]);
+  }
+  upper_halves(rounded).store(to.at);
 }
 
 // ---- Codes
-
-// 16-bit lanes i and i + 16 side by side.
-WARPSTEP_FN __m512i interleaved(__m512i codes) {
-  alignas(64) static constexpr std::uint16_t kOrder[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), codes);
-}
 
 // Of interleaved() codes that are numbers.
 template <class C>
@@ -163,7 +162,7 @@ WARPSTEP_FN Block decoded(__m512i codes, std::int32_t base) {
 WARPSTEP_FN Block magnitudes_of(const Block& x) {
   Block magnitudes;
   for (int i = 0; i < kVectors; ++i) {
-    magnitudes.of[i] = _mm512_and_si512(x.of[i], every<0x7fffffff>());
+    magnitudes.vectors[i] = _mm512_and_si512(x.vectors[i], every<0x7fffffff>());
   }
   return magnitudes;
 }
@@ -172,40 +171,34 @@ WARPSTEP_FN Block magnitudes_of(const Block& x) {
 // if `kSigned` the sign stays. In each 128 bits there are four of each vector.
 template <bool kSigned>
 WARPSTEP_FN __m512i packed(const Block& x) {
-  const __m512i first = _mm512_packs_epi32(x.of[0], x.of[1]);
-  const __m512i second = _mm512_packs_epi32(x.of[2], x.of[3]);
+  const __m512i first = _mm512_packs_epi32(x.vectors[0], x.vectors[1]);
+  const __m512i second = _mm512_packs_epi32(x.vectors[2], x.vectors[3]);
   return kSigned ? _mm512_packs_epi16(first, second) : _mm512_packus_epi16(first, second);
 }
 // Those as they lie in memory.
 WARPSTEP_FN __m512i in_order(__m512i packed) {
   alignas(16) static constexpr std::uint8_t kPairs[] = {0, 4,  1, 5,  2,  6,  3,  7,
                                                         8, 12, 9, 13, 10, 14, 11, 15};
-  alignas(64) static constexpr std::uint64_t kHalves[] = {0, 2, 4, 6, 1, 3, 5, 7};
+  alignas(64) static constexpr std::uint64_t kWords[] = {0, 2, 4, 6, 1, 3, 5, 7};
   const __m128i pairs = _mm_load_si128(reinterpret_cast<const __m128i*>(kPairs));
-  return _mm512_permutexvar_epi64(_mm512_load_si512(kHalves),
+  return _mm512_permutexvar_epi64(_mm512_load_si512(kWords),
                                   _mm512_shuffle_epi8(packed, _mm512_broadcast_i32x4(pairs)));
 }
 
 // `base` with what blocks.h's encoded() takes from it.
 WARPSTEP_FN __m512i encoded_e4m3(const Block& x, __m512i base) {
   Block codes = magnitudes_of(x);
-  for (__m512i& code : codes.of) code = _mm512_srai_epi32(_mm512_sub_epi32(code, base), 20);
+  for (__m512i& code : codes.vectors) code = _mm512_srai_epi32(_mm512_sub_epi32(code, base), 20);
   constexpr int kBySelector = 0xca;  // the second's bits where the first has ones, else the third's
   return in_order(_mm512_ternarylogic_epi32(every<0x7f7f7f7f>(), packed<false>(codes),
                                             packed<true>(x), kBySelector));
 }
-WARPSTEP_FN __m512i encoded_ue5m3(const Block& x, __m512i base, const Halves16& random) {
-  const auto lower = [](__m512i bits) {
-    return _mm512_slli_epi32(_mm512_and_si512(bits, every<0xffff>()), 4);
-  };
-  const auto upper = [](__m512i bits) {
-    return _mm512_and_si512(_mm512_srli_epi32(bits, 12), every<0xffff0>());
-  };
-  Block codes = {
-      {lower(random.first), upper(random.first), lower(random.second), upper(random.second)}};
+WARPSTEP_FN __m512i encoded_ue5m3(const Block& x, __m512i base, const Words& random) {
+  Block codes = widened(random);
   for (int i = 0; i < kVectors; ++i) {
-    const __m512i rounded = _mm512_add_epi32(_mm512_sub_epi32(x.of[i], base), codes.of[i]);
-    codes.of[i] = _mm512_srai_epi32(rounded, 20);
+    const __m512i above_base = _mm512_sub_epi32(x.vectors[i], base);
+    const __m512i added = _mm512_slli_epi32(codes.vectors[i], 4);
+    codes.vectors[i] = _mm512_srai_epi32(_mm512_add_epi32(above_base, added), 20);
   }
   // No positive number becomes zero.
   const __m512i least = _mm512_min_epu8(packed<false>(x), every<0x01010101>());
@@ -225,7 +218,7 @@ class BlockDraws {
         operand_(Lanes{} + from.operand) {}
 
   // `index`: the lower bits of the block's first draw.
-  WARPSTEP_FN Halves16 of_block(std::uint32_t index) const {
+  WARPSTEP_FN Words of_block(std::uint32_t index) const {
     static_assert(kBlock == kDrawn * kLanes, "a lane a draw");
     const Lanes order = {0, 4, 1, 5, 2, 6, 3, 7};  // the block's halves take turns
     Lanes words[] = {order + index, upper_, step_, operand_};

@@ -1,6 +1,8 @@
 // Random bits for a tile on the CPU: blocks.h's draws, as many at a time as a vector has lanes.
 #pragma once
 
+#include <utility>
+
 #include "../blocks.h"
 #include "intrinsics.h"
 
@@ -69,14 +71,15 @@ class TileDraws {
   }
 
  private:
+  // Lanes of the one and the other in turn, from `first` on. Compilers make it one shuffle.
+  template <std::size_t... kLane>
+  static Lanes in_turn(const Lanes& a, const Lanes& b, int first, std::index_sequence<kLane...>) {
+    return Lanes{(kLane % 2 == 0 ? a : b)[first + kLane / 2]...};
+  }
   static void store_in_turn(const Lanes (&pairs)[2], std::uint64_t* to) {
-    Lanes first, second;
-    for (std::int64_t k = 0; k < kLanes; ++k) {
-      first[k] = static_cast<std::uint64_t>(k / 2 + k % 2 * kLanes);
-      second[k] = first[k] + kLanes / 2;
-    }
-    first = __builtin_shuffle(pairs[0], pairs[1], first);
-    second = __builtin_shuffle(pairs[0], pairs[1], second);
+    constexpr auto kAll = std::make_index_sequence<kLanes>{};
+    const Lanes first = in_turn(pairs[0], pairs[1], 0, kAll);
+    const Lanes second = in_turn(pairs[0], pairs[1], kLanes / 2, kAll);
     std::memcpy(to, &first, sizeof(first));
     std::memcpy(to + kLanes, &second, sizeof(second));
   }

@@ -12,18 +12,17 @@
 #include "block_avx512.h"
 #include "tiles.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 namespace warpstep {
 namespace {
 
-constexpr int kBlocks = 4;  // that are stepped at a time
-constexpr std::int64_t kAtOnce = kBlocks * kBlock;
+constexpr int kBlocks = kDecoded / kBlock;  // that are stepped at a time
 
 // ---- Scales
 
 WARPSTEP_FN __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
 WARPSTEP_FN __m512i largest_of(const Block& x) {
-  return larger(larger(x.of[0], x.of[1]), larger(x.of[2], x.of[3]));
+  return larger(larger(x.vectors[0], x.vectors[1]), larger(x.vectors[2], x.vectors[3]));
 }
 // Of a block's moments, as unsigned numbers: eight lanes for exp_avg, then eight for exp_avg_sq.
 WARPSTEP_FN __m512i largest_of(const Block& exp_avg, const Block& exp_avg_sq) {
@@ -34,19 +33,22 @@ WARPSTEP_FN __m512i largest_of(const Block& exp_avg, const Block& exp_avg_sq) {
 // Of the blocks that are stepped at once.
 class Scales {
  public:
-  explicit Scales(const __m512i (&largest)[kBlocks]) {
-    // Halves are put side by side, and the larger ones kept, until there are two lanes for each.
-    const auto halved = [](__m512i a, __m512i b) {
+  Scales(__m512i first, __m512i second, __m512i third, __m512i fourth) {
+    static_assert(kBlocks == 4, "eight numbers, in two lanes each");
+    // Halves are put side by side, and the larger ones kept.
+    const auto folded = [](__m512i a, __m512i b) {
       return larger(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
     };
-    const __m512i a = halved(largest[0], largest[1]), b = halved(largest[2], largest[3]);
+    const __m512i a = folded(first, second), b = folded(third, fourth);
     const __m512i in_pairs = larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     largest_ = larger(in_pairs, _mm512_shuffle_epi32(in_pairs, _MM_PERM_CDAB));
     // As scale_of() and base_of().
-    const __m512i exponents = _mm512_srli_epi32(_mm512_add_epi32(largest_, every<0x300000>()), 23);
+    const __m512i exponents =
+        _mm512_srli_epi32(_mm512_add_epi32(largest_, every<kToNextScale>()), 23);
     scales_ = larger(exponents, of_both<E4m3::kReach + 1, Ue5m3::kReach + 1>());
-    bases_ = _mm512_sub_epi32(_mm512_slli_epi32(scales_, 23),
-                              of_both<(E4m3::kReach << 23) + 0x80000, (Ue5m3::kReach << 23) + 8>());
+    bases_ = _mm512_sub_epi32(
+        _mm512_slli_epi32(scales_, 23),
+        of_both<(E4m3::kReach << 23) + kHalfOfCode, (Ue5m3::kReach << 23) + kHalfOfRandom>());
   }
 
   // Whether the largest are, and none is negative that has no sign.
@@ -112,20 +114,19 @@ class InBlocks {
     const LaneKeys lane_keys(keys);
     TileStepper<Rule> tiles(launch);
     for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums& sums) {
-      const auto [begin, end] = of.range;
-      std::int64_t at = begin;
-      if (only_steps && c.is_usual() && InBlocks::draws_are_whole(of)) {
-        const float step_after = tail.steps_advanced ? of.step : of.step + 1;
-        const auto draws = [&](std::uint32_t operand) {
-          return BlockDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
-                            draw_of(of.row, begin) >> 32);
-        };
-        const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
-        for (; at + kAtOnce <= end; at += kAtOnce) {
-          if (!blocks.step(c, at)) tiles.step(c, of, at, kAtOnce, sums);
-        }
+      const std::int64_t begin = of.range.begin, end = of.range.end;
+      const float step_after = tail.steps_advanced ? of.step : of.step + 1;
+      const auto draws = [&](std::uint32_t operand) {
+        return BlockDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
+                          draw_of(of.row, begin) >> 32);
+      };
+      const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
+      const bool in_registers =
+          only_steps && c.is_usual() && is_finite(c.decay.decay) && InBlocks::draws_are_whole(of);
+      for (std::int64_t at = begin; at < end; at += kDecoded) {
+        if (in_registers && at + kDecoded <= end && blocks.step(c, at)) continue;
+        tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
       }
-      for (; at < end; at += kDecoded) tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
     });
   }
 
@@ -137,8 +138,9 @@ class InBlocks {
   static_assert(Rule::kMoments == 2, "exp_avg and exp_avg_sq");
 
   // A block's numbers after the step.
-  struct Stepped {
+  struct Result {
     Block param, exp_avg, exp_avg_sq;
+    __m512i largest;  // of its moments
   };
 
   static std::uint64_t draw_of(const TensorRow& row, std::int64_t at) {
@@ -156,35 +158,33 @@ class InBlocks {
         of_param_(of_param),
         of_exp_avg_sq_(of_exp_avg_sq) {}
 
-  // Elements [at, at + kAtOnce); false, and nothing done, where something is no finite number.
+  // Elements [at, at + kDecoded); false, and nothing done, where something is no finite number.
   WARPSTEP_FN bool step(const C& c, std::int64_t at) const {
-    Halves16 random[kBlocks], random_of_param[kBlocks];
+    Words random[kBlocks], random_of_param[kBlocks];
     draw(of_exp_avg_sq_, at, random);
-    if (kIsRandom) draw(of_param_, at, random_of_param);
+    if constexpr (kIsRandom) draw(of_param_, at, random_of_param);
 
-    Stepped stepped[kBlocks];
-    __m512i largest[kBlocks];
-    bool are_finite = true;
-    for (int b = 0; b < kBlocks; ++b) {
-      are_finite &= step_block(c, at + b * kBlock, stepped[b], largest[b]);
-    }
-    const Scales scales(largest);
-    if (__builtin_expect(!are_finite || !scales.are_of_numbers(), false)) return false;
+    Result results[kBlocks];
+    bool are_numbers = true;
+    for (int b = 0; b < kBlocks; ++b) are_numbers &= step_block(c, at + b * kBlock, results[b]);
+    const Scales scales(results[0].largest, results[1].largest, results[2].largest,
+                        results[3].largest);
+    if (!are_numbers || !scales.are_of_numbers()) return false;
 
-    store<0>(stepped, scales, random, random_of_param, at);
+    store(results, scales, random, random_of_param, at, std::make_index_sequence<kBlocks>{});
     scales.store(operand<std::uint8_t>(kScale, at / kBlock),
                  operand<std::uint8_t>(kScale + 1, at / kBlock));
     return true;
   }
 
-  WARPSTEP_FN void draw(const BlockDraws& from, std::int64_t at,
-                        Halves16 (&random)[kBlocks]) const {
+  WARPSTEP_FN void draw(const BlockDraws& from, std::int64_t at, Words (&random)[kBlocks]) const {
     auto index = static_cast<std::uint32_t>(draw_of(row_, at));
-    for (Halves16& bits : random) bits = from.of_block(index), index += kBlock / kDrawn;
+    for (Words& bits : random) bits = from.of_block(index), index += kBlock / kDrawn;
   }
 
-  // Whether all that it read and made is finite; but its moments may be none.
-  WARPSTEP_FN bool step_block(const C c, std::int64_t at, Stepped& to, __m512i& largest) const {
+  // Whether all that it read, and the parameter after the step, are numbers. An infinite parameter
+  // counts where Part::finite steps it right.
+  WARPSTEP_FN bool step_block(const C c, std::int64_t at, Result& to) const {
     const __m512i m_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvg, at));
     const __m512i v_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvgSq, at));
     const std::uint8_t m_scale = *operand<std::uint8_t>(kScale, at / kBlock);
@@ -204,42 +204,42 @@ class InBlocks {
       float lane[16];
     };
     for (int i = 0; i < kVectors; ++i) {
-      Vector param = bits_as<Vector>(p.of[i]), grad = bits_as<Vector>(g.of[i]);
-      Vector exp_avg = bits_as<Vector>(m.of[i]), exp_avg_sq = bits_as<Vector>(v.of[i]);
+      Vector param = bits_as<Vector>(p.vectors[i]), grad = bits_as<Vector>(g.vectors[i]);
+      Vector exp_avg = bits_as<Vector>(m.vectors[i]), exp_avg_sq = bits_as<Vector>(v.vectors[i]);
       for (int k = 0; k < 16; ++k) {
         float moments[] = {exp_avg.lane[k], exp_avg_sq.lane[k]};
         param.lane[k] = stepped<Rule, Part::finite>(c, param.lane[k], grad.lane[k], moments);
         exp_avg.lane[k] = moments[0], exp_avg_sq.lane[k] = moments[1];
       }
-      to.param.of[i] = bits_as<__m512i>(param);
-      to.exp_avg.of[i] = bits_as<__m512i>(exp_avg);
-      to.exp_avg_sq.of[i] = bits_as<__m512i>(exp_avg_sq);
+      to.param.vectors[i] = bits_as<__m512i>(param);
+      to.exp_avg.vectors[i] = bits_as<__m512i>(exp_avg);
+      to.exp_avg_sq.vectors[i] = bits_as<__m512i>(exp_avg_sq);
     }
-    largest = largest_of(to.exp_avg, to.exp_avg_sq);
-
-    // An infinite parameter has become NaN, but where it stays what it is by any rule.
+    to.largest = largest_of(to.exp_avg, to.exp_avg_sq);
     const auto any_nan = [&](int i, int j) {
-      return _mm512_cmp_ps_mask(bits_as<__m512>(to.param.of[i]), bits_as<__m512>(to.param.of[j]),
-                                _CMP_UNORD_Q);
+      return _mm512_cmp_ps_mask(bits_as<__m512>(to.param.vectors[i]),
+                                bits_as<__m512>(to.param.vectors[j]), _CMP_UNORD_Q);
     };
     return are_finite & ((no_numbers | any_nan(0, 1) | any_nan(2, 3)) == 0);
   }
 
-  // Blocks from `kFirst` on.
-  template <int kFirst>
-  WARPSTEP_FN void store(const Stepped (&stepped)[kBlocks], const Scales& scales,
-                         const Halves16 (&random)[kBlocks],
-                         const Halves16 (&random_of_param)[kBlocks], std::int64_t at) const {
-    if constexpr (kFirst < kBlocks) {
-      const auto& [param, exp_avg, exp_avg_sq] = stepped[kFirst];
-      _mm512_storeu_si512(operand<std::uint8_t>(kExpAvg, at),
-                          encoded_e4m3(exp_avg, scales.base_of_exp_avg<kFirst>()));
-      _mm512_storeu_si512(
-          operand<std::uint8_t>(kExpAvgSq, at),
-          encoded_ue5m3(exp_avg_sq, scales.base_of_exp_avg_sq<kFirst>(), random[kFirst]));
-      store_block(param, param_at(at), random_of_param[kFirst]);
-      store<kFirst + 1>(stepped, scales, random, random_of_param, at + kBlock);
-    }
+  template <std::size_t... kBlockOf>
+  WARPSTEP_FN void store(const Result (&results)[kBlocks], const Scales& scales,
+                         const Words (&random)[kBlocks], const Words (&random_of_param)[kBlocks],
+                         std::int64_t at, std::index_sequence<kBlockOf...>) const {
+    (store_block_of<kBlockOf>(results[kBlockOf], scales, random[kBlockOf],
+                              random_of_param[kBlockOf], at + kBlockOf * kBlock),
+     ...);
+  }
+  template <int kBlockOf>
+  WARPSTEP_FN void store_block_of(const Result& from, const Scales& scales, const Words& random,
+                                  const Words& random_of_param, std::int64_t at) const {
+    _mm512_storeu_si512(operand<std::uint8_t>(kExpAvg, at),
+                        encoded_e4m3(from.exp_avg, scales.base_of_exp_avg<kBlockOf>()));
+    _mm512_storeu_si512(
+        operand<std::uint8_t>(kExpAvgSq, at),
+        encoded_ue5m3(from.exp_avg_sq, scales.base_of_exp_avg_sq<kBlockOf>(), random));
+    store_block(from.param, param_at(at), random_of_param);
   }
 
   template <class T>

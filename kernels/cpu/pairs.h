@@ -64,7 +64,7 @@ WARPSTEP_FN void step_one(std::int64_t i, const Constants<Rule, float>& c, const
   (moments.store(numbers[next++], i), ...);
 }
 
-// One at a time: vectors of 16 and of 32 bits are shuffled into each other.
+// One at a time, for float32 moments: vectors of 16 and of 32 bits are shuffled into each other.
 template <class Rule, Part kPart, class Param, class... Moment>
 void step_singly(const Constants<Rule, float> c, std::int64_t count, const Param param,
                  const Halves grad, const Moment... moments) {
@@ -102,7 +102,17 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
   if (i < count) step_one<Rule, kPart>(i, c, param, grad, moments...);
 }
 
-#if defined(__AVX512F__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
+#ifdef __AVX512BW__
+// 16-bit lanes i and i + 16 side by side.
+WARPSTEP_FN __m512i interleaved(__m512i x) {
+  alignas(64) static constexpr std::uint16_t kOrder[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), x);
+}
+#endif
+
+#if defined(__AVX512BW__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
 // NOTE [rounding by an instruction]
 // AVX512_BF16 rounds two vectors of float32 to one of bfloat16, in the place of 15 instructions:
 // in the caches all-bfloat16 AdamW takes 0.37 ns an element with it and 0.47 without. But it makes
@@ -142,11 +152,8 @@ WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_run(const Run& x, const Halves& to, 
                        false)) {
     return store_run<Halves>(x, to, at);
   }
-  alignas(64) static constexpr std::uint16_t kInTurn[] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  _mm512_storeu_si512(to.at + at, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), rounded));
+  _mm512_storeu_si512(to.at + at, interleaved(rounded));
 }
 
 // As many elements as there are in whole runs; returns how many.

@@ -27,7 +27,8 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  finite,   // `usual`, of a parameter and moments that are known to be finite
+  finite,   // `usual`, where moments and `decay` are finite, and NaNs in the result are noticed:
+            // an infinite parameter is right or becomes one
   usual,    // where is_usual() of DecayConstants and of the rule's constants
   uniform,  // where the decay is none that is_selective()
   whole
@@ -36,7 +37,7 @@ WARPSTEP_FN constexpr bool is_usual(Part part) {
   return part == Part::finite || part == Part::usual;
 }
 
-// x, or 0 where x may be infinite or NaN, and is.
+// x; in its place 0 if it is not finite, unless the part does not provide for that.
 template <Part kPart, class T>
 WARPSTEP_FN T finite_in(T x) {
   return kPart == Part::finite ? x : finite_or_zero(x);
