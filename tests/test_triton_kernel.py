@@ -43,8 +43,10 @@ from support.triton_model import (
 )
 
 NESTED = "WARPSTEP_TEST_NESTED"
-if NESTED in os.environ and kernel.INTERPRETED:
-    interpreter.look_up_once()
+if kernel.INTERPRETED:
+    interpreter.fuse_multiply_adds()
+    if NESTED in os.environ:
+        interpreter.look_up_once()
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 # What a step makes of a tensor: a name, its value, and how far a result may be from it.
@@ -239,9 +241,6 @@ def test_same_bits_as_in_cpp(rule: str, dtype: torch.dtype, tmp_path: Path) -> N
     subprocess.run(command, input=RULE_CPP.encode(), check=True)
     library = ctypes.CDLL(str(tmp_path / "rule.so"))
     library.uncounted.restype = ctypes.c_float
-    if kernel.INTERPRETED:
-        interpreter.fuse_multiply_adds()
-
     recipe = RULES[rule](dtype)
     groups = GROUPS[recipe.rule] + SELECTIVE[recipe.rule]
     if DEVICE != "cpu":  # whose addresses C++ cannot read

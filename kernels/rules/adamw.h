@@ -17,7 +17,7 @@
 // infinities: those of its fused kernel, since its other forms raise at a division by zero. But for
 // one: an infinite p with lr * weight_decay of 1 or more, which torch multiplies by zero or less,
 // is what an infinite p is otherwise; to follow there, too, took 10% of Part::whole. (And where
-// lr * weight_decay is minus infinity itself, every p becomes NaN.)
+// lr * weight_decay is minus infinity, it becomes NaN.)
 //
 // NOTE [why v has this form]
 // v - (1 - beta2) * v and not beta2 * v, because float32 rounds 0.999 by 1.3e-8, which is 1.3e-5 of

@@ -29,7 +29,8 @@ def fuse_multiply_adds() -> None:
 
 
 def look_up_once() -> None:
-    """Spares the interpreter what it works out anew at each operation or call. For tests.
+    """Spares the interpreter what it works out anew at each operation or call. For tests, and after
+    fuse_multiply_adds(): what an operation calls is remembered.
 
     It patches the whole language at each launch and at each call of a function of Triton's own,
     makes a table of all types to look one up, and works out whether an integer overflows without
