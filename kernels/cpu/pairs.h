@@ -55,6 +55,18 @@ struct Singles {  // float32, which are no pairs
   WARPSTEP_FN void store(float x, std::int64_t i) const { at[i] = x; }
 };
 
+struct CopiedSingles {  // with a copy in bfloat16
+  static constexpr Format format = Format::float32;
+  float* at;
+  bfloat16* copy;
+
+  WARPSTEP_FN float load(std::int64_t i) const { return at[i]; }
+  WARPSTEP_FN void store(float x, std::int64_t i) const {
+    at[i] = x;
+    warpstep::store(x, copy[i]);
+  }
+};
+
 template <class Rule, Part kPart, class Param, class... Moment>
 WARPSTEP_FN void step_one(std::int64_t i, const Constants<Rule, float>& c, const Param& param,
                           const Halves& grad, const Moment&... moments) {

@@ -1,5 +1,5 @@
-// The step on the CPU for a bfloat16 parameter and gradient where a format is no codec's of one
-// element: a master in two halves, rounding at random. With averages, copies, statistics or
+// The step on the CPU for bfloat16 gradients where more than one codec of one element has a part: a
+// master in two halves, rounding at random, a copy. With averages, other copies, statistics or
 // gradients that are written it goes through tiles, with the same bits.
 #pragma once
 
@@ -18,6 +18,7 @@ class InPairs {
     RecipeKey mine{Rule::id, {}};
     mine.formats[kParam] = Param::format;
     mine.formats[kResidual] = std::is_same_v<Param, MasterHalves> ? Format::int16 : Format::none;
+    mine.formats[kCopy] = std::is_same_v<Param, CopiedSingles> ? Format::bfloat16 : Format::none;
     mine.formats[kGrad] = Format::bfloat16;
     std::uint32_t next = kMoment;
     ((mine.formats[next++] = Moment::format), ...);
@@ -69,6 +70,8 @@ class InPairs {
     };
     if constexpr (std::is_same_v<Kind, Singles>) {
       return {elements(which, float{})};
+    } else if constexpr (std::is_same_v<Kind, CopiedSingles>) {
+      return {elements(which, float{}), elements(kCopy, bfloat16{})};
     } else if constexpr (std::is_same_v<Kind, MasterHalves>) {
       return {elements(which, bfloat16{}), elements(kResidual, std::int16_t{})};
     } else if constexpr (std::is_same_v<Kind, RandomHalves>) {
@@ -85,7 +88,8 @@ class InPairs {
   TileDraws<kDecoded> draws_[kMomentEnd];
 };
 
-using AllInPairs = List<InPairs<AdamW<false>, MasterHalves, Singles, Singles>,
+using AllInPairs = List<InPairs<AdamW<false>, CopiedSingles, Singles, Singles>,
+                        InPairs<AdamW<false>, MasterHalves, Singles, Singles>,
                         InPairs<AdamW<false>, MasterHalves, Halves, RandomHalves>,
                         InPairs<AdamW<false>, RandomHalves, Halves, RandomHalves>,
                         InPairs<AdamW<false>, Halves, Halves, RandomHalves>>;
