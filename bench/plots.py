@@ -54,7 +54,8 @@ def figures(results: list[Results], family: str, draw: Draw, path: Path) -> None
     """One plot with a panel for each machine that measured `family`, in every theme: `path`, and
     beside it its twin for dark pages. Nothing where no machine has.
     """
-    shown = [r for r in results if (r.rows["family"] == family).any()]
+    measured = [(r.rows["family"] == family) & r.rows["step_us"].notna() for r in results]
+    shown = [(r, r.rows[rows]) for r, rows in zip(results, measured, strict=True) if rows.any()]
     for theme in THEMES if shown else ():
         settings = dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.page)
         for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"):
@@ -64,8 +65,7 @@ def figures(results: list[Results], family: str, draw: Draw, path: Path) -> None
             size = (6.6 * len(shown), 3.9)
             figure, panels = plt.subplots(1, len(shown), figsize=size, squeeze=False)
             figure.set_layout_engine("constrained")
-            for panel, r in zip(panels[0], shown, strict=True):
-                rows = r.rows[(r.rows["family"] == family) & r.rows["step_us"].notna()]
+            for panel, (r, rows) in zip(panels[0], shown, strict=True):
                 panel.spines[["top", "right"]].set_visible(False)
                 panel.grid(True, linewidth=0.6, alpha=0.6)
                 about = f"{r.title}, torch {r.machine['torch']}, {r.machine['date']}"
