@@ -194,8 +194,7 @@ class InBlocks {
     const __mmask64 no_numbers =
         _mm512_cmpge_epu8_mask(largest_codes, every<Ue5m3::kInfinite * 0x01010101u>());
     static_assert((E4m3::kInfinite | 0x80) == Ue5m3::kInfinite, "one comparison for both");
-    // With the last scale the codes of numbers may be infinite.
-    const bool are_finite = (m_scale != 0xff) & (v_scale != 0xff);
+    // With the last scale a number's code may be infinite; then its moment will be no number.
 
     const Block p = load_block(param_at(at)), g = load_block(Grad{grad_.at + at});
     const Block m = decoded<E4m3>(interleaved(m_codes), base_of<E4m3>(m_scale));
@@ -220,7 +219,7 @@ class InBlocks {
       return _mm512_cmp_ps_mask(bits_as<__m512>(to.param.vectors[i]),
                                 bits_as<__m512>(to.param.vectors[j]), _CMP_UNORD_Q);
     };
-    return are_finite & ((no_numbers | any_nan(0, 1) | any_nan(2, 3)) == 0);
+    return (no_numbers | any_nan(0, 1) | any_nan(2, 3)) == 0;
   }
 
   template <std::size_t... kBlockOf>

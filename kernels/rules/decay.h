@@ -27,8 +27,8 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  finite,   // `usual`, where moments and `decay` are finite, and NaNs in the result are noticed:
-            // an infinite parameter is right or becomes one
+  finite,   // `usual`, where `decay` is finite, and NaNs in the result and moments that are not
+            // finite are noticed: what was not finite is right or becomes one of these
   usual,    // where is_usual() of DecayConstants and of the rule's constants
   uniform,  // where the decay is none that is_selective()
   whole
