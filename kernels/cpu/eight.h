@@ -194,9 +194,9 @@ class InBlocks {
     const __mmask64 no_numbers =
         _mm512_cmpge_epu8_mask(largest_codes, every<Ue5m3::kInfinite * 0x01010101u>());
     static_assert((E4m3::kInfinite | 0x80) == Ue5m3::kInfinite, "one comparison for both");
-    // With the last scale a number's code may be infinite; then its moment will be no number.
 
     const Block p = load_block(param_at(at)), g = load_block(Grad{grad_.at + at});
+    // With the last scale a number's code may be infinite; the moment then stays no finite number.
     const Block m = decoded<E4m3>(interleaved(m_codes), base_of<E4m3>(m_scale));
     const Block v = decoded<Ue5m3>(interleaved(v_codes), base_of<Ue5m3>(v_scale));
     struct Vector {
