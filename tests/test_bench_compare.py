@@ -56,10 +56,31 @@ def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch, capsys):
             compare.main()
 
 
-def test_a_commit_means_its_kept_results():
-    if subprocess.run(["git", "cat-file", "-e", "HEAD:bench/results"], cwd=ROOT).returncode != 0:
+@pytest.fixture
+def kept():
+    """The machines whose results the last commit keeps."""
+    listed = subprocess.run(
+        ["git", "ls-tree", "--name-only", "HEAD:bench/results"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode != 0:
         pytest.skip("needs the repository's history")
-    both = compare.compared(compare.steps("HEAD", None), compare.steps("HEAD", None))
-    assert len(both) > 20
-    assert (both["change"] == 0).all()
-    assert not both["apart"].any()
+    return [name for name in listed.stdout.decode().split() if name.startswith(("cpu-", "cuda-"))]
+
+
+def test_a_commit_means_its_kept_results(kept):
+    assert kept
+    for machine in kept:
+        both = compare.compared(compare.steps("HEAD", machine), compare.steps("HEAD", machine))
+        assert len(both) > 20
+        assert (both["change"] == 0).all()
+        assert not both["apart"].any()
+
+
+def test_of_several_machines_one_must_be_named(kept):
+    if len(kept) == 1:
+        assert compare.steps("HEAD", None).equals(compare.steps("HEAD", kept[0]))
+    else:
+        with pytest.raises(ValueError, match=f"{kept[0]}, .*--machine"):
+            compare.steps("HEAD", None)
+    with pytest.raises(ValueError, match="--machine"):
+        compare.steps("HEAD", "a-machine-without-results")
