@@ -101,7 +101,18 @@ struct Draw {
 };
 static_assert(kMomentEnd <= 8, "an operand that is rounded at random has one of eight numbers");
 
-// Philox4x32-7 of a counter, in place; product_of(lane, factor) is of 32 by 32 bits.
+// A round of Philox4x32, of a counter in place; product_of(lane, factor) is of 32 by 32 bits.
+template <class Lane, class KeysOfLanes, class Product>
+WARPSTEP_FN void philox_round(std::uint32_t round, Lane (&c)[4], const KeysOfLanes& keys,
+                              Product&& product_of) {
+  const auto product0 = product_of(c[0], 0xD2511F53u), product1 = product_of(c[2], 0xCD9E8D57u);
+  c[0] = static_cast<Lane>(product1 >> 32) ^ c[1] ^ keys.words[round][0];
+  c[1] = static_cast<Lane>(product1);
+  c[2] = static_cast<Lane>(product0 >> 32) ^ c[3] ^ keys.words[round][1];
+  c[3] = static_cast<Lane>(product0);
+}
+
+// All of them.
 template <class Lane, class KeysOfLanes, class Product>
 WARPSTEP_FN void philox(Lane (&c)[4], const KeysOfLanes& keys, Product&& product_of) {
 #ifdef __CUDACC__
@@ -109,13 +120,7 @@ WARPSTEP_FN void philox(Lane (&c)[4], const KeysOfLanes& keys, Product&& product
 #else
 #pragma GCC unroll 7
 #endif
-  for (std::uint32_t round = 0; round < kRounds; ++round) {
-    const auto product0 = product_of(c[0], 0xD2511F53u), product1 = product_of(c[2], 0xCD9E8D57u);
-    c[0] = static_cast<Lane>(product1 >> 32) ^ c[1] ^ keys.words[round][0];
-    c[1] = static_cast<Lane>(product1);
-    c[2] = static_cast<Lane>(product0 >> 32) ^ c[3] ^ keys.words[round][1];
-    c[3] = static_cast<Lane>(product0);
-  }
+  for (std::uint32_t round = 0; round < kRounds; ++round) philox_round(round, c, keys, product_of);
 }
 
 // The random bits of elements [kDrawn * index, kDrawn * index + kDrawn), those of the first in the

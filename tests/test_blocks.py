@@ -3,6 +3,10 @@
 Statistics change no bit and go through tiles, so an optimizer with them is the other one's oracle.
 """
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
@@ -152,3 +156,20 @@ def test_ranges_have_the_bits_of_their_blocks(recipe, first):
     for name, value in whole.items():
         assert torch.equal(raw_bits(value), raw_bits(alone[name])), name
         assert name == "grads" or not torch.equal(raw_bits(value), raw_bits(operands[name]))
+
+
+@pytest.mark.not_quick
+def test_blocks_of_avx512_have_the_bits_of_tiles_on_any_machine(tmp_path):
+    """Their code is compared where it cannot run, by stand-ins for the processor's instructions."""
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("needs a C++ compiler")
+    emulation = Path(__file__).parent / "emulation"
+    folders = [f"-I{emulation / 'avx512'}", f"-I{emulation.parent.parent / 'kernels'}"]
+    flags = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", *folders]
+    program = tmp_path / "blocks"
+    subprocess.run([compiler, *flags, emulation / "blocks.cpp", "-o", program], check=True)
+    run = subprocess.run([program, "240"], capture_output=True, text=True, check=True)
+    differ, by_vectors = map(int, run.stdout.split())
+    assert differ == 0
+    # But for a first beta of 0, and random bits whose index begins with one word and ends with two.
+    assert by_vectors > 240 / 3

@@ -1,7 +1,7 @@
-// The step on the CPU for moments of 8 bits, with AVX-512: in registers and the L1 cache from loads
-// to stores. Blocks with something that is no finite number go through tiles, as do a tensor's last
-// elements, and everything with averages, copies, statistics or gradients that are written; the
-// bits are the same.
+// The step on the CPU for moments of 8 bits, with AVX-512 or AVX2: in registers and the L1 cache
+// from loads to stores. Blocks with something that is no finite number go through tiles, as do a
+// tensor's last elements, and everything with averages, copies, statistics or gradients that are
+// written; the bits are the same.
 //
 // NOTE [four blocks at a time]
 // A processor looks some hundred instructions ahead. A block takes more, and waits for itself: for
@@ -9,85 +9,111 @@
 // wait for each other, so each part of the step is done for four of them before the next part.
 #pragma once
 
-#include "block_avx512.h"
+#include "groups.h"
 #include "tiles.h"
 
-#ifdef __AVX512BW__
+#ifdef WARPSTEP_HAS_VECTORS
 namespace warpstep {
 namespace {
 
-constexpr int kBlocks = kDecoded / kBlock;  // that are stepped at a time
+// That are stepped at a time.
+constexpr int kBlocks = kDecoded / kBlock;
+constexpr int kGroups = kDecoded / kGroup;
+constexpr int kOfBlock = kBlock / kGroup;  // groups
+// Whether a group's parameters follow its moments at once. With AVX-512 a processor is busy with
+// roots and divisions for nearly all of a step, and does the rest meanwhile; with AVX2 it is not,
+// and the two together are more than it looks ahead: a twelfth slower.
+constexpr bool kUpdatesAtOnce = kOfBlock == 1;
 
 // ---- Scales
 
-WARPSTEP_FN __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
-WARPSTEP_FN __m512i largest_of(const Block& x) {
+WARPSTEP_FN Vector larger(Vector a, Vector b) { return WARPSTEP_V(max_epu32)(a, b); }
+WARPSTEP_FN Vector largest_of(const Group& x) {
   return larger(larger(x.vectors[0], x.vectors[1]), larger(x.vectors[2], x.vectors[3]));
 }
-// Of a block's moments, as unsigned numbers: eight lanes for exp_avg, then eight for exp_avg_sq.
-WARPSTEP_FN __m512i largest_of(const Block& exp_avg, const Block& exp_avg_sq) {
-  const __m512i m = largest_of(magnitudes_of(exp_avg)), v = largest_of(exp_avg_sq);
+// Of a group's moments, as unsigned numbers: half of the lanes for exp_avg, half for exp_avg_sq.
+WARPSTEP_FN Vector largest_of(const Group& exp_avg, const Group& exp_avg_sq) {
+  const Vector m = largest_of(magnitudes_of(exp_avg)), v = largest_of(exp_avg_sq);
+#ifdef __AVX512BW__
   return larger(_mm512_shuffle_i64x2(m, v, 0x44), _mm512_shuffle_i64x2(m, v, 0xee));
+#else
+  return larger(_mm256_permute2x128_si256(m, v, 0x20), _mm256_permute2x128_si256(m, v, 0x31));
+#endif
 }
 
 // Of the blocks that are stepped at once.
 class Scales {
  public:
-  Scales(__m512i first, __m512i second, __m512i third, __m512i fourth) {
-    static_assert(kBlocks == 4, "eight numbers, in two lanes each");
-    // Halves are put side by side, and the larger ones kept.
-    const auto folded = [](__m512i a, __m512i b) {
-      return larger(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
-    };
-    const __m512i a = folded(first, second), b = folded(third, fourth);
-    const __m512i in_pairs = larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    largest_ = larger(in_pairs, _mm512_shuffle_epi32(in_pairs, _MM_PERM_CDAB));
+  // `largest`: of each block.
+  explicit Scales(const Vector (&largest)[kBlocks]) : largest_(folded(largest)) {
     // As scale_of() and base_of().
-    const __m512i exponents =
-        _mm512_srli_epi32(_mm512_add_epi32(largest_, every<kToNextScale>()), 23);
-    scales_ = larger(exponents, of_both<E4m3::kReach + 1, Ue5m3::kReach + 1>());
-    bases_ = _mm512_sub_epi32(
-        _mm512_slli_epi32(scales_, 23),
-        of_both<(E4m3::kReach << 23) + kHalfOfCode, (Ue5m3::kReach << 23) + kHalfOfRandom>());
+    const Vector exponents =
+        WARPSTEP_V(srli_epi32)(WARPSTEP_V(add_epi32)(largest_, every<kToNextScale>()), 23);
+    const Vector scales = larger(exponents, of_both<E4m3::kReach + 1, Ue5m3::kReach + 1>());
+    const Vector bases =
+        WARPSTEP_V(sub_epi32)(WARPSTEP_V(slli_epi32)(scales, 23),
+                              of_both<(E4m3::kReach << 23) + kHalfOfCode,
+                                      (Ue5m3::kReach << 23) + kHalfOfRandom + kRandomMean>());
+    const Vector upper_halves = WARPSTEP_V(srli_epi32)(bases, 16);
+    store_vector(scales_, scales);
+    store_vector(bases_, with_bits(bases, masked(upper_halves, of_both<0xffff, 0>())));
   }
 
   // Whether the largest are, and none is negative that has no sign.
-  bool are_of_numbers() const {
-    return _mm512_cmpge_epu32_mask(largest_, every<0x7f800000>()) == 0;
-  }
-  template <int kOfBlock>
-  WARPSTEP_FN __m512i base_of_exp_avg() const {
-    return base<lane_of(kOfBlock)>();
-  }
-  template <int kOfBlock>
-  WARPSTEP_FN __m512i base_of_exp_avg_sq() const {
-    return base<lane_of(kOfBlock) + 4>();
+  bool are_of_numbers() const { return !any(are_32_bits_at_least(largest_, every<0x7f800000>())); }
+  WARPSTEP_FN Vector base_of_exp_avg(int block) const { return every_lane(bases_[lane_of(block)]); }
+  WARPSTEP_FN Vector base_of_exp_avg_sq(int block) const {
+    return every_lane(bases_[lane_of(block) + kBlocks]);
   }
   void store(std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq) const {
-    const __m512i order =
-        _mm512_setr_epi32(lane_of(0), lane_of(1), lane_of(2), lane_of(3), lane_of(0) + 4,
-                          lane_of(1) + 4, lane_of(2) + 4, lane_of(3) + 4, 0, 0, 0, 0, 0, 0, 0, 0);
-    alignas(16) std::uint8_t bytes[16];
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes),
-                    _mm512_cvtepi32_epi8(_mm512_permutexvar_epi32(order, scales_)));
-    std::memcpy(exp_avg, bytes, kBlocks);
-    std::memcpy(exp_avg_sq, bytes + kBlocks, kBlocks);
+    for (int block = 0; block < kBlocks; ++block) {
+      exp_avg[block] = static_cast<std::uint8_t>(scales_[lane_of(block)]);
+      exp_avg_sq[block] = static_cast<std::uint8_t>(scales_[lane_of(block) + kBlocks]);
+    }
   }
 
  private:
+  WARPSTEP_FN static Vector every_lane(std::uint32_t x) {
+    return WARPSTEP_V(set1_epi32)(static_cast<int>(x));
+  }
+
+  static_assert(kBlocks == 4, "eight numbers");
+#ifdef __AVX512BW__  // in two lanes each
+  static Vector folded(const Vector (&largest)[kBlocks]) {
+    // Halves are put side by side, and the larger ones kept.
+    const auto pair = [](Vector a, Vector b) {
+      return larger(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+    };
+    const Vector a = pair(largest[0], largest[1]), b = pair(largest[2], largest[3]);
+    const Vector in_pairs = larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    return larger(in_pairs, _mm512_shuffle_epi32(in_pairs, _MM_PERM_CDAB));
+  }
   // Where a block's exp_avg is, with exp_avg_sq four lanes further.
   static constexpr int lane_of(int block) { return block / 2 * 2 + block % 2 * 8; }
+#else
+  static Vector folded(const Vector (&largest)[kBlocks]) {
+    const auto pair = [](Vector a, Vector b) {
+      return _mm256_castsi256_ps(larger(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)));
+    };
+    const __m256 a = pair(largest[0], largest[1]), b = pair(largest[2], largest[3]);
+    return larger(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+                  _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+  }
+  static constexpr int lane_of(int block) { return block; }
+#endif
 
+  // One constant in the lanes of exp_avg, another in those of exp_avg_sq.
   template <std::uint32_t kOfExpAvg, std::uint32_t kOfExpAvgSq>
-  static __m512i of_both() {
+  static Vector of_both() {
+#ifdef __AVX512BW__
     return _mm512_mask_blend_epi32(0xf0f0, every<kOfExpAvg>(), every<kOfExpAvgSq>());
-  }
-  template <int kLane>
-  WARPSTEP_FN __m512i base() const {
-    return _mm512_permutexvar_epi32(every<kLane>(), bases_);
+#else
+    return _mm256_blend_epi32(every<kOfExpAvg>(), every<kOfExpAvgSq>(), 0xf0);
+#endif
   }
 
-  __m512i largest_, scales_, bases_;
+  Vector largest_;
+  alignas(64) std::uint32_t scales_[kVectorBytes / 4], bases_[kVectorBytes / 4];
 };
 
 // ---- The step
@@ -117,14 +143,15 @@ class InBlocks {
       const std::int64_t begin = of.range.begin, end = of.range.end;
       const float step_after = tail.steps_advanced ? of.step : of.step + 1;
       const auto draws = [&](std::uint32_t operand) {
-        return BlockDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
+        return GroupDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
                           draw_of(of.row, begin) >> 32);
       };
       const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
+      const CInLanes in_lanes = in_every_lane(c);
       const bool in_registers =
           only_steps && c.is_usual() && is_finite(c.decay.decay) && InBlocks::draws_are_whole(of);
       for (std::int64_t at = begin; at < end; at += kDecoded) {
-        if (in_registers && at + kDecoded <= end && blocks.step(c, at)) continue;
+        if (in_registers && at + kDecoded <= end && blocks.step(in_lanes, at)) continue;
         tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
       }
     });
@@ -132,16 +159,50 @@ class InBlocks {
 
  private:
   using C = Constants<Rule, float>;
+  using CInLanes = Constants<Rule, Floats>;
   static constexpr bool kHasMaster = std::is_same_v<Param, MasterHalves>;
   static constexpr bool kIsRandom = std::is_same_v<Param, RandomHalves>;
   static constexpr std::uint32_t kExpAvg = kMoment, kExpAvgSq = kMoment + 1;
   static_assert(Rule::kMoments == 2, "exp_avg and exp_avg_sq");
 
-  // A block's numbers after the step.
-  struct Result {
-    Block param, exp_avg, exp_avg_sq;
-    __m512i largest;  // of its moments
+  // Operands from some element on.
+  struct Operands {
+    Param param;
+    Grad grad;
+    std::uint8_t *m_codes, *v_codes;
+
+    Operands from(std::int64_t element) const {
+      Operands to = *this;
+      to.param.at += element, to.grad.at += element, to.m_codes += element, to.v_codes += element;
+      if constexpr (kHasMaster) to.param.residual += element;
+      return to;
+    }
   };
+
+  // What tells whether all that was read, and the parameters after the step, are numbers. An
+  // infinite parameter counts where Part::finite steps it right.
+  struct Seen {
+    Vector largest_codes{};
+    Flags nan{};
+
+    bool only_numbers() const {
+      static_assert((E4m3::kInfinite | 0x80) == Ue5m3::kInfinite, "one comparison for both");
+      return !any(nan |
+                  are_8_bits_at_least(largest_codes, every<Ue5m3::kInfinite * 0x01010101u>()));
+    }
+  };
+
+  static CInLanes in_every_lane(const C& c) {
+    constexpr std::size_t kNumbers = sizeof(C) / sizeof(float);
+    static_assert(sizeof(CInLanes) == kNumbers * sizeof(Floats), "nothing but numbers");
+    Floats numbers[kNumbers];
+    for (std::size_t i = 0; i < kNumbers; ++i) {
+      numbers[i] = Floats(reinterpret_cast<const float*>(&c)[i]);
+    }
+    CInLanes in_lanes;
+    std::memcpy(&in_lanes, numbers, sizeof(in_lanes));
+    return in_lanes;
+  }
 
   static std::uint64_t draw_of(const TensorRow& row, std::int64_t at) {
     return static_cast<std::uint64_t>(row.first + at) / kDrawn;
@@ -152,109 +213,116 @@ class InBlocks {
            draw_of(of.row, of.range.begin) >> 32 == draw_of(of.row, of.range.end) >> 32;
   }
 
-  InBlocks(const ChunkOf& of, const BlockDraws& of_param, const BlockDraws& of_exp_avg_sq)
-      : row_(of.row),
-        grad_{static_cast<decltype(Grad::at)>(of.grad)},
-        of_param_(of_param),
-        of_exp_avg_sq_(of_exp_avg_sq) {}
+  InBlocks(const ChunkOf& of, const GroupDraws& of_param, const GroupDraws& of_exp_avg_sq)
+      : row_(of.row), of_param_(of_param), of_exp_avg_sq_(of_exp_avg_sq) {
+    const auto operand = [&](std::uint32_t which) { return of.row.operands[which]; };
+    all_.param.at = static_cast<decltype(Param::at)>(operand(kParam));
+    if constexpr (kHasMaster) all_.param.residual = static_cast<std::int16_t*>(operand(kResidual));
+    all_.grad.at = static_cast<decltype(Grad::at)>(of.grad);
+    all_.m_codes = static_cast<std::uint8_t*>(operand(kExpAvg));
+    all_.v_codes = static_cast<std::uint8_t*>(operand(kExpAvgSq));
+    m_scales_ = static_cast<std::uint8_t*>(operand(kScale));
+    v_scales_ = static_cast<std::uint8_t*>(operand(kScale + 1));
+  }
 
   // Elements [at, at + kDecoded); false, and nothing done, where something is no finite number.
-  WARPSTEP_FN bool step(const C& c, std::int64_t at) const {
-    Words random[kBlocks], random_of_param[kBlocks];
-    draw(of_exp_avg_sq_, at, random);
-    if constexpr (kIsRandom) draw(of_param_, at, random_of_param);
+  WARPSTEP_FN bool step(const CInLanes& c, std::int64_t at) const {
+    const Operands operands = all_.from(at);
+    std::uint8_t* const m_scales = m_scales_ + at / kBlock;
+    std::uint8_t* const v_scales = v_scales_ + at / kBlock;
+    Group m[kGroups], v[kGroups], p[kGroups];
+    Words random[kGroups], random_of_param[kGroups];
+    Seen seen;
 
-    Result results[kBlocks];
-    bool are_numbers = true;
-    for (int b = 0; b < kBlocks; ++b) are_numbers &= step_block(c, at + b * kBlock, results[b]);
-    const Scales scales(results[0].largest, results[1].largest, results[2].largest,
-                        results[3].largest);
-    if (!are_numbers || !scales.are_of_numbers()) return false;
+    const auto first_draw = static_cast<std::uint32_t>(draw_of(row_, at));
+    const auto update_group = [&](int g) {
+      const std::uint32_t index = first_draw + g * kGroup / kDrawn;
+      p[g] = load_group(operands.from(g * kGroup).param);
+      update(c, m[g], v[g], index, p[g], random[g], random_of_param[g], seen);
+    };
+    Vector largest[kBlocks];
+    for (int block = 0; block < kBlocks; ++block) {
+      const Vector m_base = base<E4m3>(m_scales[block]), v_base = base<Ue5m3>(v_scales[block]);
+      largest[block] = Vector{};
+      for (int g = block * kOfBlock; g < (block + 1) * kOfBlock; ++g) {
+        advance(c, operands.from(g * kGroup), m_base, v_base, m[g], v[g], seen);
+        largest[block] = larger(largest[block], largest_of(m[g], v[g]));
+        if constexpr (kUpdatesAtOnce) update_group(g);
+      }
+    }
+    if constexpr (!kUpdatesAtOnce) {
+      for (int g = 0; g < kGroups; ++g) update_group(g);
+    }
+    const Scales scales(largest);
+    if (!seen.only_numbers() || !scales.are_of_numbers()) return false;
 
-    store(results, scales, random, random_of_param, at, std::make_index_sequence<kBlocks>{});
-    scales.store(operand<std::uint8_t>(kScale, at / kBlock),
-                 operand<std::uint8_t>(kScale + 1, at / kBlock));
+    for (int block = 0; block < kBlocks; ++block) {
+      const Vector m_base = scales.base_of_exp_avg(block);
+      const Vector v_base = scales.base_of_exp_avg_sq(block);
+      for (int g = block * kOfBlock; g < (block + 1) * kOfBlock; ++g) {
+        const Operands to = operands.from(g * kGroup);
+        store_vector(to.m_codes, encoded_e4m3(upper_halves(m[g]), m_base));
+        store_vector(to.v_codes, encoded_ue5m3(v[g], v_base, random[g]));
+        store_group(p[g], to.param, random_of_param[g]);
+      }
+    }
+    scales.store(m_scales, v_scales);
     return true;
   }
 
-  WARPSTEP_FN void draw(const BlockDraws& from, std::int64_t at, Words (&random)[kBlocks]) const {
-    auto index = static_cast<std::uint32_t>(draw_of(row_, at));
-    for (Words& bits : random) bits = from.of_block(index), index += kBlock / kDrawn;
+  // base_of() a scale, its upper half in lanes of 16 bits.
+  template <class Code>
+  WARPSTEP_FN static Vector base(std::uint8_t scale) {
+    return WARPSTEP_V(set1_epi16)(static_cast<std::int16_t>(base_of<Code>(scale) >> 16));
   }
 
-  // Whether all that it read, and the parameter after the step, are numbers. An infinite parameter
-  // counts where Part::finite steps it right.
-  WARPSTEP_FN bool step_block(const C c, std::int64_t at, Result& to) const {
-    const __m512i m_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvg, at));
-    const __m512i v_codes = _mm512_loadu_si512(operand<std::uint8_t>(kExpAvgSq, at));
-    const std::uint8_t m_scale = *operand<std::uint8_t>(kScale, at / kBlock);
-    const std::uint8_t v_scale = *operand<std::uint8_t>(kScale + 1, at / kBlock);
-    const __m512i largest_codes =
-        _mm512_max_epu8(_mm512_or_si512(m_codes, every<0x80808080u>()), v_codes);
-    const __mmask64 no_numbers =
-        _mm512_cmpge_epu8_mask(largest_codes, every<Ue5m3::kInfinite * 0x01010101u>());
-    static_assert((E4m3::kInfinite | 0x80) == Ue5m3::kInfinite, "one comparison for both");
-
-    const Block p = load_block(param_at(at)), g = load_block(Grad{grad_.at + at});
+  // A group's moments after the step.
+  WARPSTEP_FN static void advance(const CInLanes& c, const Operands& from, Vector m_base,
+                                  Vector v_base, Group& m, Group& v, Seen& seen) {
+    const Vector m_codes = load_vector(from.m_codes), v_codes = load_vector(from.v_codes);
+    const Vector larger_codes =
+        WARPSTEP_V(max_epu8)(with_bits(m_codes, every<0x80808080u>()), v_codes);
+    seen.largest_codes = WARPSTEP_V(max_epu8)(seen.largest_codes, larger_codes);
+    const Group grad = load_group(from.grad);
     // With the last scale a number's code may be infinite; the moment then stays no finite number.
-    const Block m = decoded<E4m3>(interleaved(m_codes), base_of<E4m3>(m_scale));
-    const Block v = decoded<Ue5m3>(interleaved(v_codes), base_of<Ue5m3>(v_scale));
-    struct Vector {
-      float lane[16];
-    };
+    m = decoded<E4m3>(interleaved(m_codes), m_base);
+    v = decoded<Ue5m3>(interleaved(v_codes), v_base);
     for (int i = 0; i < kVectors; ++i) {
-      Vector param = bits_as<Vector>(p.vectors[i]), grad = bits_as<Vector>(g.vectors[i]);
-      Vector exp_avg = bits_as<Vector>(m.vectors[i]), exp_avg_sq = bits_as<Vector>(v.vectors[i]);
-      for (int k = 0; k < 16; ++k) {
-        float moments[] = {exp_avg.lane[k], exp_avg_sq.lane[k]};
-        param.lane[k] = stepped<Rule, Part::finite>(c, param.lane[k], grad.lane[k], moments);
-        exp_avg.lane[k] = moments[0], exp_avg_sq.lane[k] = moments[1];
-      }
-      to.param.vectors[i] = bits_as<__m512i>(param);
-      to.exp_avg.vectors[i] = bits_as<__m512i>(exp_avg);
-      to.exp_avg_sq.vectors[i] = bits_as<__m512i>(exp_avg_sq);
+      Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
+      Rule::template advance<Part::finite>(c.rule, Floats(grad.vectors[i]) * c.tail.grad_factor,
+                                           moments);
+      m.vectors[i] = moments[0].bits(), v.vectors[i] = moments[1].bits();
     }
-    to.largest = largest_of(to.exp_avg, to.exp_avg_sq);
-    const auto any_nan = [&](int i, int j) {
-      return _mm512_cmp_ps_mask(bits_as<__m512>(to.param.vectors[i]),
-                                bits_as<__m512>(to.param.vectors[j]), _CMP_UNORD_Q);
-    };
-    return (no_numbers | any_nan(0, 1) | any_nan(2, 3)) == 0;
   }
 
-  template <std::size_t... kBlockOf>
-  WARPSTEP_FN void store(const Result (&results)[kBlocks], const Scales& scales,
-                         const Words (&random)[kBlocks], const Words (&random_of_param)[kBlocks],
-                         std::int64_t at, std::index_sequence<kBlockOf...>) const {
-    (store_block_of<kBlockOf>(results[kBlockOf], scales, random[kBlockOf],
-                              random_of_param[kBlockOf], at + kBlockOf * kBlock),
-     ...);
-  }
-  template <int kBlockOf>
-  WARPSTEP_FN void store_block_of(const Result& from, const Scales& scales, const Words& random,
-                                  const Words& random_of_param, std::int64_t at) const {
-    _mm512_storeu_si512(operand<std::uint8_t>(kExpAvg, at),
-                        encoded_e4m3(from.exp_avg, scales.base_of_exp_avg<kBlockOf>()));
-    _mm512_storeu_si512(
-        operand<std::uint8_t>(kExpAvgSq, at),
-        encoded_ue5m3(from.exp_avg_sq, scales.base_of_exp_avg_sq<kBlockOf>(), random));
-    store_block(from.param, param_at(at), random_of_param);
-  }
-
-  template <class T>
-  WARPSTEP_FN T* operand(std::uint32_t which, std::int64_t at) const {
-    return static_cast<T*>(row_.operands[which]) + at;
-  }
-  WARPSTEP_FN Param param_at(std::int64_t at) const {
-    Param param{};
-    param.at = static_cast<decltype(Param::at)>(row_.operands[kParam]) + at;
-    if constexpr (kHasMaster) param.residual = operand<std::int16_t>(kResidual, at);
-    return param;
+  // A group's parameters after the step, and between their roots and divisions its random bits.
+  WARPSTEP_FN void update(const CInLanes& c, const Group& m, const Group& v, std::uint32_t index,
+                          Group& p, Words& random, Words& random_of_param, Seen& seen) const {
+    GroupDraws::OfGroup draws(of_exp_avg_sq_, index), draws_of_param(of_param_, index);
+    constexpr std::uint32_t kRoundsAtOnce = 2;
+    static_assert(kRoundsAtOnce * kVectors >= kRounds, "all of them");
+#pragma GCC unroll 4
+    for (std::uint32_t i = 0; i < kVectors; ++i) {
+      for (std::uint32_t round = i * kRoundsAtOnce;
+           round < min_of((i + 1) * kRoundsAtOnce, kRounds); ++round) {
+        draws.round(round);
+        if constexpr (kIsRandom) draws_of_param.round(round);
+      }
+      const Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
+      const Floats u = Rule::template update_of<Part::finite>(c.rule, moments);
+      p.vectors[i] = decayed<Part::finite>(c.decay, Floats(p.vectors[i]), u).bits();
+    }
+    random = draws.after_all();
+    if constexpr (kIsRandom) random_of_param = draws_of_param.after_all();
+    for (int i = 0; i < kVectors; i += 2) {
+      seen.nan = seen.nan | are_nan(Floats(p.vectors[i]), Floats(p.vectors[i + 1]));
+    }
   }
 
   const TensorRow& row_;
-  const Grad grad_;
-  const BlockDraws of_param_, of_exp_avg_sq_;
+  Operands all_{};
+  std::uint8_t *m_scales_, *v_scales_;
+  const GroupDraws of_param_, of_exp_avg_sq_;
 };
 
 using AllInBlocks =

@@ -19,7 +19,7 @@ CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)([[maybe_unused]] bool has_bf16) {
             visit_recipe(key, [&](auto recipe) { kernel = step_chunks<decltype(recipe)>; });
             visit_tiled(key, [&](auto rule) { kernel = step_tiles<decltype(rule)>; });
             kernel = find_among(AllInPairs{}, key, kernel);
-#ifdef __AVX512BW__
+#ifdef WARPSTEP_HAS_VECTORS
             kernel = find_among(AllInBlocks{}, key, kernel);
 #endif
             return kernel;

@@ -4,8 +4,8 @@
 
 #include "../blocks.h"
 #include "../tail.h"
-#include "intrinsics.h"
 #include "launch.h"
+#include "vectors.h"
 
 namespace warpstep {
 namespace {
@@ -113,16 +113,6 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
   }
   if (i < count) step_one<Rule, kPart>(i, c, param, grad, moments...);
 }
-
-#ifdef __AVX512BW__
-// 16-bit lanes i and i + 16 side by side.
-WARPSTEP_FN __m512i interleaved(__m512i x) {
-  alignas(64) static constexpr std::uint16_t kOrder[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), x);
-}
-#endif
 
 #if defined(__AVX512BW__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
 // NOTE [rounding by an instruction]

@@ -80,19 +80,33 @@ struct AdamW {
   // Returns u.
   template <Part kPart, class T>
   WARPSTEP_FN static T update(const Constants<T>& c, T g, T* moments) {
-    constexpr bool kUsual = is_usual(kPart);
+    advance<kPart>(c, g, moments);
+    return update_of<kPart>(c, moments);
+  }
+
+  // The first half of it: the moments after the step.
+  template <Part kPart, class T>
+  WARPSTEP_FN static void advance(const Constants<T>& c, T g, T* moments) {
     T& m = moments[0];
     T& v = moments[1];
-    m = lerp(m, g, c.weight1, c.beta1, kUsual || std::fabs(c.weight1) < T(0.5));
-    const T kept =
-        kUsual || c.weight2 < T(0.5) ? fma_of(-c.weight2, finite_in<kPart>(v), v) : c.beta2 * v;
+    bool is_near = true;
+    T kept = fma_of(-c.weight2, finite_in<kPart>(v), v);
+    if constexpr (!is_usual(kPart)) {
+      is_near = std::fabs(c.weight1) < T(0.5);
+      kept = c.weight2 < T(0.5) ? kept : c.beta2 * v;
+    }
+    m = lerp(m, g, c.weight1, c.beta1, is_near);
     v = fma_of(c.weight2 * g, g, kept);
-    T peak = v;
-    if constexpr (kAmsgrad) peak = moments[2] = maximum(moments[2], v);
+    if constexpr (kAmsgrad) moments[2] = maximum(moments[2], v);
+  }
 
-    const T root = square_root(peak);
-    const T denominator = kUsual ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
-    return c.step_size * divide(m, denominator);
+  // The second: u, of those.
+  template <Part kPart, class T>
+  WARPSTEP_FN static T update_of(const Constants<T>& c, const T* moments) {
+    const T root = square_root(moments[kMoments - 1]);
+    const T denominator =
+        is_usual(kPart) ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
+    return c.step_size * divide(moments[0], denominator);
   }
 };
 

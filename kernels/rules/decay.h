@@ -40,7 +40,11 @@ WARPSTEP_FN constexpr bool is_usual(Part part) {
 // x; in its place 0 if it is not finite, unless the part does not provide for that.
 template <Part kPart, class T>
 WARPSTEP_FN T finite_in(T x) {
-  return kPart == Part::finite ? x : finite_or_zero(x);
+  if constexpr (kPart == Part::finite) {
+    return x;
+  } else {
+    return finite_or_zero(x);
+  }
 }
 
 template <class T>
@@ -109,7 +113,7 @@ WARPSTEP_FN T with_coupled(const DecayConstants<T>& c, T param, T grad) {
 template <Part kPart, class T>
 WARPSTEP_FN T decayed(const DecayConstants<T>& c, T param, T update) {
   T d = finite_in<kPart>(param);
-  if (kPart == Part::whole) {
+  if constexpr (kPart == Part::whole) {
     const T sign = (param > 0 ? T(1) : T(0)) - (param < 0 ? T(1) : T(0));
     const T kept = c.cautious * sign * update < 0 ? T(0) : d;
     d = fma_of(c.sign, sign, c.kept * kept);
