@@ -108,12 +108,14 @@ $(VENV)/.environment: $(VENV)/.venv
 	$(INSTALL) "$(TORCH)" "$(TRITON)"
 	@touch $@
 
-# Compiled while torch is installed. The folder is emptied first: nothing old is installed.
+# Compiled while torch is installed. The folder is emptied first: nothing old is installed. The date is
+# that of the beginning, so that what is edited meanwhile is compiled the next time.
 $(VENV)/.wheel: $(VENV)/.venv $(SOURCES)
 	@echo "Building warpstep: a minute or two, with nvcc some more."
 	@rm -rf $(VENV)/wheel
+	@touch $@.begun
 	@MAKEFLAGS= $(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
-	@touch $@
+	@mv $@.begun $@
 
 # Installed, not linked: what is tested is what a user gets. First what it asks for, then itself, also
 # where an older build with the same version is there.
