@@ -175,10 +175,18 @@ def describe(device: str, named_commit: str | None = None) -> dict[str, Any]:
     return machine
 
 
+def cpu_code(machine: dict[str, Any]) -> str:
+    """The instruction set of its CPU kernels; "Python" where there is no native module."""
+    return str((machine["native"] or {}).get("CPU code", "Python"))
+
+
 def slug(machine: dict[str, Any]) -> str:
-    """A folder name for the machine: the GPU's name, or the CPU's with its number of cores."""
+    """A folder name for the machine: the GPU's name, or the CPU's with its code and its cores.
+
+    Virtual machines call several generations of processors by one name; the code tells them apart.
+    """
     words = machine["name"]
     if machine["device"] == "cpu":
-        words = f"cpu {words} {machine['cores']} cores"
+        words = f"cpu {words} {cpu_code(machine)} {machine['cores']} cores"
     words = re.sub(r"\((r|tm)\)", "", words.lower())
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")

@@ -17,6 +17,7 @@ from bench.competitors import (
     PLAIN,
     TRITON,
 )
+from bench.machine import cpu_code
 from bench.run import BUSY_CORES
 from bench.sequences import IN_WORDS
 
@@ -69,7 +70,9 @@ class Results:
     def title(self) -> str:
         """The machine's name, as short as it can be."""
         m = self.machine
-        return m["name"] if self.on_gpu else f"{m['name']}, {m['cores']} cores"
+        if self.on_gpu:
+            return m["name"]
+        return f"{m['name']} ({cpu_code(m)}), {m['cores']} cores"
 
 
 def short(competitor: str) -> str:

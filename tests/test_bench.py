@@ -219,7 +219,8 @@ def test_a_case_beside_a_busy_core_is_measured_beside_one(monkeypatch):
 
 def test_slug_is_a_plain_folder_name():
     name = {"device": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "cores": 2}
-    assert slug(name) == "cpu-intel-xeon-cpu-2-20ghz-2-cores"
+    name["native"] = {"CPU code": "avx512_bf16"}
+    assert slug(name) == "cpu-intel-xeon-cpu-2-20ghz-avx512-bf16-2-cores"
     assert slug({"device": "cuda", "name": "NVIDIA H200", "cores": 16}) == "nvidia-h200"
 
 
