@@ -149,7 +149,7 @@ class InBlocks {
       const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
       const CInLanes in_lanes = in_every_lane(c);
       const bool in_registers =
-          only_steps && c.is_usual() && is_finite(c.decay.decay) && InBlocks::draws_are_whole(of);
+          only_steps && c.is_usual() && is_finite(c.decay.decay) && draws_are_whole(of);
       for (std::int64_t at = begin; at < end; at += kDecoded) {
         if (in_registers && at + kDecoded <= end && blocks.step(in_lanes, at)) continue;
         tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
@@ -192,27 +192,6 @@ class InBlocks {
     }
   };
 
-  static CInLanes in_every_lane(const C& c) {
-    constexpr std::size_t kNumbers = sizeof(C) / sizeof(float);
-    static_assert(sizeof(CInLanes) == kNumbers * sizeof(Floats), "nothing but numbers");
-    Floats numbers[kNumbers];
-    for (std::size_t i = 0; i < kNumbers; ++i) {
-      numbers[i] = Floats(reinterpret_cast<const float*>(&c)[i]);
-    }
-    CInLanes in_lanes;
-    std::memcpy(&in_lanes, numbers, sizeof(in_lanes));
-    return in_lanes;
-  }
-
-  static std::uint64_t draw_of(const TensorRow& row, std::int64_t at) {
-    return static_cast<std::uint64_t>(row.first + at) / kDrawn;
-  }
-  // Whether the chunk begins with a draw, and the upper bits of its draws' indices are the same.
-  static bool draws_are_whole(const ChunkOf& of) {
-    return of.row.first % kDrawn == 0 &&
-           draw_of(of.row, of.range.begin) >> 32 == draw_of(of.row, of.range.end) >> 32;
-  }
-
   InBlocks(const ChunkOf& of, const GroupDraws& of_param, const GroupDraws& of_exp_avg_sq)
       : row_(of.row), of_param_(of_param), of_exp_avg_sq_(of_exp_avg_sq) {
     const auto operand = [&](std::uint32_t which) { return of.row.operands[which]; };
@@ -237,8 +216,16 @@ class InBlocks {
     const auto first_draw = static_cast<std::uint32_t>(draw_of(row_, at));
     const auto update_group = [&](int g) {
       const std::uint32_t index = first_draw + g * kGroup / kDrawn;
+      GroupDraws::OfGroup of_v(of_exp_avg_sq_, index), of_p(of_param_, index);
       p[g] = load_group(operands.from(g * kGroup).param);
-      update(c, m[g], v[g], index, p[g], random[g], random_of_param[g], seen);
+      if constexpr (kIsRandom) {
+        update(c, m[g], v[g], p[g], of_v, of_p);
+        random_of_param[g] = of_p.after_all();
+      } else {
+        update(c, m[g], v[g], p[g], of_v);
+      }
+      random[g] = of_v.after_all();
+      seen.nan = seen.nan | are_nan(p[g]);
     };
     Vector largest[kBlocks];
     for (int block = 0; block < kBlocks; ++block) {
@@ -287,36 +274,7 @@ class InBlocks {
     // With the last scale a number's code may be infinite; the moment then stays no finite number.
     m = decoded<E4m3>(interleaved(m_codes), m_base);
     v = decoded<Ue5m3>(interleaved(v_codes), v_base);
-    for (int i = 0; i < kVectors; ++i) {
-      Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
-      Rule::template advance<Part::finite>(c.rule, Floats(grad.vectors[i]) * c.tail.grad_factor,
-                                           moments);
-      m.vectors[i] = moments[0].bits(), v.vectors[i] = moments[1].bits();
-    }
-  }
-
-  // A group's parameters after the step, and between their roots and divisions its random bits.
-  WARPSTEP_FN void update(const CInLanes& c, const Group& m, const Group& v, std::uint32_t index,
-                          Group& p, Words& random, Words& random_of_param, Seen& seen) const {
-    GroupDraws::OfGroup draws(of_exp_avg_sq_, index), draws_of_param(of_param_, index);
-    constexpr std::uint32_t kRoundsAtOnce = 2;
-    static_assert(kRoundsAtOnce * kVectors >= kRounds, "all of them");
-#pragma GCC unroll 4
-    for (std::uint32_t i = 0; i < kVectors; ++i) {
-      for (std::uint32_t round = i * kRoundsAtOnce;
-           round < min_of((i + 1) * kRoundsAtOnce, kRounds); ++round) {
-        draws.round(round);
-        if constexpr (kIsRandom) draws_of_param.round(round);
-      }
-      const Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
-      const Floats u = Rule::template update_of<Part::finite>(c.rule, moments);
-      p.vectors[i] = decayed<Part::finite>(c.decay, Floats(p.vectors[i]), u).bits();
-    }
-    random = draws.after_all();
-    if constexpr (kIsRandom) random_of_param = draws_of_param.after_all();
-    for (int i = 0; i < kVectors; i += 2) {
-      seen.nan = seen.nan | are_nan(Floats(p.vectors[i]), Floats(p.vectors[i + 1]));
-    }
+    warpstep::advance(c, grad, m, v);
   }
 
   const TensorRow& row_;

@@ -11,6 +11,7 @@
 // instruction does two or four times as much as with the lanes of float32.
 #pragma once
 
+#include "chunks.h"
 #include "draws.h"
 #include "pairs.h"
 #include "vectors.h"
@@ -240,6 +241,66 @@ class GroupDraws {
   const LaneKeys& keys_;
   const Lanes upper_, step_, operand_;
 };
+
+inline std::uint64_t draw_of(const TensorRow& row, std::int64_t element) {
+  return static_cast<std::uint64_t>(row.first + element) / kDrawn;
+}
+// Whether the chunk begins with a draw, and the upper bits of its draws' indices are the same.
+inline bool draws_are_whole(const ChunkOf& of) {
+  return of.row.first % kDrawn == 0 &&
+         draw_of(of.row, of.range.begin) >> 32 == draw_of(of.row, of.range.end) >> 32;
+}
+
+// ---- The step
+
+// Constants in every lane.
+template <class Rule>
+Constants<Rule, Floats> in_every_lane(const Constants<Rule, float>& c) {
+  constexpr std::size_t kNumbers = sizeof(c) / sizeof(float);
+  static_assert(sizeof(Constants<Rule, Floats>) == kNumbers * sizeof(Floats), "only numbers");
+  Floats numbers[kNumbers];
+  for (std::size_t i = 0; i < kNumbers; ++i) {
+    numbers[i] = Floats(reinterpret_cast<const float*>(&c)[i]);
+  }
+  Constants<Rule, Floats> in_lanes;
+  std::memcpy(&in_lanes, numbers, sizeof(in_lanes));
+  return in_lanes;
+}
+
+// A group's moments after the step.
+template <class Rule>
+WARPSTEP_FN void advance(const Constants<Rule, Floats>& c, const Group& grad, Group& m, Group& v) {
+  for (int i = 0; i < kVectors; ++i) {
+    Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
+    const Floats g = Floats(grad.vectors[i]) * c.tail.grad_factor;
+    Rule::template advance<Part::finite>(c.rule, g, moments);
+    m.vectors[i] = moments[0].bits(), v.vectors[i] = moments[1].bits();
+  }
+}
+
+// Its parameters after the step, and between their roots and divisions random bits.
+template <class Rule, class... OfGroup>
+WARPSTEP_FN void update(const Constants<Rule, Floats>& c, const Group& m, const Group& v, Group& p,
+                        OfGroup&... draws) {
+  constexpr std::uint32_t kRoundsAtOnce = 2;
+  static_assert(kRoundsAtOnce * kVectors >= kRounds, "all of them");
+#pragma GCC unroll 4
+  for (std::uint32_t i = 0; i < kVectors; ++i) {
+    const std::uint32_t end = min_of((i + 1) * kRoundsAtOnce, kRounds);
+    for (std::uint32_t round = i * kRoundsAtOnce; round < end; ++round) (draws.round(round), ...);
+    const Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
+    const Floats u = Rule::template update_of<Part::finite>(c.rule, moments);
+    p.vectors[i] = decayed<Part::finite>(c.decay, Floats(p.vectors[i]), u).bits();
+  }
+}
+
+// Where a group has NaNs.
+WARPSTEP_FN Flags are_nan(const Group& x) {
+  const auto of_two = [&](int i) {
+    return are_nan(Floats(x.vectors[i]), Floats(x.vectors[i + 1]));
+  };
+  return of_two(0) | of_two(2);
+}
 
 }  // namespace
 }  // namespace warpstep
