@@ -31,6 +31,7 @@ MACHINE = {
     "device": "cpu",
     "name": "A CPU",
     "cores": 2,
+    "native": {"CPU code": "avx2"},
     "threads": 2,
     "torch": "2.13.0",
     "warpstep": "0.1.0",
@@ -148,7 +149,7 @@ def test_report_shows_a_gpu_with_host_device_graphs_and_triton(tmp_path):
         "| 90 µs | 1.05x <sub>0.90 to 1.10</sub> |"
     )
     assert "There are no GPU figures" not in blocks["graph"]
-    assert "A CPU, 16 cores" in blocks["threads"]
+    assert "A CPU (avx2), 16 cores" in blocks["threads"]
     assert blocks["threads"].splitlines()[-3].endswith("| 1 thread | 16 threads |")
     assert (
         blocks["threads"]
@@ -235,7 +236,7 @@ def test_the_short_table_has_the_cases_that_were_measured_and_eight_at_most(tmp_
     words = tables.SPEED["gpt2-124m"]
     assert row == f"| {words} | 500 µs | 250 µs | 2.00x <sub>0.90 to 1.10</sub> |"
     assert empty == ""
-    assert machine.startswith("**A CPU, 2 cores**")
+    assert machine.startswith("**A CPU (avx2), 2 cores**")
     save(tmp_path / "b", MACHINE | {"device": "cuda", "name": "A GPU"}, many)
     texts = report.blocks(report.load(tmp_path))
     assert len(texts["speed"].splitlines()) == 2 + tables.SPEED_ROWS + 2
