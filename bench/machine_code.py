@@ -138,6 +138,9 @@ class Loop:
                 for path, count in ways[j].items():
                     after[path] = min(count, after.get(path, count))
             wide = code.kind in FLOAT64_ARITHMETIC
+            if not (wide or code.moves_16_bytes or code.kind == "MUFU"):  # as most: quickly
+                ways[i] = {path: count + 1 for path, count in after.items()}
+                continue
             load, store = (code.moves_16_bytes and code.kind == kind for kind in ("LDG", "STG"))
             # What is under a condition may be done or not.
             for done in {True, not (code.guard and code.moves_16_bytes)}:
@@ -181,6 +184,11 @@ class Kernel:
             Instruction(int(address, 16), guard, opcode, operands.strip())
             for address, guard, opcode, operands in re.findall(line, self.text)
         )
+
+    @cached_property
+    def opcodes(self) -> str:
+        """Those of the instructions, one a line: a twentieth of the text to search."""
+        return "\n".join(c.opcode for c in self.code)
 
     @cached_property
     def loops(self) -> list[Loop]:

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from bench import machine_code  # noqa: E402
 from bench.machine_code import FORMAT_BYTES  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("the machine code, which is read once")
+
 # Instructions an element of the loop over aligned elements, of sm_80 or sm_90, whichever has more:
 # of a step, and with the tail of one that averages, one with statistics, one with all of it. (SGD's
 # shortest way with the tail is that of a step that is not taken: it has no root to be told by.)
@@ -209,16 +211,16 @@ def test_the_norm_reads_16_bytes_at_a_time(kernels):
 
 def test_nothing_lives_in_local_memory(kernels):
     for kernel in kernels:
-        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.text), name_of(kernel)
+        assert not re.findall(r"\b(?:LDL|STL)\b", kernel.opcodes), name_of(kernel)
 
 
 def test_blocks_count_their_arrivals_without_a_sequentially_consistent_fence(kernels):
     """Counting releases and acquires: an order of all fences on the device would only cost time."""
     for kernel in kernels:
-        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", kernel.text)
+        fences = re.findall(r"\bMEMBAR\.(\w+)\.GPU\b", kernel.opcodes)
         # The norm counts in two places, one for each kind of norm.
         assert fences == ["ALL"] * (2 if kernel.is_norm else 1), name_of(kernel)
         ordered = re.findall(
-            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", kernel.text, re.S
+            r"\bMEMBAR\.ALL\.GPU\b.*?\bATOMG\.E\.ADD\b.*?\bCCTL\.IVALL\b", kernel.opcodes, re.S
         )
         assert len(ordered) == len(fences), name_of(kernel)

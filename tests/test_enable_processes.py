@@ -1,17 +1,15 @@
 """What enables warpstep in a process of its own: an import, the environment, a call."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from support import programs
 from support.environment import EMULATED
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
 
 PROGRAM = """
-import torch
+import torch, warnings
+warnings.simplefilter("error")
 {first}
 import warpstep
 kernel = torch._C._dispatch_dump("aten::_fused_adamw_")
@@ -27,12 +25,7 @@ print(warpstep.status().enabled, warpstep.status().taken)
 
 def run(first="", then="", fused=True, **environment):
     program = PROGRAM.format(first=first, then=then, fused=fused)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+    done = programs.run(program, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.split(), done.stderr
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("the kernels without a race, which are compiled once")
+
 KERNELS = Path(__file__).parent.parent / "kernels"
 EMULATION = Path(__file__).parent / "emulation"
 OPTIONS = [
     "-std=c++17",
     "-pthread",
-    "-O1",
+    "-O0",
     "-g1",
     "-ffp-contract=off",
     "-Wall",

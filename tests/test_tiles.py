@@ -9,7 +9,7 @@ import pytest
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 EMULATION = Path(__file__).parent / "emulation"
-OPTIONS = ["-std=c++17", "-pthread", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+OPTIONS = ["-std=c++17", "-pthread", "-Og", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 OF_CUDA = ["-x", "c++", "-include", "cuda_runtime.h"]
 OF_CUDA += ['-DWARPSTEP_CUDA_ARCHITECTURES=""', '-DWARPSTEP_CUDA_DEVICE_TYPE="cpu"']
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ void norm_of_chunk(const Arguments& args, Term&& term
 
 template <class Grad>
 __global__ void __launch_bounds__(kCudaThreads, 4)
-    grad_norm_kernel(const __grid_constant__ Arguments args) {
+    grad_norm_kernel(const __grid_constant__ KernelArguments args) {
   if (args.norm_kind == Norm::l2) {
     norm_of_chunk<Grad>(
         args, [](double x) { return x * x; }, [](double a, double b) { return a + b; });

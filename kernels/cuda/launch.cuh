@@ -13,13 +13,6 @@ namespace {
 constexpr std::uint32_t kArgumentBytes = 32760;
 constexpr std::uint32_t kVectorBytes = 16;
 
-// Threads of a block. In the tests' build for the host they run one at a time, so fewer do.
-#ifdef __CUDACC__
-constexpr std::uint32_t kCudaThreads = 256;
-#else
-constexpr std::uint32_t kCudaThreads = 64;
-#endif
-
 struct Header {
   const TensorRow* rows;
   const Chunk* chunks;
@@ -47,6 +40,16 @@ struct Arguments : Header {
 };
 static_assert(sizeof(Arguments) <= kArgumentBytes, "arguments must fit");
 static_assert(sizeof(Hyper) % 8 == 0, "gradient addresses follow aligned");
+
+// Threads of a block, and what a kernel takes. In the tests' build for the host threads run one at
+// a time, so fewer do, and none has 32 KB of arguments copied to its stack.
+#ifdef __CUDACC__
+constexpr std::uint32_t kCudaThreads = 256;
+using KernelArguments = Arguments;
+#else
+constexpr std::uint32_t kCudaThreads = 64;
+using KernelArguments = const Arguments&;
+#endif
 
 constexpr std::uint32_t kPayloadWords = sizeof(Arguments::payload) / 8;
 constexpr std::uint32_t kHyperWords = sizeof(Hyper) / 8;
@@ -194,7 +197,7 @@ __device__ __forceinline__ double combined(const double* numbers, std::uint32_t 
   return combine_block(total, combine);
 }
 
-using Kernel = void (*)(Arguments);
+using Kernel = void (*)(KernelArguments);
 
 // Makes a device current, and the previous one again.
 class DeviceGuard {

@@ -9,7 +9,7 @@ namespace {
 
 template <class Param>
 __global__ void __launch_bounds__(kCudaThreads, 4)
-    least_magnitude_kernel(const __grid_constant__ Arguments args) {
+    least_magnitude_kernel(const __grid_constant__ KernelArguments args) {
   using T = typename Param::Compute;
   const std::uint32_t chunk_index = args.first_chunk + blockIdx.x;
   const Chunk chunk = args.chunks[chunk_index];

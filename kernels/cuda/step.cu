@@ -192,7 +192,7 @@ constexpr int resident_blocks() {
 
 template <class Recipe, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>())
-    step_kernel(const __grid_constant__ Arguments args) {
+    step_kernel(const __grid_constant__ KernelArguments args) {
   using S = Stepper<Recipe, kTail>;
   constexpr std::uint32_t kElements = S::kElements;
   step_chunk<typename Recipe::Rule, typename Recipe::Compute, kTail>(

@@ -319,7 +319,7 @@ class TileStepper {
 
 template <class Rule, class Formats, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
-    tile_kernel(const __grid_constant__ Arguments args) {
+    tile_kernel(const __grid_constant__ KernelArguments args) {
   step_chunk<Rule, float, kTail>(
       args, [&](const auto& constants, const BlockChunk& chunk, Sums& sums) {
         __shared__ volatile Shared<kTail> shared;

@@ -35,8 +35,7 @@
 namespace emulation {
 namespace {
 
-constexpr std::size_t kStack =
-    256 * 1024;  // an argument block of 32 KiB lies on it, with red zones
+constexpr std::size_t kStack = 256 * 1024;  // red zones lie on it, and what -Og keeps there
 
 bool finds_races() { return __tsan_create_fiber != nullptr; }
 
@@ -71,7 +70,10 @@ struct Block {
   char barriers[2] = {}, end = 0;
   unsigned barrier = 0;
 };
-thread_local Block block;
+// The operating system's thread's, and where it is, which is read without asking whether it has
+// been made.
+thread_local Block own_block;
+thread_local Block* block = nullptr;
 // What some threads of a block did while others waited for them.
 std::atomic<const char*> diverged{nullptr};
 
@@ -109,25 +111,25 @@ void after_switch([[maybe_unused]] Fiber& to) {
   const void* stack;
   std::size_t size;
   __sanitizer_finish_switch_fiber(to.fake_stack, &stack, &size);
-  if (&to != &block.scheduler) {
-    block.scheduler_stack = stack;
-    block.scheduler_stack_size = size;
+  if (&to != &block->scheduler) {
+    block->scheduler_stack = stack;
+    block->scheduler_stack_size = size;
   }
 #endif
 }
 
 void to_scheduler(Fiber& from) {
-  switch_fibers(from, block.scheduler, block.scheduler_stack, block.scheduler_stack_size);
+  switch_fibers(from, block->scheduler, block->scheduler_stack, block->scheduler_stack_size);
   after_switch(from);
 }
 
 [[noreturn]] void fiber_main() {
-  Fiber& fiber = *block.current;
-  leave_for(fiber, block.scheduler);  // `begin`, until there is something to run
+  Fiber& fiber = *block->current;
+  leave_for(fiber, block->scheduler);  // `begin`, until there is something to run
   after_switch(fiber);
   for (;;) {
-    (*block.body)();
-    if (finds_races()) __tsan_release(&block.end);
+    (*block->body)();
+    if (finds_races()) __tsan_release(&block->end);
     fiber.done = true;
     to_scheduler(fiber);
   }
@@ -142,19 +144,20 @@ void begin(Fiber& fiber) {
   context.uc_stack.ss_size = kStack;
   context.uc_link = nullptr;
   makecontext(&context, fiber_main, 0);
-  block.current = &fiber;
-  enter(block.scheduler, context);
+  block->current = &fiber;
+  enter(block->scheduler, context);
 }
 
 // Whether all that a thread's shuffle waits for have come to it.
 bool has_met(unsigned thread) {
-  Fiber& fiber = block.fibers[thread];
+  Fiber& fiber = block->fibers[thread];
   const unsigned mask = fiber.waits_for;
+  if (mask == 0) return true;
   for (unsigned lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
     const unsigned other = thread / 32 * 32 + lane;
-    if (other >= block.fibers.size() ||
-        block.fibers[other].exchanges[mask].count < fiber.exchanges[mask].count) {
+    if (other >= block->fibers.size() ||
+        block->fibers[other].exchanges[mask].count < fiber.exchanges[mask].count) {
       return false;
     }
   }
@@ -163,20 +166,21 @@ bool has_met(unsigned thread) {
 
 // Runs a thread up to its next barrier, shuffle or end.
 void run_thread(unsigned thread) {
-  block.thread = dim3(thread);
-  block.current = &block.fibers[thread];
-  switch_fibers(block.scheduler, *block.current, block.current->stack.get(), kStack);
-  after_switch(block.scheduler);
+  block->thread = dim3(thread);
+  block->current = &block->fibers[thread];
+  switch_fibers(block->scheduler, *block->current, block->current->stack.get(), kStack);
+  after_switch(block->scheduler);
 }
 
 void run_block(unsigned index, unsigned threads, const std::function<void()>& body, unsigned seed) {
   std::mt19937 random(seed + index);
-  block.index = dim3(index);
-  block.size = dim3(threads);
-  block.body = &body;
-  block.fibers.resize(threads);
-  if (finds_races()) block.scheduler.sanitized = __tsan_get_current_fiber();
-  for (Fiber& fiber : block.fibers) {
+  block = &own_block;
+  block->index = dim3(index);
+  block->size = dim3(threads);
+  block->body = &body;
+  block->fibers.resize(threads);
+  if (finds_races()) block->scheduler.sanitized = __tsan_get_current_fiber();
+  for (Fiber& fiber : block->fibers) {
     fiber.done = false;
     fiber.exchanges.clear();
     fiber.waits_for = 0;
@@ -184,37 +188,37 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
     if (fiber.stack == nullptr) begin(fiber);
     if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
   }
-  std::vector<unsigned> order(threads);
+  std::vector<unsigned> order(threads), running, waiting;
   std::iota(order.begin(), order.end(), 0u);
-  for (std::size_t done = 0; done < threads; ++block.barrier) {
+  for (std::size_t done = 0; done < threads; ++block->barrier) {
     std::shuffle(order.begin(), order.end(), random);
-    std::vector<unsigned> running;  // up to the barrier
+    running.clear();  // up to the barrier
     for (unsigned thread : order) {
-      if (!block.fibers[thread].done) running.push_back(thread);
+      if (!block->fibers[thread].done) running.push_back(thread);
     }
     while (!running.empty()) {
-      std::vector<unsigned> waiting;
+      waiting.clear();
       bool any_ran = false;
       for (unsigned thread : running) {
         if (has_met(thread)) {
           run_thread(thread);
           any_ran = true;
         }
-        if (block.fibers[thread].waits_for != 0) waiting.push_back(thread);
+        if (block->fibers[thread].waits_for != 0) waiting.push_back(thread);
       }
       if (!any_ran) {
         diverged = "a shuffle waits for threads that do not come to it";
         abort_diverged();
       }
-      running = std::move(waiting);
+      std::swap(running, waiting);
     }
-    done = std::count_if(block.fibers.begin(), block.fibers.end(),
+    done = std::count_if(block->fibers.begin(), block->fibers.end(),
                          [](const Fiber& fiber) { return fiber.done; });
     if (done != 0 && done != threads) diverged = "some threads of a block left while others waited";
   }
   if (finds_races()) {
-    __tsan_acquire(&block.end);
-    for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.sanitized);
+    __tsan_acquire(&block->end);
+    for (Fiber& fiber : block->fibers) __tsan_destroy_fiber(fiber.sanitized);
   }
 }
 
@@ -233,21 +237,21 @@ void launch(std::function<void()> grid) {
 
 bool is_capturing() { return capturing; }
 
-dim3 thread_index() { return block.thread; }
-dim3 block_index() { return block.index; }
-dim3 block_size() { return block.size; }
+dim3 thread_index() { return block->thread; }
+dim3 block_index() { return block->index; }
+dim3 block_size() { return block->size; }
 
 void synchronize_threads() {
-  char* const barrier = &block.barriers[block.barrier % 2];
+  char* const barrier = &block->barriers[block->barrier % 2];
   if (finds_races()) __tsan_release(barrier);
-  to_scheduler(*block.current);
+  to_scheduler(*block->current);
   if (finds_races()) __tsan_acquire(barrier);
 }
 
 // Orders no access to memory: a shuffle does not.
 std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
-  Fiber& fiber = *block.current;
-  const unsigned thread = block.thread.x;
+  Fiber& fiber = *block->current;
+  const unsigned thread = block->thread.x;
   Exchanges& mine = fiber.exchanges[mask];
   const unsigned parity = mine.count++ % 2;
   mine.given[parity] = value;
@@ -258,13 +262,13 @@ std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
   }
   if (!has_met(thread)) to_scheduler(fiber);
   fiber.waits_for = 0;
-  return block.fibers[thread / 32 * 32 + lane].exchanges[mask].given[parity];
+  return block->fibers[thread / 32 * 32 + lane].exchanges[mask].given[parity];
 }
 
 void synchronize_warp(unsigned mask) {
-  const unsigned thread = block.thread.x, warp = thread / 32 * 32;
-  Fiber& first = block.fibers[warp + static_cast<unsigned>(__builtin_ctz(mask))];
-  const unsigned count = block.fibers[thread].exchanges[mask].count;
+  const unsigned thread = block->thread.x, warp = thread / 32 * 32;
+  Fiber& first = block->fibers[warp + static_cast<unsigned>(__builtin_ctz(mask))];
+  const unsigned count = block->fibers[thread].exchanges[mask].count;
   void* const barrier = &first.exchanges[mask].given[count % 2];
   if (finds_races()) __tsan_release(barrier);
   exchange(mask, 0, thread % 32);

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 
 #define __global__
 #define __device__
@@ -114,11 +115,12 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
+// All threads read one copy of the argument, at whose end the address sanitizer's memory begins.
 template <class Argument>
-cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
-                             std::size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(const Argument&), dim3 grid, dim3 block,
+                             void** arguments, std::size_t, cudaStream_t) {
   static_assert(sizeof(Argument) <= 32764, "a CUDA kernel takes no more arguments");
-  const Argument argument = *static_cast<const Argument*>(arguments[0]);
-  emulation::launch([=] { emulation::run_grid(grid.x, block.x, [&] { kernel(argument); }); });
+  const auto argument = std::make_shared<const Argument>(*static_cast<Argument*>(arguments[0]));
+  emulation::launch([=] { emulation::run_grid(grid.x, block.x, [&] { kernel(*argument); }); });
   return cudaSuccess;
 }
