@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import warpstep
+from support import programs
 from support.bits import assert_same
 from support.parameters import new_params, random, set_grads
 from warpstep import backends, reference
@@ -19,16 +20,20 @@ LR = 0.01
 SHAPES = [(5, 3), (17,), ()]
 
 
-def python(code, *arguments, **environment):
-    """Runs Python in a process of its own, with no variable of ours but those given."""
-    env = {k: v for k, v in os.environ.items() if k not in ("WARPSTEP_BACKEND", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [sys.executable, *arguments, *(["-c", textwrap.dedent(code)] if code else [])],
-        env={**env, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# No process has a variable of ours but those given.
+WITHOUT = {"WARPSTEP_BACKEND": None, "TRITON_INTERPRET": None}
+
+
+def python(code, **environment):
+    """Runs a program in a process of its own, which begins with torch imported."""
+    return programs.run(textwrap.dedent(code), **{**WITHOUT, **environment})
+
+
+def anew(*arguments):
+    """Runs Python itself, which imports torch as well."""
+    env = {name: value for name, value in os.environ.items() if name not in WITHOUT}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 # ---- allocation
@@ -265,7 +270,7 @@ def test_backend_from_the_environment(monkeypatch):
 
 
 def test_import_is_silent():
-    done = python("import warpstep", "-W", "error")
+    done = anew("-W", "error", "-c", "import warpstep")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -275,7 +280,7 @@ def test_import_is_silent_with_a_bad_environment():
 
 
 def test_report_of_the_module():
-    done = python("", "-m", "warpstep")
+    done = anew("-m", "warpstep")
     assert (done.returncode, done.stderr) == (0, "")
     for word in ("warpstep", warpstep.__version__, "torch", torch.__version__, "cpu:", "launches"):
         assert word in done.stdout
@@ -327,9 +332,14 @@ def test_status_without_the_native_module():
     assert "C++ compiler" in done.stdout
 
 
-def without_native(code, *arguments, **environment):
-    both = textwrap.dedent(WITHOUT_NATIVE) + textwrap.dedent(code)
-    return python(both, *arguments, **environment)
+STRICT = """
+    import warnings
+    warnings.simplefilter("error")
+"""
+
+
+def without_native(*parts, **environment):
+    return python("".join(map(textwrap.dedent, (WITHOUT_NATIVE, *parts))), **environment)
 
 
 FIRST_STEPS = """
@@ -363,7 +373,7 @@ def test_slow_steps_that_were_chosen_are_not_told():
         ("warpstep.status()", {}),
         ("warpstep.AdamW([p]).step()", chosen),
     ):
-        done = without_native(FIRST_STEPS.format(step=step), "-W", "error", **environment)
+        done = without_native(STRICT, FIRST_STEPS.format(step=step), **environment)
         assert (done.returncode, done.stdout, done.stderr) == (0, "stepped\n", "")
 
 
@@ -380,7 +390,7 @@ def test_a_warning_that_is_an_error_leaves_the_step_to_be_taken_again():
         optimizer.step()
         print(optimizer.state[p]["step"])
     """
-    done = without_native(code, "-W", "error")
+    done = without_native(STRICT, code)
     assert (done.returncode, done.stdout) == (0, "tensor(1.)\n"), done.stderr
 
 

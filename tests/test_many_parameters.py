@@ -1,14 +1,13 @@
 """So many parameters that several threads look at them: no change is missed, wherever it stands."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 import warpstep
+from support import programs
 from support.parameters import params_of, random
 from support.tolerance import bound
 
@@ -202,7 +201,5 @@ print(all(torch.equal(a, b) for a, b in zip(params_of(ours), params_of(twin))))
 
 def test_gradients_that_answer_in_python():
     script = ANSWERS_IN_PYTHON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
-    )
+    done = programs.run(script)
     assert done.stdout == "True\n", done.stderr

@@ -2,14 +2,13 @@
 
 import copy
 import re
-import subprocess
-import sys
 
 import numpy
 import pytest
 import torch
 
 import warpstep
+from support import programs
 from warpstep.functional import adamw_
 
 CLASSES = [warpstep.AdamW, warpstep.Adam]
@@ -142,8 +141,8 @@ with warpstep.enabled():
     torch.optim.AdamW([p], fused=True).step()
     print(warpstep.status())
 """
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = programs.run(code)
+    assert done.returncode == 0, done.stderr
     first, second = re.findall("torch's fused optimizers: (.*)", done.stdout)
     assert "no call yet: it takes those of optimizers constructed with fused=True" in first
     assert "no call yet" not in second

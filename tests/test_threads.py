@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support import programs
 
 ROOT = Path(__file__).parent.parent
 COUNT = 2**20 + 3
@@ -56,13 +56,8 @@ print(os.waitpid(child, 0)[1])
 @pytest.mark.parametrize("torch_abi", ["0", "1"])
 def test_a_forked_child_steps(torch_abi):
     """GNU's OpenMP waits for ever in the child for threads that only the parent has."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORK.format(tests=os.path.dirname(__file__))],
-        env={**os.environ, "WARPSTEP_TORCH_ABI": torch_abi},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    program = FORK.format(tests=os.path.dirname(__file__))
+    done = programs.run(program, WARPSTEP_TORCH_ABI=torch_abi)
     assert done.stdout == "0\n", done.stderr
 
 
@@ -87,7 +82,7 @@ child.kill()
 
 
 def test_a_forked_child_takes_the_first_step_of_all():
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+    done = programs.run(LATE)
     assert done.stdout == "0\n", done.stderr
 
 
@@ -154,13 +149,7 @@ print(all(step(2, flush) == alone[flush] for _ in range(5) for flush in alone))
 
 @pytest.mark.parametrize("torch_abi", ["0", "1"])
 def test_all_threads_flush_subnormal_numbers_if_the_calling_one_does(torch_abi):
-    done = subprocess.run(
-        [sys.executable, "-c", FLUSH.format(count=COUNT)],
-        env={**os.environ, "WARPSTEP_TORCH_ABI": torch_abi},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = programs.run(FLUSH.format(count=COUNT), WARPSTEP_TORCH_ABI=torch_abi)
     assert done.stdout == "True\n", done.stderr
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import torch, torch._dynamo
 program = None
 for line in sys.stdin:
@@ -22,6 +22,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         program = asked["program"]
+        signal.alarm(120)  # the end of one that hangs
         break
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 if program is not None:
@@ -44,13 +45,16 @@ def server() -> subprocess.Popen:
     return started
 
 
-def run(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a program with further arguments and variables, as ``subprocess.run`` would."""
+def run(program: str, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess:
+    """Runs a program with further arguments and variables, as ``subprocess.run`` would; without
+    the variables that are None.
+    """
+    whole = {**os.environ, **environment}
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         asked = {
             "program": program,
             "arguments": arguments,
-            "environment": {**os.environ, **environment},
+            "environment": {name: value for name, value in whole.items() if value is not None},
             "out": out.name,
             "err": err.name,
         }
