@@ -159,7 +159,7 @@ def describe(device: str, named_commit: str | None = None) -> dict[str, Any]:
         "backend": warpstep.status().chosen["cuda:0" if device == "cuda" else "cpu"],
         "native": warpstep.status().native,
         "commit": named_commit or commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -29,7 +29,7 @@ DOCUMENTS = tuple(
 
 
 def load(folder: Path) -> list[Results]:
-    """All whole results under `folder`, GPUs first."""
+    """All whole results under `folder`: GPUs first, and of each kind the newest first."""
     found = []
     columns = [column.name for column in fields(Row)]  # of which older results lack some
     for path in sorted(folder.rglob("steps.csv")):
@@ -40,6 +40,7 @@ def load(folder: Path) -> list[Results]:
         # Whether it moves more than the caches keep: elsewhere a bandwidth says nothing.
         moved = rows["gb_s"] * 1e3 * rows["device_us"].fillna(rows["step_us"])
         found.append(Results(machine, rows.assign(is_memory_bound=moved >= MEMORY_BOUND_BYTES)))
+    found.sort(key=lambda results: str(results.machine["date"]), reverse=True)
     return sorted(found, key=lambda results: not results.on_gpu)
 
 

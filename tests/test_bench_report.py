@@ -244,6 +244,17 @@ def test_the_short_table_has_the_cases_that_were_measured_and_eight_at_most(tmp_
     assert "A CPU" not in texts["speed"]  # one machine's
 
 
+def test_the_short_tables_are_of_the_newest_results_of_a_gpu_else_a_cpu(tmp_path):
+    some = [line("gpt2-124m", "model", OURS, 2)]
+    save(tmp_path / "a", MACHINE | {"name": "Old"}, some)  # as results were dated once
+    save(tmp_path / "b", MACHINE | {"name": "Newest", "date": "2026-01-01 11:00"}, some)
+    save(tmp_path / "c", MACHINE | {"name": "New", "date": "2026-01-01 10:59"}, some)
+    gpu = {"device": "cuda", "name": "A GPU", "date": "2025-01-01 10:00"}
+    save(tmp_path / "d", MACHINE | gpu, some)
+    names = [results.machine["name"] for results in report.load(tmp_path)]
+    assert names == ["A GPU", "Newest", "New", "Old"]
+
+
 def test_every_case_of_the_short_tables_is_one_of_the_benchmarks():
     known = {case.id for case in CASES}
     assert known >= set(tables.SPEED)
