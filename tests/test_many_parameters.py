@@ -1,5 +1,6 @@
 """So many parameters that several threads look at them: no change is missed, wherever it stands."""
 
+import functools
 import os
 
 import pytest
@@ -25,16 +26,24 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@functools.cache
+def numbers_of(step):
+    """A step's gradients, and with 0 the parameters too. Drawn once, which takes ten times as long
+    as to copy them.
+    """
+    return [random(SHAPE, 2000 * step + i) for i in range(COUNT)]
+
+
 def optimizer_of(make, **options):
-    params = [Parameter(random(SHAPE, i)) for i in range(COUNT)]
+    params = [Parameter(numbers.clone()) for numbers in numbers_of(0)]
     return make(
         [{"params": params[:300]}, {"params": params[300:], "lr": LR / 2}], lr=LR, **options
     )
 
 
 def set_grads_of(optimizer, step):
-    for i, param in enumerate(params_of(optimizer)):
-        param.grad = random(SHAPE, 2000 * step + i)
+    for param, numbers in zip(params_of(optimizer), numbers_of(step), strict=True):
+        param.grad = numbers.clone()
 
 
 def grad_removed(optimizer, param):

@@ -122,7 +122,7 @@ FLUSH = """
 import torch, warpstep
 
 def bits(*tensors):
-    return [t.detach().view(torch.int32).tolist() for t in tensors]
+    return [t.detach().view(torch.int32).numpy().tobytes() for t in tensors]
 
 def step(threads, flush):
     torch.set_num_threads(threads)

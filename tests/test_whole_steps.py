@@ -34,20 +34,21 @@ def interrupted_at(line, call):
     """
     lines, came = 0, False
 
-    def trace(frame, event, _argument):
+    def at_call(frame, _event, _argument):
+        return at_line if PACKAGE in frame.f_code.co_filename else None
+
+    def at_line(_frame, event, _argument):
         nonlocal lines, came
-        if PACKAGE not in frame.f_code.co_filename:
-            return None
         if event == "line":
             if lines == line:
                 sys.settrace(None)
                 came = True
                 signal.raise_signal(signal.SIGUSR1)
             lines += 1
-        return trace
+        return at_line
 
     raised = None
-    sys.settrace(trace)
+    sys.settrace(at_call)
     try:
         call()
     except InterruptionError as error:
