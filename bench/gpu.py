@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import functools
 import importlib.util
 import os
 import re
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,16 +218,20 @@ PARTS = {
 }
 
 
-def imports_of(source: str) -> Iterator[str]:
+@functools.cache  # Most files of tests/ import the same few, which would be parsed again for each.
+def imports_of(source: str) -> list[str]:
     """What a module needs to be imported at all: full names, of modules and of what is in them."""
+    found = []
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Import):
-            yield from (name.name for name in statement.names)
+            found += [name.name for name in statement.names]
         elif isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module:
-            yield statement.module
-            yield from (f"{statement.module}.{name.name}" for name in statement.names)
+            found.append(statement.module)
+            found += [f"{statement.module}.{name.name}" for name in statement.names]
+    return found
 
 
+@functools.cache  # Thousands of imports are of few modules.
 def is_installed(module: str) -> bool:
     """Whether Python would find it. The repository's own modules count."""
     own = {path.stem for path in TESTS.rglob("*")} | {"bench", "warpstep"}

@@ -1,7 +1,6 @@
 """`make gpu` without a GPU: its parts with programs that only say how they were called."""
 
 import csv
-import functools
 import os
 import shutil
 import signal
@@ -30,10 +29,6 @@ case "$line" in
   *"${FAIL:-no line}"*) echo "a line without an end" | tr -d '\\n'; exit 3 ;;
 esac
 """
-# Thousands of imports are of few modules: one is looked for once, and a file is parsed once, not
-# for each file that imports it.
-IS_INSTALLED = functools.cache(gpu.is_installed)
-IMPORTS_OF = functools.cache(lambda source, find=gpu.imports_of: list(find(source)))
 
 
 @pytest.fixture
@@ -49,8 +44,6 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PYTHON", str(programs / "python"))
     monkeypatch.setattr(gpu, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
-    monkeypatch.setattr(gpu, "imports_of", IMPORTS_OF)
-    monkeypatch.setattr(gpu, "is_installed", IS_INSTALLED)
     (tmp_path / "site" / "warpstep").mkdir(parents=True)
     (tmp_path / "site" / "warpstep" / "_native.so").touch()
     handler = signal.getsignal(signal.SIGTERM)

@@ -3,6 +3,8 @@
 // WARPSTEP_V(add_epi32) is _mm512_add_epi32 or _mm256_add_epi32.
 #pragma once
 
+#include <type_traits>
+
 #include "../arithmetic.h"
 #include "intrinsics.h"
 
