@@ -59,7 +59,7 @@ def compiled(functions, isa, folder):
     source.write_text(begin + "".join(functions))
     text = (ROOT / "CMakeLists.txt").read_text()
     names = ("ARITHMETIC", f"ISA_FLAGS_{isa}")
-    flags = [re.search(rf"set\({name} (.*)\)", text)[1] for name in names]
+    flags = [re.search(rf"set\({name} (.*?)\)", text, re.DOTALL)[1] for name in names]
     flags = [*" ".join(flags).split(), "-fno-access-control", "-w", "-S"]
     command = ["g++", "-std=c++17", *flags, f"-I{ROOT / 'kernels'}"]
     subprocess.run([*command, source, "-o", target], check=True)

@@ -173,11 +173,16 @@ class InBlocks {
 
     Operands from(std::int64_t element) const {
       Operands to = *this;
-      to.param.at += element, to.grad.at += element, to.m_codes += element, to.v_codes += element;
-      if constexpr (kHasMaster) to.param.residual += element;
+      to.param = ahead(param, element);
+      to.grad.at += element, to.m_codes += element, to.v_codes += element;
       return to;
     }
   };
+  WARPSTEP_FN static Param ahead(Param param, std::int64_t elements) {
+    param.at += elements;
+    if constexpr (kHasMaster) param.residual += elements;
+    return param;
+  }
 
   // What tells whether all that was read, and the parameters after the step, are numbers. An
   // infinite parameter counts where Part::finite steps it right.
@@ -247,10 +252,10 @@ class InBlocks {
       const Vector m_base = scales.base_of_exp_avg(block);
       const Vector v_base = scales.base_of_exp_avg_sq(block);
       for (int g = block * kOfBlock; g < (block + 1) * kOfBlock; ++g) {
-        const Operands to = operands.from(g * kGroup);
-        store_vector(to.m_codes, encoded_e4m3(upper_halves(m[g]), m_base));
-        store_vector(to.v_codes, encoded_ue5m3(v[g], v_base, random[g]));
-        store_group(p[g], to.param, random_of_param[g]);
+        const std::int64_t i = g * kGroup;
+        store_vector(operands.m_codes + i, encoded_e4m3(upper_halves(m[g]), m_base));
+        store_vector(operands.v_codes + i, encoded_ue5m3(v[g], v_base, random[g]));
+        store_group(p[g], ahead(operands.param, i), random_of_param[g]);
       }
     }
     scales.store(m_scales, v_scales);

@@ -29,6 +29,13 @@ struct Group {
   Vector vectors[kVectors];
 };
 
+// of(i) of each vector. Not a loop: what it works on is in registers from the beginning.
+template <class Of>
+WARPSTEP_FN void for_vectors(Of&& of) {
+  of(0), of(1), of(2), of(3);
+  static_assert(kVectors == 4, "all of them");
+}
+
 // ---- Operands of 16 and 32 bits
 
 // A word of 16 bits an element, as they lie in memory.
@@ -93,27 +100,26 @@ WARPSTEP_FN void store_group(const Group& x, const Singles& to, const Words&) {
 }
 WARPSTEP_FN void store_group(const Group& x, const Halves& to, const Words&) {
   Group rounded;
-  for (int i = 0; i < kVectors; ++i) {
+  for_vectors([&](int i) {
     const Vector is_odd = masked(WARPSTEP_V(srli_epi32)(x.vectors[i], 16), every<1>());
     rounded.vectors[i] =
         WARPSTEP_V(add_epi32)(WARPSTEP_V(add_epi32)(x.vectors[i], every<0x7fff>()), is_odd);
-  }
+  });
   upper_halves(rounded).store(to.at);
 }
 WARPSTEP_FN void store_group(const Group& x, const MasterHalves& to, const Words&) {
   Group rounded;
-  for (int i = 0; i < kVectors; ++i) {
+  for_vectors([&](int i) {
     rounded.vectors[i] = WARPSTEP_V(add_epi32)(x.vectors[i], every<kHalfOfLast>());
-  }
+  });
   upper_halves(rounded).store(to.at);
   Words{lower_halves(x.vectors[0], x.vectors[1]), lower_halves(x.vectors[2], x.vectors[3])}.store(
       to.residual);
 }
 WARPSTEP_FN void store_group(const Group& x, const RandomHalves& to, const Words& random) {
   Group rounded = widened(random);
-  for (int i = 0; i < kVectors; ++i) {
-    rounded.vectors[i] = WARPSTEP_V(add_epi32)(x.vectors[i], rounded.vectors[i]);
-  }
+  for_vectors(
+      [&](int i) { rounded.vectors[i] = WARPSTEP_V(add_epi32)(x.vectors[i], rounded.vectors[i]); });
   upper_halves(rounded).store(to.at);
 }
 
@@ -144,9 +150,7 @@ WARPSTEP_FN Group decoded(Vector codes, Vector base) {
 
 WARPSTEP_FN Group magnitudes_of(const Group& x) {
   Group magnitudes;
-  for (int i = 0; i < kVectors; ++i) {
-    magnitudes.vectors[i] = masked(x.vectors[i], every<0x7fffffff>());
-  }
+  for_vectors([&](int i) { magnitudes.vectors[i] = masked(x.vectors[i], every<0x7fffffff>()); });
   return magnitudes;
 }
 
@@ -185,11 +189,11 @@ WARPSTEP_FN Vector encoded_ue5m3(const Group& x, Vector base, const Words& rando
   const Vector even = every<16>(), odd = every<16 << 16>();
   Group codes = {{times(random.first, even), times(random.first, odd), times(random.second, even),
                   times(random.second, odd)}};
-  for (int i = 0; i < kVectors; ++i) {
+  for_vectors([&](int i) {
     const Vector above_base = WARPSTEP_V(sub_epi32)(x.vectors[i], base);
     codes.vectors[i] =
         WARPSTEP_V(srai_epi32)(WARPSTEP_V(add_epi32)(above_base, codes.vectors[i]), 20);
-  }
+  });
   // No positive number becomes zero.
   const Vector least = WARPSTEP_V(min_epu8)(packed(x), every<0x01010101>());
   return in_order(WARPSTEP_V(max_epu8)(packed(codes), least));
@@ -270,28 +274,28 @@ Constants<Rule, Floats> in_every_lane(const Constants<Rule, float>& c) {
 // A group's moments after the step.
 template <class Rule>
 WARPSTEP_FN void advance(const Constants<Rule, Floats>& c, const Group& grad, Group& m, Group& v) {
-  for (int i = 0; i < kVectors; ++i) {
+  for_vectors([&](int i) {
     Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
     const Floats g = Floats(grad.vectors[i]) * c.tail.grad_factor;
     Rule::template advance<Part::finite>(c.rule, g, moments);
     m.vectors[i] = moments[0].bits(), v.vectors[i] = moments[1].bits();
-  }
+  });
 }
 
 // Its parameters after the step, and between their roots and divisions random bits.
 template <class Rule, class... OfGroup>
 WARPSTEP_FN void update(const Constants<Rule, Floats>& c, const Group& m, const Group& v, Group& p,
                         OfGroup&... draws) {
-  constexpr std::uint32_t kRoundsAtOnce = 2;
-  static_assert(kRoundsAtOnce * kVectors >= kRounds, "all of them");
-#pragma GCC unroll 4
-  for (std::uint32_t i = 0; i < kVectors; ++i) {
-    const std::uint32_t end = min_of((i + 1) * kRoundsAtOnce, kRounds);
-    for (std::uint32_t round = i * kRoundsAtOnce; round < end; ++round) (draws.round(round), ...);
+  const auto round = [&](std::uint32_t which) __attribute__((always_inline)) {
+    if (which < kRounds) (draws.round(which), ...);
+  };
+  static_assert(2 * kVectors >= kRounds, "all of them");
+  for_vectors([&](int i) __attribute__((always_inline)) {
+    round(2 * i), round(2 * i + 1);
     const Floats moments[] = {Floats(m.vectors[i]), Floats(v.vectors[i])};
     const Floats u = Rule::template update_of<Part::finite>(c.rule, moments);
     p.vectors[i] = decayed<Part::finite>(c.decay, Floats(p.vectors[i]), u).bits();
-  }
+  });
 }
 
 // Where a group has NaNs.
