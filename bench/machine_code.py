@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as File
@@ -68,8 +70,7 @@ def missing_tool() -> str | None:
     return None if shutil.which("c++filt") else "c++filt"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of machine code."""
 
     address: int
@@ -98,7 +99,7 @@ class Instruction:
     @property
     def moves_16_bytes(self) -> bool:
         """Whether it loads or stores 16 bytes of global memory."""
-        return self.kind in ("LDG", "STG") and ".128" in self.opcode
+        return ".128" in self.opcode and self.kind in ("LDG", "STG")
 
     @property
     def moves_less(self) -> bool:
@@ -193,11 +194,12 @@ class Kernel:
     @cached_property
     def loops(self) -> list[Loop]:
         """The innermost loops: what lies between a jump back and where it goes."""
-        ends = {c.target: c.address for c in self.code if (c.target or c.address) < c.address}
+        branches = [(c.target, c.address) for c in self.code if c.kind == "BRA"]
+        ends = {to: address for to, address in branches if to is not None and to < address}
+        addresses = [c.address for c in self.code]
         return [
-            Loop(tuple(c for c in self.code if start <= c.address <= end))
+            Loop(self.code[bisect_left(addresses, start) : bisect_right(addresses, end)])
             for start, end in ends.items()
-            if start is not None
         ]
 
     @cached_property
@@ -369,27 +371,52 @@ def instructions(kernel: Kernel) -> dict[str, float]:
     return {what: count / recipe.elements for what, count in counts.items()}
 
 
+def disassemble(path: str | File) -> Iterator[tuple[str, str, str]]:
+    """Architecture, mangled name and instructions, one a line, of every kernel. Their encodings,
+    most of what cuobjdump writes, are dropped while it writes.
+    """
+    command = [find_cuobjdump() or "cuobjdump", "-sass", str(path)]
+    architecture, name, lines = "", "", list[bytes]()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            code, end, _ = line.partition(b";")
+            if end:
+                lines.append(code)
+            elif b"code for " in code or b"Function : " in code:
+                if name:
+                    yield architecture, name, b";\n".join([*lines, b""]).decode()
+                name, lines = "", []
+                if b"Function : " in code:
+                    name = code.split()[-1].decode()
+                else:
+                    architecture = code.split()[-1].decode()
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    if name:
+        yield architecture, name, b";\n".join([*lines, b""]).decode()
+
+
 def read(path: str | File) -> list[Kernel]:
     """Every kernel in a native module or a cubin."""
 
-    def dump(option: str) -> str:
-        command = [find_cuobjdump() or "cuobjdump", option, str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return subprocess.run(["c++filt"], input=text, capture_output=True, text=True).stdout
-
+    command = [find_cuobjdump() or "cuobjdump", "-res-usage", str(path)]
+    resources = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {}
-    bare, *fat = re.split(r"arch = ", dump("-res-usage"))  # a cubin does not say it here
+    bare, *fat = re.split(r"arch = ", resources)  # a cubin does not say it here
     for architecture, part in [("", bare), *((part.split()[0], part) for part in fat)]:
         found = re.findall(r"Function (.+):\s+REG:(\d+) .*?SHARED:(\d+)", part)
         for name, registers, shared in found:
             usage[architecture, name] = int(registers), int(shared)
+    # The names alone: of all the text, c++filt would take as long as reading it does.
+    names = list(dict.fromkeys(name for _, name in usage))
+    command, lines = ["c++filt"], "".join(f"{name}\n" for name in names)
+    plain = subprocess.run(command, input=lines, capture_output=True, text=True, check=True).stdout
+    plain_names = dict(zip(names, plain.splitlines(), strict=True))
     kernels = []
-    for part in re.split(r"\n\s*code for ", dump("-sass"))[1:]:
-        architecture = part.split()[0]
-        for function in re.split(r"Function : ", part)[1:]:
-            name, _, text = function.partition("\n")
-            key = (architecture, name) if (architecture, name) in usage else ("", name)
-            kernels.append(Kernel(architecture, name, *usage[key], text))
+    for architecture, name, text in disassemble(path):
+        key = (architecture, name) if (architecture, name) in usage else ("", name)
+        kernels.append(Kernel(architecture, plain_names[name], *usage[key], text))
     return kernels
 
 

@@ -362,8 +362,13 @@ def build_sdist(source):
 
 
 def test_a_source_distribution_has_all_sources(sources):
+    """As they are: what compiles here compiles there."""
     with tarfile.open(build_sdist(sources)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            source = sources / member.name.partition("/")[2]
+            if source.exists() and ".egg-info" not in member.name:
+                assert archive.extractfile(member).read() == source.read_bytes(), member.name
     wanted = {
         str(path.relative_to(sources))
         for folder in FOLDERS
@@ -374,6 +379,20 @@ def test_a_source_distribution_has_all_sources(sources):
     wanted |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "README.md", "SECURITY.md"}
     assert wanted - names == set()
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_without_nvcc_all_is_there_that_the_module_calls(tmp_path):
+    """Where nvcc compiles this module, nothing else links it without the CUDA kernels."""
+    kernels = ROOT / "kernels"
+    declared = (kernels / "cuda" / "launch.h").read_text()
+    names = re.findall(r"^[\w:*]+(?: [\w:*]+)* \*?(\w+)\([^{]*?\);", declared, re.MULTILINE)
+    assert {"step_cuda", "why_no_cuda", "cuda_is_capturing"} <= set(names)
+    assert len(names) == len(re.findall(r"\);$", declared, re.MULTILINE))
+    calls = "".join(f"auto* call_{name} = warpstep::{name};\n" for name in names)
+    (tmp_path / "calls.cpp").write_text(f'#include "cuda/launch.h"\n{calls}int main() {{}}\n')
+    command = ["c++", "-std=c++17", "-O0", f"-I{kernels}", '-DWARPSTEP_WHY_NO_CUDA=""']
+    command += [tmp_path / "calls.cpp", kernels / "cuda" / "none.cpp", "-o", tmp_path / "calls"]
+    run(*command)
 
 
 @pytest.mark.slow
@@ -400,10 +419,13 @@ def test_a_source_distribution_gives_the_native_backend(sources, environment, tm
     assert printed.startswith(str(environment.parent.parent))
     assert f"run `{backends.REINSTALL}` in warpstep's source folder." in printed
     assert do(backends.REINSTALL, "/bin/false", check=False).returncode != 0
-    do(backends.REINSTALL, quick_compiler(tmp_path))
+    installed = backends.native()[0].__file__
+    do(backends.REINSTALL, quick_compiler(tmp_path, installed))
     printed = report()
+    assert printed.startswith(str(environment.parent.parent))
     assert "cpu: steps run on the 'cpu' backend" in printed
-    assert "CUDA code none: WARPSTEP_CUDA was OFF" in printed
+    (without_cuda,) = source.glob("build/cmake-*/CMakeFiles/kernel_cuda.dir/**/none.cpp.o")
+    assert b"WARPSTEP_CUDA was OFF" in without_cuda.read_bytes()
 
 
 def test_the_installed_package_is_whole():

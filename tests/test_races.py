@@ -117,6 +117,13 @@ def build(tmp_path_factory):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
+    # What every CUDA source begins with is read once: half of the time to compile one.
+    begin = tmp_path_factory.mktemp("begin")
+    (begin / "begin.h").write_text('#include "cuda_runtime.h"\n')
+    begins = [f"-I{begin}", *OPTIONS, f"-I{EMULATION}", "-fsanitize=thread"]
+    header = begin / "cuda_runtime.h.gch"
+    run(compiler, *begins, "-x", "c++-header", begin / "begin.h", "-o", header)
+
     def compile_all(changed, objects):
         folder = tmp_path_factory.mktemp("races")
         for source in KERNELS.rglob("*.[hc]*"):
@@ -125,7 +132,7 @@ def build(tmp_path_factory):
             (folder / name).write_text(changed.get(name, source.read_text()))
         options = [*OPTIONS, f"-I{EMULATION}", f"-I{folder}"]
         sanitized = [*options, "-fsanitize=thread"]
-        of_cuda = [*sanitized, "-x", "c++", "-include", "cuda_runtime.h"]
+        of_cuda = [*begins, f"-I{folder}", "-x", "c++", "-include", "cuda_runtime.h"]
         of_cuda += ['-DWARPSTEP_CUDA_ARCHITECTURES=""', '-DWARPSTEP_CUDA_DEVICE_TYPE="cpu"']
         units = {
             EMULATION / "cuda_runtime.cpp": options,

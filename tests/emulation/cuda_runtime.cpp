@@ -26,7 +26,6 @@
 #endif
 
 #pragma weak __tsan_create_fiber
-#pragma weak __tsan_destroy_fiber
 #pragma weak __tsan_get_current_fiber
 #pragma weak __tsan_switch_to_fiber
 #pragma weak __tsan_acquire
@@ -53,7 +52,7 @@ struct Fiber {
   std::map<unsigned, Exchanges> exchanges;
   unsigned waits_for = 0;      // the mask of the shuffle that it waits in, or none
   void* fake_stack = nullptr;  // the address sanitizer's
-  void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by
+  void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by, which outlives it
 };
 
 // The block that an operating system's thread runs. `__shared__` memory is that thread's, too.
@@ -66,8 +65,8 @@ struct Block {
   std::size_t scheduler_stack_size = 0;
   Fiber* current = nullptr;
   // For the thread sanitizer: barriers in turn, since a thread that is released first may arrive at
-  // the next before the last is released; and the end of all threads.
-  char barriers[2] = {}, end = 0;
+  // the next before the last is released; and the beginning and the end of all threads.
+  char barriers[2] = {}, begin = 0, end = 0;
   unsigned barrier = 0;
 };
 // The operating system's thread's, and where it is, which is read without asking whether it has
@@ -128,6 +127,7 @@ void to_scheduler(Fiber& from) {
   leave_for(fiber, block->scheduler);  // `begin`, until there is something to run
   after_switch(fiber);
   for (;;) {
+    if (finds_races()) __tsan_acquire(&block->begin);
     (*block->body)();
     if (finds_races()) __tsan_release(&block->end);
     fiber.done = true;
@@ -172,21 +172,30 @@ void run_thread(unsigned thread) {
   after_switch(block->scheduler);
 }
 
-void run_block(unsigned index, unsigned threads, const std::function<void()>& body, unsigned seed) {
+// What the thread sanitizer knows a block's fibers by: it takes most of the time to make them. They
+// are used again once the launch is over, which all that they did has then come before.
+using Sanitized = std::vector<void*>;
+
+void run_block(unsigned index, unsigned threads, const std::function<void()>& body, unsigned seed,
+               Sanitized& sanitized) {
   std::mt19937 random(seed + index);
   block = &own_block;
   block->index = dim3(index);
   block->size = dim3(threads);
   block->body = &body;
   block->fibers.resize(threads);
-  if (finds_races()) block->scheduler.sanitized = __tsan_get_current_fiber();
+  if (finds_races()) {
+    block->scheduler.sanitized = __tsan_get_current_fiber();
+    while (sanitized.size() < threads) sanitized.push_back(__tsan_create_fiber(0));
+    for (unsigned i = 0; i < threads; ++i) block->fibers[i].sanitized = sanitized[i];
+    __tsan_release(&block->begin);
+  }
   for (Fiber& fiber : block->fibers) {
     fiber.done = false;
     fiber.exchanges.clear();
     fiber.waits_for = 0;
     fiber.fake_stack = nullptr;
     if (fiber.stack == nullptr) begin(fiber);
-    if (finds_races()) fiber.sanitized = __tsan_create_fiber(0);
   }
   std::vector<unsigned> order(threads), running, waiting;
   std::iota(order.begin(), order.end(), 0u);
@@ -216,10 +225,7 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
                          [](const Fiber& fiber) { return fiber.done; });
     if (done != 0 && done != threads) diverged = "some threads of a block left while others waited";
   }
-  if (finds_races()) {
-    __tsan_acquire(&block->end);
-    for (Fiber& fiber : block->fibers) __tsan_destroy_fiber(fiber.sanitized);
-  }
+  if (finds_races()) __tsan_acquire(&block->end);
 }
 
 bool capturing = false;
@@ -285,8 +291,13 @@ void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& th
   std::shuffle(order.begin(), order.end(), random);
   const unsigned seed = random();
   std::vector<std::thread> running;
+  static std::deque<Sanitized> of_blocks;  // which stay where they are
   for (unsigned index : order) {
-    const auto run = [=, &thread] { run_block(index, threads, thread, seed); };
+    if (of_blocks.size() == running.size()) of_blocks.emplace_back();
+    Sanitized& sanitized = of_blocks[running.size()];
+    const auto run = [=, &thread, &sanitized] {
+      run_block(index, threads, thread, seed, sanitized);
+    };
     if (finds_races()) {
       running.emplace_back(run);
     } else {
