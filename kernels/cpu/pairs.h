@@ -172,14 +172,15 @@ WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std:
     load_run(grad, i, g);
     next = 0;
     (load_run(moments, i, m[next++]), ...);
-    for (int half = 0; half < 2; ++half) {
+    const auto step_half = [&](int half) __attribute__((always_inline)) {
       for (std::int64_t k = 0; k < kInVector; ++k) {
         float numbers[kMoments + 1];
         for (std::uint32_t j = 0; j < kMoments; ++j) numbers[j] = m[j][half][k];
         p[half][k] = stepped<Rule, kPart>(c, p[half][k], g[half][k], numbers);
         for (std::uint32_t j = 0; j < kMoments; ++j) m[j][half][k] = numbers[j];
       }
-    }
+    };
+    step_half(0), step_half(1);
     store_run(p, param, i);
     next = 0;
     (store_run(m[next++], moments, i), ...);
