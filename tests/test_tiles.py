@@ -16,7 +16,7 @@ OF_CUDA += ['-DWARPSTEP_CUDA_ARCHITECTURES=""', '-DWARPSTEP_CUDA_DEVICE_TYPE="cp
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """It is compiled with float64's kernels only: what others have of their own goes through tiles."""
+    """It has kernels of their own for float64 only: all else goes through tiles."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
