@@ -381,20 +381,6 @@ def test_a_source_distribution_has_all_sources(sources):
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
-def test_without_nvcc_all_is_there_that_the_module_calls(tmp_path):
-    """Where nvcc compiles this module, nothing else links it without the CUDA kernels."""
-    kernels = ROOT / "kernels"
-    declared = (kernels / "cuda" / "launch.h").read_text()
-    names = re.findall(r"^[\w:*]+(?: [\w:*]+)* \*?(\w+)\([^{]*?\);", declared, re.MULTILINE)
-    assert {"step_cuda", "why_no_cuda", "cuda_is_capturing"} <= set(names)
-    assert len(names) == len(re.findall(r"\);$", declared, re.MULTILINE))
-    calls = "".join(f"auto* call_{name} = warpstep::{name};\n" for name in names)
-    (tmp_path / "calls.cpp").write_text(f'#include "cuda/launch.h"\n{calls}int main() {{}}\n')
-    command = ["c++", "-std=c++17", "-O0", f"-I{kernels}", '-DWARPSTEP_WHY_NO_CUDA=""']
-    command += [tmp_path / "calls.cpp", kernels / "cuda" / "none.cpp", "-o", tmp_path / "calls"]
-    run(*command)
-
-
 @pytest.mark.slow
 def test_a_source_distribution_gives_the_native_backend(sources, environment, tmp_path):
     """First without a compiler; then by what the report says to run."""
@@ -419,13 +405,10 @@ def test_a_source_distribution_gives_the_native_backend(sources, environment, tm
     assert printed.startswith(str(environment.parent.parent))
     assert f"run `{backends.REINSTALL}` in warpstep's source folder." in printed
     assert do(backends.REINSTALL, "/bin/false", check=False).returncode != 0
-    installed = backends.native()[0].__file__
-    do(backends.REINSTALL, quick_compiler(tmp_path, installed))
+    do(backends.REINSTALL, quick_compiler(tmp_path))
     printed = report()
-    assert printed.startswith(str(environment.parent.parent))
     assert "cpu: steps run on the 'cpu' backend" in printed
-    (without_cuda,) = source.glob("build/cmake-*/CMakeFiles/kernel_cuda.dir/**/none.cpp.o")
-    assert b"WARPSTEP_CUDA was OFF" in without_cuda.read_bytes()
+    assert "CUDA code none: WARPSTEP_CUDA was OFF" in printed
 
 
 def test_the_installed_package_is_whole():
