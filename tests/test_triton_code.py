@@ -130,9 +130,9 @@ def test_all_operands_are_asked_for_before_any_is_written(recipe: Recipe) -> Non
     blocks = [re.findall(r"\b(ld|st)\.global\.v4", block) for block in ptx.split("$L__BB")]
     vectors = 4 * kernel.THREAD_ELEMENTS // 16  # of one operand
     loops = [block for block in blocks if len(block) > vectors]
-    # In one of the two the gradient is not aligned, and not accessed in vectors.
+    # In the second the gradient is not aligned, and not accessed in vectors.
     operands = 2 + len(recipe.moments) + (recipe.ema is not None)
-    counts = (operands - 1, operands)
+    counts = (operands, operands - 1)
     assert loops == [["ld"] * n * vectors + ["st"] * n * vectors for n in counts]
 
 

@@ -224,20 +224,17 @@ def step_kernel(
 
     # NOTE [alignment]
     # A vector access takes a proof that address and mask come in whole vectors (a chunk is whole
-    # vectors). So the address is looked at here and the promise made in the branch, and whole
-    # granules have a bound of their own; what they leave, and operands that begin anywhere, go one
-    # element at a time. Gradients have their own case: views into a bucket are often misaligned. A
-    # shard that begins where eight elements share random bits goes as what begins anywhere.
-    if aligned:
-        body = size // RECIPE.granule * RECIPE.granule
-        if at.grad & 15 == 0:
-            sums = step_range(c, at, draw, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 2)
-        else:
-            sums = step_range(c, at, draw, sums, taken, 0, body, BLOCK, RECIPE, TAIL, 1)
-        sums = step_range(c, at, draw, sums, taken, body, size, RECIPE.granule, RECIPE, TAIL, 0)
-    else:
-        # Half a block: blocks of one shape get one layout; here neighbours go to neighbours.
-        sums = step_range(c, at, draw, sums, taken, 0, size, BLOCK // 2, RECIPE, TAIL, 0)
+    # vectors). So each loop makes its own promise, and goes as far as that holds: not at all where
+    # an address does not, and over whole granules. What they leave, and operands that begin
+    # anywhere, go one element at a time. Gradients have their own loop: views into a bucket are
+    # often misaligned. A shard that begins where eight elements share random bits goes as what
+    # begins anywhere.
+    body = tl.where(aligned, size, 0) // RECIPE.granule * RECIPE.granule
+    with_grad = tl.where(at.grad & 15 == 0, body, 0)
+    sums = step_range(c, at, draw, sums, taken, 0, with_grad, BLOCK, RECIPE, TAIL, 2)
+    sums = step_range(c, at, draw, sums, taken, with_grad, body, BLOCK, RECIPE, TAIL, 1)
+    # Half a block: blocks of one shape get one layout; here neighbours go to neighbours.
+    sums = step_range(c, at, draw, sums, taken, body, size, BLOCK // 2, RECIPE, TAIL, 0)
 
     if TAIL.statistics:
         leave(sums, c.tail.unscale, statistics + program.to(tl.int64) * STATISTICS)
