@@ -27,7 +27,8 @@ class Recorder:
         self.handles = list(handles)  # by place: the arguments', then what each call returned
         self.places = {id(handle): place for place, handle in enumerate(handles)}
         self.constants: list[Any] = []
-        self.calls: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
+        # By name, as a test may replace one.
+        self.calls: list[tuple[str, list[Any], list[tuple[int, int]]]] = []
         self.is_whole = True  # nothing was seen that a repetition would not do
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +50,7 @@ class Recorder:
         self.is_whole &= all(self.is_constant(x) for x in fixed)
         if name in PURE and not places:
             return self.constant(result)
-        self.calls.append((member, list(args), places))
+        self.calls.append((name, list(args), places))
         if isinstance(result, TensorHandle):
             self.places[id(result)] = len(self.handles)
         self.handles.append(result)
@@ -147,14 +148,15 @@ def repetition(recorder: Recorder, arguments: int, place: int | None, result: tl
     at that place returned: None for a constant. Made of text, because a loop takes longer.
     """
     names = {"tensor": tl.tensor, "new": tl.tensor.__new__, "attributes": dict(result.__dict__)}
+    names["builder"] = recorder.builder
     lines = [f"def repeat({', '.join(f't{i}' for i in range(arguments))}):"]
     lines += [f"    h{i} = t{i}.handle" for i in range(arguments)]
-    for at, (member, args, places) in enumerate(recorder.calls, arguments):
-        names |= {f"f{at}": member} | {f"c{at}_{i}": x for i, x in enumerate(args)}
+    for at, (name, args, places) in enumerate(recorder.calls, arguments):
+        names |= {f"c{at}_{i}": x for i, x in enumerate(args)}
         given = [f"c{at}_{i}" for i in range(len(args))]
         for i, where in places:
             given[i] = f"h{where}"
-        lines.append(f"    h{at} = f{at}({', '.join(given)})")
+        lines.append(f"    h{at} = builder.{name}({', '.join(given)})")
     lines.append("    made = new(tensor)")
     handle = "" if place is None else f", 'handle': h{place}"
     lines.append(f"    made.__dict__ = {{**attributes{handle}}}")
