@@ -91,27 +91,37 @@ bool visit_recipe(const RecipeKey& key, Visit&& visit) {
   return visit_recipe(AllBuilt{}, key, visit);
 }
 
-WARPSTEP_FN bool is_narrow(Format format) {
+WARPSTEP_FN constexpr bool is_narrow(Format format) {
   return format == Format::bfloat16 || format == Format::float16;
+}
+
+// The formats that an operand may have in a recipe that goes through tiles. A rule's first moment
+// has signs, its others have none.
+WARPSTEP_FN constexpr bool may_have(std::uint32_t operand, Format format) {
+  const bool is_plain = format == Format::float32 || is_narrow(format);
+  const bool is_stochastic = format == Format::bfloat16_stochastic;
+  if (operand == kParam) return is_plain || is_stochastic;
+  if (operand == kGrad) return is_plain;
+  if (format == Format::none) return true;
+  if (operand == kResidual) return format == Format::int16;
+  if (operand == kEma) return is_plain;
+  if (operand == kCopy) return is_narrow(format);
+  if (operand >= kScale && operand < kScaleEnd) return format == Format::uint8;
+  const Format in_blocks = operand == kMoment ? Format::e4m3 : Format::ue5m3;
+  return is_plain || is_stochastic || format == in_blocks;
 }
 
 // Whether a recipe goes through tiles, by a rule of so many moments.
 inline bool goes_through_tiles(const RecipeKey& key, std::uint32_t moments) {
-  const auto format = [&](std::uint32_t operand) { return key.formats[operand]; };
-  const auto is_plain = [&](Format one) { return one == Format::float32 || is_narrow(one); };
-  const bool has_master = format(kResidual) == Format::int16;
-  bool takes = (is_plain(format(kParam)) || format(kParam) == Format::bfloat16_stochastic) &&
-               is_plain(format(kGrad));
-  takes = takes &&
-          (has_master ? format(kParam) == Format::bfloat16 : format(kResidual) == Format::none);
-  takes = takes && (format(kEma) == Format::none || is_plain(format(kEma)));
-  takes = takes && (format(kCopy) == Format::none || is_narrow(format(kCopy)));
+  bool takes = true;
+  for (std::uint32_t k = 0; k < kOperands; ++k) takes = takes && may_have(k, key.formats[k]);
+  if (key.formats[kResidual] != Format::none) {
+    takes = takes && key.formats[kParam] == Format::bfloat16;
+  }
   for (std::uint32_t i = 0; i < kMomentEnd - kMoment; ++i) {
-    const Format moment = format(kMoment + i), scale = format(kScale + i);
-    const bool is_there =
-        is_plain(moment) || moment == Format::bfloat16_stochastic || is_in_blocks(moment);
-    takes = takes && (i < moments ? is_there : moment == Format::none) &&
-            scale == (is_in_blocks(moment) ? Format::uint8 : Format::none);
+    const Format moment = key.formats[kMoment + i], scale = key.formats[kScale + i];
+    takes = takes && (moment != Format::none) == (i < moments) &&
+            (scale != Format::none) == is_in_blocks(moment);
   }
   return takes;
 }

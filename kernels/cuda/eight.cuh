@@ -5,6 +5,7 @@
 // branches that all threads of a launch take the same way; where they are constants, none.
 #pragma once
 
+#include "../recipes.h"
 #include "launch.cuh"
 
 namespace warpstep {
@@ -25,6 +26,22 @@ struct Which {
   __device__ __forceinline__ bool has(std::uint32_t k) const { return kAll || k < count; }
 };
 
+// An operand's format. What that operand may not have, it is not: there is no code for it.
+struct FormatOf {
+  std::uint32_t operand;
+  Format format;
+
+  __device__ __forceinline__ bool is(Format one) const {
+    return may_have(operand, one) && format == one;
+  }
+  __device__ __forceinline__ bool is_in_blocks() const {
+    return is(Format::e4m3) || is(Format::ue5m3);
+  }
+  __device__ __forceinline__ bool is_stochastic() const {
+    return is(Format::bfloat16_stochastic) || is(Format::ue5m3);
+  }
+};
+
 // The bits of eight elements, the first lowest. What a format needs besides follows: the residuals
 // of bfloat16 masters, the scale of 8-bit numbers.
 constexpr std::uint32_t kResidualWord = 4;
@@ -33,20 +50,26 @@ struct Bits {
   std::uint32_t words[kEight];
 
   template <bool kAll>
-  __device__ __forceinline__ void load(Format format, const void* from, Which<kAll> which,
+  __device__ __forceinline__ void load(FormatOf format, const void* from, Which<kAll> which,
                                        std::uint32_t word = 0) {
-    const std::uint32_t bytes = bytes_of(format);
-    if (bytes == 4) load_of<std::uint32_t>(from, which, words);
-    if (bytes == 2) load_of<std::uint16_t>(from, which, words + word);
-    if (bytes == 1) load_of<std::uint8_t>(from, which, words);
+    if (format.is(Format::float32)) {
+      load_of<std::uint32_t>(from, which, words);
+    } else if (format.is_in_blocks()) {
+      load_of<std::uint8_t>(from, which, words);
+    } else {
+      load_of<std::uint16_t>(from, which, words + word);
+    }
   }
   template <bool kAll>
-  __device__ __forceinline__ void store(Format format, void* to, Which<kAll> which,
+  __device__ __forceinline__ void store(FormatOf format, void* to, Which<kAll> which,
                                         std::uint32_t word = 0) const {
-    const std::uint32_t bytes = bytes_of(format);
-    if (bytes == 4) store_of<std::uint32_t>(to, which, words);
-    if (bytes == 2) store_of<std::uint16_t>(to, which, words + word);
-    if (bytes == 1) store_of<std::uint8_t>(to, which, words);
+    if (format.is(Format::float32)) {
+      store_of<std::uint32_t>(to, which, words);
+    } else if (format.is_in_blocks()) {
+      store_of<std::uint8_t>(to, which, words);
+    } else {
+      store_of<std::uint16_t>(to, which, words + word);
+    }
   }
 
  private:
@@ -213,17 +236,17 @@ __device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
   if (!are_numbers) set_codes<C, false>(x, base, random, bits);
 }
 
-__device__ __forceinline__ void decode(Format format, bool has_residual, const Bits& bits,
+__device__ __forceinline__ void decode(FormatOf format, bool has_residual, const Bits& bits,
                                        Eight& x) {
-  if (format == Format::float32) {
+  if (format.is(Format::float32)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) x[k] = bits_as<float>(bits.words[k]);
-  } else if (format == Format::float16) {
+  } else if (format.is(Format::float16)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) x[k] = load(float16{half_of(bits.words, k)});
-  } else if (format == Format::e4m3) {
+  } else if (format.is(Format::e4m3)) {
     decode_codes<E4m3>(bits, x);
-  } else if (format == Format::ue5m3) {
+  } else if (format.is(Format::ue5m3)) {
     decode_codes<Ue5m3>(bits, x);
   } else if (has_residual) {
 #pragma unroll
@@ -239,14 +262,14 @@ __device__ __forceinline__ void decode(Format format, bool has_residual, const B
 
 // draw(random) fills in what a format that is rounded at random asks for.
 template <bool kAll, class DrawRandom>
-__device__ __forceinline__ void encode(Format format, bool has_residual, const Eight& x,
+__device__ __forceinline__ void encode(FormatOf format, bool has_residual, const Eight& x,
                                        Which<kAll> which, DrawRandom&& draw_random, Bits& bits) {
   Random random;
-  if (is_stochastic(format)) draw_random(random);
-  if (format == Format::float32) {
+  if (format.is_stochastic()) draw_random(random);
+  if (format.is(Format::float32)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) bits.words[k] = bits_as<std::uint32_t>(x[k]);
-  } else if (format == Format::float16) {
+  } else if (format.is(Format::float16)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; k += 2) {
       float16 pair[2];
@@ -254,11 +277,11 @@ __device__ __forceinline__ void encode(Format format, bool has_residual, const E
       store(x[k + 1], pair[1]);
       bits.words[k / 2] = lower_halves(pair[0].bits, pair[1].bits);
     }
-  } else if (format == Format::e4m3) {
+  } else if (format.is(Format::e4m3)) {
     encode_codes<E4m3>(x, which, random, bits);
-  } else if (format == Format::ue5m3) {
+  } else if (format.is(Format::ue5m3)) {
     encode_codes<Ue5m3>(x, which, random, bits);
-  } else if (format == Format::bfloat16_stochastic) {
+  } else if (format.is(Format::bfloat16_stochastic)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; k += 2) {
       bits.words[k / 2] = upper_halves(rounded_stochastically(x[k], drawn(random, k)),

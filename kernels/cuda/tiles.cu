@@ -92,23 +92,23 @@ class TileStepper {
   }
 
  private:
-  __device__ __forceinline__ Format format(std::uint32_t operand) const {
-    return Formats::of(args_, operand);
+  __device__ __forceinline__ FormatOf format(std::uint32_t operand) const {
+    return {operand, Formats::of(args_, operand)};
   }
   __device__ __forceinline__ bool has(std::uint32_t operand) const {
-    return format(operand) != Format::none;
+    return !format(operand).is(Format::none);
   }
   __device__ __forceinline__ bool has_blocks() const {
     bool has = false;
 #pragma unroll
     for (std::uint32_t k = 0; k < Rule::kMoments; ++k) {
-      has = has || is_in_blocks(format(kMoment + k));
+      has = has || format(kMoment + k).is_in_blocks();
     }
     return has;
   }
   __device__ __forceinline__ char* address(std::uint32_t operand, std::uint32_t i) const {
     return in_global_memory<char>(shared_.operands[operand]) +
-           std::uint64_t{i} * bytes_of(format(operand));
+           std::uint64_t{i} * bytes_of(format(operand).format);
   }
   __device__ __forceinline__ std::uint8_t* scale_at(std::uint32_t k, std::uint32_t i) const {
     return in_global_memory<std::uint8_t>(shared_.operands[kScale + k]) + i / kBlock;
@@ -121,8 +121,8 @@ class TileStepper {
     for (std::uint32_t k = 0; k < kOperands; ++k) {
       if (!has(k) || (k >= kScale && k < kScaleEnd)) continue;
       const auto at = reinterpret_cast<std::uintptr_t>(address(k, i));
-      past |= at % min_of(kVectorBytes, kEight * bytes_of(format(k)));
-      if (is_stochastic(format(k))) past |= (shared_.first + i) % kDrawn;
+      past |= at % min_of(kVectorBytes, kEight * bytes_of(format(k).format));
+      if (format(k).is_stochastic()) past |= (shared_.first + i) % kDrawn;
     }
     return past == 0;
   }
@@ -179,14 +179,14 @@ class TileStepper {
     // All that is loaded, before anything waits for it.
     Bits param = load(kParam, i, which);
     if (has_residual) {
-      param.load(Format::int16, address(kResidual, i), which, kResidualWord);
+      param.load(format(kResidual), address(kResidual, i), which, kResidualWord);
     }
     Bits grad = load(kGrad, i, which);
     Bits moments[Rule::kMoments + 1];
 #pragma unroll
     for (std::uint32_t k = 0; k < Rule::kMoments; ++k) {
       moments[k] = load(kMoment + k, i, which);
-      if (is_in_blocks(format(kMoment + k)) && which.count != 0) {
+      if (format(kMoment + k).is_in_blocks() && which.count != 0) {
         moments[k].words[kScaleWord] = *scale_at(k, i);
       }
     }
@@ -224,7 +224,7 @@ class TileStepper {
           [&](Random& random) { draw_for<kAll>(kParam, i, random); }, param);
       store(kParam, i, which, param);
       if (has_residual) {
-        param.store(Format::int16, address(kResidual, i), which, kResidualWord);
+        param.store(format(kResidual), address(kResidual, i), which, kResidualWord);
       }
 #pragma unroll
       for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
@@ -242,7 +242,7 @@ class TileStepper {
         const bool is_first = threadIdx.x % kBlockThreads == 0;
 #pragma unroll
         for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
-          if (is_in_blocks(format(kMoment + j)) && is_first && which.count != 0) {
+          if (format(kMoment + j).is_in_blocks() && is_first && which.count != 0) {
             *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
           }
         }
