@@ -11,7 +11,8 @@ SOURCES := $(shell find kernels csrc python -name '*.h' -o -name '*.cpp' -o -nam
            CMakeLists.txt setup.py pyproject.toml
 
 # The kernels are compiled while pip installs packages; a lock keeps two pips from installing at once.
-# Without pip's byte-compilation, half of the time that torch takes to install.
+# Without pip's byte-compilation, half of the time that torch takes to install. TORCH is named each
+# time, so that nothing brings another.
 IN_PARALLEL := @$(MAKE) --no-print-directory --jobs=2
 INSTALL := @flock $(VENV)/.lock $(BIN)/python -m pip install -q --no-compile
 
@@ -41,7 +42,7 @@ quick: build ## run one case of each test, some three minutes on two cores
 	@$(PYTEST) --quick --ignore tests/integrations
 
 test: ## run the test suite, some 25 minutes of one core
-	$(IN_PARALLEL) $(VENV)/.installed $(VENV)/.integrations $(VENV)/.docs
+	$(IN_PARALLEL) $(VENV)/.wheel $(VENV)/.integrations $(VENV)/.docs $(VENV)/.installed
 	@echo "The whole suite takes some 25 minutes of one core; make quick takes some three on two."
 	@$(PYTEST)
 
@@ -61,7 +62,7 @@ digests: ## step every recipe without Python; the bits must be x86-64's (CROSS=,
 	$(EMULATOR) $(DIGESTS)/digests | diff tests/digests.txt - && echo "All bits are those of x86-64."
 
 # Material's banner about its future helps nobody here.
-docs: $(VENV)/.docs ## build the documentation site into build/docs
+docs: $(VENV)/.installed $(VENV)/.docs ## build the documentation site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The site is in build/docs; $(BIN)/mkdocs serve shows it."
 
@@ -117,25 +118,26 @@ $(VENV)/.wheel: $(VENV)/.venv $(SOURCES)
 	@MAKEFLAGS= $(BIN)/python -m pip wheel -q --no-deps --wheel-dir $(VENV)/wheel .
 	@mv $@.begun $@
 
-# Installed, not linked: what is tested is what a user gets. First what it asks for, then itself, also
-# where an older build with the same version is there.
-$(VENV)/.installed: $(VENV)/.environment $(VENV)/.wheel
-	$(INSTALL) "$$(echo $(VENV)/wheel/*.whl)[test,bench]"
+$(VENV)/.test: $(VENV)/.environment
+	$(INSTALL) "$(TORCH)" --group test --group bench
+	@touch $@
+
+# Installed, not linked: what is tested is what a user gets, also where an older build with the same
+# version is there.
+$(VENV)/.installed: $(VENV)/.test $(VENV)/.wheel
 	$(INSTALL) --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	@touch $@
 
-# Libraries that the integration tests use. timm alone without its dependencies: the torchvision that
-# it asks for does not import beside a CPU build of torch.
+# timm alone without its dependencies: see pyproject.toml.
 $(VENV)/.integrations: $(VENV)/.environment
-	$(INSTALL) "$(TORCH)" "$(TRITON)" accelerate lightning transformers
+	$(INSTALL) "$(TORCH)" --group integrations
 	$(INSTALL) --no-deps timm
 	@touch $@
 
-# warpstep is there already: this installs what its extra names.
-$(VENV)/.docs: $(VENV)/.installed
-	$(INSTALL) "warpstep[docs]"
+$(VENV)/.docs: $(VENV)/.environment
+	$(INSTALL) --group docs
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.environment
-	$(INSTALL) ".[dev,test,bench]"
+	$(INSTALL) "$(TORCH)" --group dev --group test --group bench
 	@touch $@

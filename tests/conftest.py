@@ -1,14 +1,19 @@
-"""Runs tests on the backends of this process (support/environment.py); skips what needs a GPU."""
+"""Runs tests on the backends of this process (support/environment.py); skips what needs a GPU.
+
+torch is imported by hooks that need it: not by the process that only hands tests to others.
+"""
 
 import gc
 import zlib
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("support")  # its assertions show values, as those of tests do
 
-from support.environment import HAS_GPU, runnable_backends  # noqa: E402
+
+def pytest_collectstart():
+    """What a test module imports of warpstep is of the native module that is asked for."""
+    from support import environment  # noqa: F401
 
 
 def pytest_generate_tests(metafunc):
@@ -18,6 +23,8 @@ def pytest_generate_tests(metafunc):
     """
     if "backend" not in metafunc.fixturenames:
         return
+    from support.environment import runnable_backends
+
     pairs = runnable_backends().items()
     if "device" in metafunc.fixturenames:
         cases = [pytest.param(b, d, id=b) for b, d in pairs]
@@ -29,6 +36,8 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def _seed(request):
     """A test's random numbers are its own, whatever ran before it: a failure can be run again."""
+    import torch
+
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
@@ -52,6 +61,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    from support.environment import HAS_GPU
+
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
