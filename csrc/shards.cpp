@@ -4,14 +4,14 @@
 namespace warpstep {
 namespace {
 
-struct Names {
+struct ShardNames {
   PyObject* spec = PyUnicode_InternFromString("_spec");
   PyObject* mesh = PyUnicode_InternFromString("mesh");
   PyObject* placements = PyUnicode_InternFromString("placements");
   PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
 };
-const Names& names() {
-  static const Names all;
+const ShardNames& shard_names() {
+  static const ShardNames all;
   return all;
 }
 
@@ -46,9 +46,9 @@ bool equal(const py::object& a, const py::object& b) {
 ShardLayout layout_of(PyObject* tensor) {
   PyTypeObject* const type = dtensor_type();
   if (type == nullptr || tensor == nullptr || !PyType_IsSubtype(Py_TYPE(tensor), type)) return {};
-  const py::object spec = attribute(tensor, names().spec);
-  ShardLayout layout{attribute(spec.ptr(), names().mesh),
-                     attribute(spec.ptr(), names().placements)};
+  const py::object spec = attribute(tensor, shard_names().spec);
+  ShardLayout layout{attribute(spec.ptr(), shard_names().mesh),
+                     attribute(spec.ptr(), shard_names().placements)};
   return layout.mesh && layout.placements ? layout : ShardLayout{};
 }
 
@@ -58,7 +58,7 @@ PyObject* own_part_of(PyObject* tensor, const ShardLayout& layout) {
   if (!equal(found.placements, layout.placements) || !equal(found.mesh, layout.mesh)) {
     return nullptr;
   }
-  return attribute(tensor, names().local_tensor).ptr();
+  return attribute(tensor, shard_names().local_tensor).ptr();
 }
 
 }  // namespace warpstep
