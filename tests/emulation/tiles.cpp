@@ -43,9 +43,11 @@ struct Memory {
 };
 
 constexpr Format kPlain[] = {Format::float32, Format::bfloat16, Format::float16};
-constexpr Format kMoments[] = {Format::float32,  Format::bfloat16_stochastic,
-                               Format::bfloat16, Format::float16,
-                               Format::e4m3,     Format::ue5m3};
+// A rule's first moment, and its others.
+constexpr Format kSigned[] = {Format::float32, Format::bfloat16_stochastic, Format::bfloat16,
+                              Format::float16, Format::e4m3};
+constexpr Format kPositive[] = {Format::float32, Format::bfloat16_stochastic, Format::bfloat16,
+                                Format::float16, Format::ue5m3};
 
 // Of what an operand holds, `magnitude` some power of ten.
 void fill(Memory& memory, std::int64_t count, std::uint32_t operand, bool odd) {
@@ -105,8 +107,8 @@ RecipeKey draw_recipe() {
   if (formats[kParam] == Format::bfloat16 && !one_in(4)) formats[kResidual] = Format::int16;
   formats[kGrad] = one_of(kPlain);
   for (std::uint32_t k = 0; k < moments; ++k) {
-    formats[kMoment + k] = one_of(kMoments);
-    const Format moment = formats[kMoment + k];
+    const Format moment = k == 0 ? one_of(kSigned) : one_of(kPositive);
+    formats[kMoment + k] = moment;
     formats[kScale + k] = is_in_blocks(moment) ? Format::uint8 : Format::none;
   }
   formats[kEma] = one_in(3) ? one_of(kPlain) : Format::none;
