@@ -22,6 +22,7 @@ RULES = {
 FORMATS = ("float64", "float32", "bfloat16", "float16")
 PARTS = ("usual", "whole")
 CASES = [(rule, number, part) for rule in RULES for number in FORMATS for part in PARTS]
+LOOPS = 2  # of each step: whole runs of elements, and what they leave (in_runs)
 # Of AdamW, in pairs: how the parameter lies, beside bfloat16 moments, the second rounded at random.
 IN_PAIRS = ("MasterHalves", "RandomHalves", "Halves")
 
@@ -37,7 +38,7 @@ def function(rule, number, part):
     return f"""
 extern "C" void {rule}_{number}_{part}(const Constants<{kind}, {number}::Compute>& c,
                                        const Stepper<Recipe<{recipe}>>::Operands& at, long count) {{
-  Stepper<Recipe<{recipe}>>::step_part<Part::{part}>(c, at, count);
+  Stepper<Recipe<{recipe}>>::step_part<Part::{part}>(c, at, count, count);
 }}"""
 
 
@@ -46,7 +47,7 @@ def function_in_pairs(param, part):
     return f"""
 extern "C" void adamw_{param}_{part}(const Constants<AdamW<false>, float>& c, long count, {param} p,
                                      Halves g, Halves m, RandomHalves v) {{
-  step_pairs<AdamW<false>, Part::{part}, {kinds}>(c, count, p, g, m, v);
+  step_pairs<AdamW<false>, Part::{part}, {kinds}>(c, count, count, p, g, m, v);
 }}"""
 
 
@@ -79,7 +80,8 @@ def test_bfloat16_is_rounded_by_the_instruction(tmp_path):
     whole = """
 extern "C" long run(const Constants<AdamW<false>, float>& c, long count, bfloat16* p, bfloat16* g,
                     bfloat16* m, bfloat16* v) {
-  return step_runs<AdamW<false>, Part::usual>(c, count, Halves{p}, Halves{g}, Halves{m}, Halves{v});
+  return step_runs<AdamW<false>, Part::usual>(c, count, count, Halves{p}, Halves{g}, Halves{m},
+                                              Halves{v});
 }"""
     (code,) = (
         code for name, code in compiled([whole], "avx512", tmp_path).items() if "step_runs" in name
@@ -126,16 +128,16 @@ extern "C" void run(const Launch& launch) {
     code = "".join(compiled([whole], isa, tmp_path).values())
     register = REGISTERS[isa]
     of_tiles = len(re.findall(rf"vsqrtps\s.*%{register}", code)) - 4
-    assert of_tiles == len(PARTS)
+    assert of_tiles == LOOPS * len(PARTS)
     singles = len(re.findall("vsqrtss", code))
-    assert singles <= SINGLES[isa] * of_tiles, "more than the last elements of vectors"
+    assert singles <= SINGLES[isa] * len(PARTS), "more than the last elements of vectors"
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("param", IN_PAIRS)
 def test_a_step_in_pairs_is_simd_code(assembly, param, part):
     code = assembly[f"adamw_{param}_{part}"]
-    assert re.search(r"vdivps\s.*%ymm", code), "no quotients of vectors"
+    assert len(re.findall(r"vdivps\s.*%ymm", code)) == 2 * LOOPS, "no quotients of vectors"
     assert not re.search(r"vpunpck|vpack|vpmovzx", code), "halves shuffled between vectors"
 
 
@@ -147,5 +149,6 @@ def test_a_step_is_simd_code(assembly, rule, number, part):
     if rule in ("sgd", "momentum"):
         assert re.search(rf"v(?:sub|fn?m\w+\d+){vectors}", code), "no differences of vectors"
     else:
-        assert re.search(f"vsqrt{vectors}", code), "no roots of vectors"
-        assert re.search(f"vdiv{vectors}", code), "no quotients of vectors"
+        loops = LOOPS * (2 if number in ("bfloat16", "float16") else 1)  # two elements in a lane
+        assert len(re.findall(f"vsqrt{vectors}", code)) == loops, "no roots of vectors"
+        assert len(re.findall(f"vdiv{vectors}", code)) == loops, "no quotients of vectors"

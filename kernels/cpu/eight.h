@@ -31,9 +31,13 @@ WARPSTEP_FN Vector larger(Vector a, Vector b) { return WARPSTEP_V(max_epu32)(a, 
 WARPSTEP_FN Vector largest_of(const Group& x) {
   return larger(larger(x.vectors[0], x.vectors[1]), larger(x.vectors[2], x.vectors[3]));
 }
-// Of a group's moments, as unsigned numbers: half of the lanes for exp_avg, half for exp_avg_sq.
-WARPSTEP_FN Vector largest_of(const Group& exp_avg, const Group& exp_avg_sq) {
-  const Vector m = largest_of(magnitudes_of(exp_avg)), v = largest_of(exp_avg_sq);
+// Of a group's moments, as unsigned numbers: half of the lanes for exp_avg, half for exp_avg_sq. Of
+// exp_avg the upper half, which all that is asked of the largest depends on; what is below is any.
+WARPSTEP_FN Vector largest_of(const Words& exp_avg, const Group& exp_avg_sq) {
+  const auto magnitudes = [](Vector halves) { return masked(halves, every<0x7fff7fff>()); };
+  const Vector halves =
+      WARPSTEP_V(max_epu16)(magnitudes(exp_avg.first), magnitudes(exp_avg.second));
+  const Vector m = larger(halves, WARPSTEP_V(slli_epi32)(halves, 16)), v = largest_of(exp_avg_sq);
 #ifdef __AVX512BW__
   return larger(_mm512_shuffle_i64x2(m, v, 0x44), _mm512_shuffle_i64x2(m, v, 0xee));
 #else
@@ -173,12 +177,12 @@ class InBlocks {
 
     Operands from(std::int64_t element) const {
       Operands to = *this;
-      to.param = ahead(param, element);
+      to.param = InBlocks::from(param, element);
       to.grad.at += element, to.m_codes += element, to.v_codes += element;
       return to;
     }
   };
-  WARPSTEP_FN static Param ahead(Param param, std::int64_t elements) {
+  WARPSTEP_FN static Param from(Param param, std::int64_t elements) {
     param.at += elements;
     if constexpr (kHasMaster) param.residual += elements;
     return param;
@@ -215,7 +219,7 @@ class InBlocks {
     std::uint8_t* const m_scales = m_scales_ + at / kBlock;
     std::uint8_t* const v_scales = v_scales_ + at / kBlock;
     Group m[kGroups], v[kGroups], p[kGroups];
-    Words random[kGroups], random_of_param[kGroups];
+    Words m_halves[kGroups], random[kGroups], random_of_param[kGroups];
     Seen seen;
 
     const auto first_draw = static_cast<std::uint32_t>(draw_of(row_, at));
@@ -236,9 +240,12 @@ class InBlocks {
     for (int block = 0; block < kBlocks; ++block) {
       const Vector m_base = base<E4m3>(m_scales[block]), v_base = base<Ue5m3>(v_scales[block]);
       largest[block] = Vector{};
+      ask_ahead<kBlock>(block * kBlock, row_.numel - at, operands.param, operands.grad,
+                        operands.m_codes, operands.v_codes);
       for (int g = block * kOfBlock; g < (block + 1) * kOfBlock; ++g) {
         advance(c, operands.from(g * kGroup), m_base, v_base, m[g], v[g], seen);
-        largest[block] = larger(largest[block], largest_of(m[g], v[g]));
+        m_halves[g] = upper_halves(m[g]);
+        largest[block] = larger(largest[block], largest_of(m_halves[g], v[g]));
         if constexpr (kUpdatesAtOnce) update_group(g);
       }
     }
@@ -253,9 +260,9 @@ class InBlocks {
       const Vector v_base = scales.base_of_exp_avg_sq(block);
       for (int g = block * kOfBlock; g < (block + 1) * kOfBlock; ++g) {
         const std::int64_t i = g * kGroup;
-        store_vector(operands.m_codes + i, encoded_e4m3(upper_halves(m[g]), m_base));
+        store_vector(operands.m_codes + i, encoded_e4m3(m_halves[g], m_base));
         store_vector(operands.v_codes + i, encoded_ue5m3(v[g], v_base, random[g]));
-        store_group(p[g], ahead(operands.param, i), random_of_param[g]);
+        store_group(p[g], operands.from(i).param, random_of_param[g]);
       }
     }
     scales.store(m_scales, v_scales);

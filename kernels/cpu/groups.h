@@ -60,15 +60,8 @@ WARPSTEP_FN Group widened(const Words& x) {
 // The halves of 32-bit lanes, as bfloat16.
 WARPSTEP_FN Vector lower_as_numbers(Vector x) { return WARPSTEP_V(slli_epi32)(x, 16); }
 WARPSTEP_FN Vector upper_as_numbers(Vector x) { return masked(x, every<0xffff0000u>()); }
-// Lanes of `lower`'s upper halves, below those of `upper`.
-WARPSTEP_FN Vector upper_halves(Vector lower, Vector upper) {
-  return even_and_odd(WARPSTEP_V(srli_epi32)(lower, 16), upper);
-}
 WARPSTEP_FN Words upper_halves(const Group& x) {
   return {upper_halves(x.vectors[0], x.vectors[1]), upper_halves(x.vectors[2], x.vectors[3])};
-}
-WARPSTEP_FN Vector lower_halves(Vector lower, Vector upper) {
-  return even_and_odd(lower, WARPSTEP_V(slli_epi32)(upper, 16));
 }
 
 WARPSTEP_FN Group load_group(const Halves& from) {
@@ -146,12 +139,6 @@ WARPSTEP_FN Group decoded(Vector codes, Vector base) {
   even = with_base(even), odd = with_base(odd);
   return {{lower_as_numbers(even), lower_as_numbers(odd), upper_as_numbers(even),
            upper_as_numbers(odd)}};
-}
-
-WARPSTEP_FN Group magnitudes_of(const Group& x) {
-  Group magnitudes;
-  for_vectors([&](int i) { magnitudes.vectors[i] = masked(x.vectors[i], every<0x7fffffff>()); });
-  return magnitudes;
 }
 
 // Of numbers' upper halves, which all that is in a code depends on: rounding to nearest asks for no

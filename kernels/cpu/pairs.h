@@ -4,6 +4,7 @@
 
 #include "../blocks.h"
 #include "../tail.h"
+#include "ahead.h"
 #include "launch.h"
 #include "vectors.h"
 
@@ -19,6 +20,10 @@ struct Halves {  // rounded to nearest
   WARPSTEP_FN void store(const float (&x)[2], std::int64_t i) const { store_pair(x, at + i); }
   WARPSTEP_FN float load(std::int64_t i) const { return warpstep::load(at[i]); }
   WARPSTEP_FN void store(float x, std::int64_t i) const { warpstep::store(x, at[i]); }
+  template <std::int64_t kElements>
+  WARPSTEP_FN void ask(std::int64_t i) const {
+    ask_for<kElements>(at + i);
+  }
 };
 
 struct RandomHalves {
@@ -32,6 +37,10 @@ struct RandomHalves {
   }
   WARPSTEP_FN float load(std::int64_t i) const { return warpstep::load(at[i]); }
   WARPSTEP_FN void store(float x, std::int64_t i) const { store_stochastic(x, at[i], random[i]); }
+  template <std::int64_t kElements>
+  WARPSTEP_FN void ask(std::int64_t i) const {
+    ask_for<kElements>(at + i);
+  }
 };
 
 struct MasterHalves {  // with a residual, a float32
@@ -45,6 +54,10 @@ struct MasterHalves {  // with a residual, a float32
   }
   WARPSTEP_FN float load(std::int64_t i) const { return joined(at[i], residual[i]); }
   WARPSTEP_FN void store(float x, std::int64_t i) const { split(x, at[i], residual[i]); }
+  template <std::int64_t kElements>
+  WARPSTEP_FN void ask(std::int64_t i) const {
+    ask_for<kElements>(at + i), ask_for<kElements>(residual + i);
+  }
 };
 
 struct Singles {  // float32, which are no pairs
@@ -53,6 +66,10 @@ struct Singles {  // float32, which are no pairs
 
   WARPSTEP_FN float load(std::int64_t i) const { return at[i]; }
   WARPSTEP_FN void store(float x, std::int64_t i) const { at[i] = x; }
+  template <std::int64_t kElements>
+  WARPSTEP_FN void ask(std::int64_t i) const {
+    ask_for<kElements>(at + i);
+  }
 };
 
 struct CopiedSingles {  // with a copy in bfloat16
@@ -64,6 +81,10 @@ struct CopiedSingles {  // with a copy in bfloat16
   WARPSTEP_FN void store(float x, std::int64_t i) const {
     at[i] = x;
     warpstep::store(x, copy[i]);
+  }
+  template <std::int64_t kElements>
+  WARPSTEP_FN void ask(std::int64_t i) const {
+    ask_for<kElements>(at + i), ask_for<kElements>(copy + i);
   }
 };
 
@@ -78,40 +99,51 @@ WARPSTEP_FN void step_one(std::int64_t i, const Constants<Rule, float>& c, const
 
 // One at a time, for float32 moments: vectors of 16 and of 32 bits are shuffled into each other.
 template <class Rule, Part kPart, class Param, class... Moment>
-void step_singly(const Constants<Rule, float> c, std::int64_t count, const Param param,
-                 const Halves grad, const Moment... moments) {
+void step_singly(const Constants<Rule, float> c, std::int64_t count, std::int64_t left,
+                 const Param param, const Halves grad, const Moment... moments) {
+  const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) step_one<Rule, kPart>(i, c, param, grad, moments...);
+    for (std::int64_t i = from; i < to; ++i) step_one<Rule, kPart>(i, c, param, grad, moments...);
+  };
+  in_runs(0, count, left, step, param, grad, moments...);
+}
+
+// The two elements from i on.
+template <class Rule, Part kPart, class Param, class... Moment>
+WARPSTEP_FN void step_two(std::int64_t i, const Constants<Rule, float>& c, const Param& param,
+                          const Halves& grad, const Moment&... moments) {
+  constexpr std::uint32_t kMoments = sizeof...(Moment);
+  float p[2], g[2], m[kMoments + 1][2];
+  param.load(i, p);
+  grad.load(i, g);
+  [[maybe_unused]] std::uint32_t next = 0;
+  (moments.load(i, m[next++]), ...);
+  // Not left a loop, which would be made SIMD code by itself, two elements wide.
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    float numbers[kMoments + 1];
+    for (std::uint32_t j = 0; j < kMoments; ++j) numbers[j] = m[j][k];
+    p[k] = stepped<Rule, kPart>(c, p[k], g[k], numbers);
+    for (std::uint32_t j = 0; j < kMoments; ++j) m[j][k] = numbers[j];
+  }
+  param.store(p, i);
+  next = 0;
+  (moments.store(m[next++], i), ...);
 }
 
 // Elements [first, count).
 template <class Rule, Part kPart, class Param, class... Moment>
 void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t count,
-               const Param param, const Halves grad, const Moment... moments) {
-  constexpr std::uint32_t kMoments = sizeof...(Moment);
-  [[maybe_unused]] std::uint32_t next;
-  std::int64_t i = first;
-  // Operands do not overlap.
+               std::int64_t left, const Param param, const Halves grad, const Moment... moments) {
+  const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+    // Operands do not overlap.
 #pragma GCC ivdep
-  for (; i < count - 1; i += 2) {
-    float p[2], g[2], m[kMoments + 1][2];
-    param.load(i, p);
-    grad.load(i, g);
-    next = 0;
-    (moments.load(i, m[next++]), ...);
-    // Not left a loop, which would be made SIMD code by itself, two elements wide.
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k) {
-      float numbers[kMoments + 1];
-      for (std::uint32_t j = 0; j < kMoments; ++j) numbers[j] = m[j][k];
-      p[k] = stepped<Rule, kPart>(c, p[k], g[k], numbers);
-      for (std::uint32_t j = 0; j < kMoments; ++j) m[j][k] = numbers[j];
+    for (std::int64_t i = from; i < to - 1; i += 2) {
+      step_two<Rule, kPart>(i, c, param, grad, moments...);
     }
-    param.store(p, i);
-    next = 0;
-    (moments.store(m[next++], i), ...);
-  }
-  if (i < count) step_one<Rule, kPart>(i, c, param, grad, moments...);
+  };
+  in_runs(first, count, left, step, param, grad, moments...);
+  if ((count - first) % 2 != 0) step_one<Rule, kPart>(count - 1, c, param, grad, moments...);
 }
 
 #if defined(__AVX512BW__) && defined(WARPSTEP_KNOWS_AVX512_BF16)
@@ -161,12 +193,13 @@ WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_run(const Run& x, const Halves& to, 
 // As many elements as there are in whole runs; returns how many.
 template <class Rule, Part kPart, class Param, class... Moment>
 WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std::int64_t count,
-                                            const Param param, const Halves grad,
-                                            const Moment... moments) {
+                                            std::int64_t left, const Param param,
+                                            const Halves grad, const Moment... moments) {
   constexpr std::uint32_t kMoments = sizeof...(Moment);
   [[maybe_unused]] std::uint32_t next;
   std::int64_t i = 0;
   for (; i + kInRun <= count; i += kInRun) {
+    ask_ahead<kInRun>(i, left, param, grad, moments...);
     Run p, g, m[kMoments + 1];
     load_run(param, i, p);
     load_run(grad, i, g);
@@ -189,17 +222,18 @@ WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std:
 }
 #endif
 
+// `left`: as in_runs() has it.
 template <class Rule, Part kPart, class Param, class... Moment>
-void step_pairs(const Constants<Rule, float>& c, std::int64_t count, const Param param,
-                const Halves grad, const Moment... moments) {
+void step_pairs(const Constants<Rule, float>& c, std::int64_t count, std::int64_t left,
+                const Param param, const Halves grad, const Moment... moments) {
   std::int64_t done = 0;
 #ifdef WARPSTEP_AVX512_BF16
   constexpr unsigned kReadsSubnormalsAsZero = 0x40;
   if (rounds_by_instruction && !(_mm_getcsr() & kReadsSubnormalsAsZero)) {
-    done = step_runs<Rule, kPart>(c, count, param, grad, moments...);
+    done = step_runs<Rule, kPart>(c, count, left, param, grad, moments...);
   }
 #endif
-  if (done < count) step_from<Rule, kPart>(done, c, count, param, grad, moments...);
+  if (done < count) step_from<Rule, kPart>(done, c, count, left, param, grad, moments...);
 }
 
 }  // namespace

@@ -8,13 +8,6 @@
 #include "pairs.h"
 #include "tiles.h"
 
-// With AVX2, where an exp_avg_sq is rounded at random, a step in groups takes an eighth less
-// than one in pairs: its random bits are made between roots and divisions, and not by
-// themselves. (With AVX-512 it has not been measured.)
-#if defined(WARPSTEP_HAS_VECTORS) && !defined(__AVX512BW__)
-#define WARPSTEP_STEPS_IN_GROUPS
-#endif
-
 namespace warpstep {
 namespace {
 
@@ -41,7 +34,7 @@ class InPairs {
     InPairs stepper(launch);
     for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums&) {
       for (std::int64_t at = of.range.begin; at < of.range.end; at += kDecoded) {
-#ifdef WARPSTEP_STEPS_IN_GROUPS
+#ifdef WARPSTEP_HAS_VECTORS
         if constexpr (kInGroups) at += stepper.step_groups(c, of, at);
 #endif
         const std::int64_t count = min_of(kDecoded, of.range.end - at);
@@ -60,7 +53,9 @@ class InPairs {
   explicit InPairs(const Launch& launch)
       : keys_(launch.seed), steps_advanced_(launch.tail.steps_advanced) {}
 
-#ifdef WARPSTEP_STEPS_IN_GROUPS
+#ifdef WARPSTEP_HAS_VECTORS
+  // Where an exp_avg_sq is rounded at random, a step in groups takes an eighth to a quarter less than
+  // one in pairs: its random bits are made between roots and divisions, and not by themselves.
   static constexpr bool kInGroups = std::is_same_v<List<Moment...>, List<Halves, RandomHalves>>;
 
   // Elements from `at` on, as long as there are whole groups of nothing but numbers: how many.
@@ -81,6 +76,7 @@ class InPairs {
       const auto v = from<RandomHalves>(of, kMoment + 1, at + done);
       const Halves g{static_cast<bfloat16*>(of.grad) + at + done};
       Group param = load_group(p), exp_avg = load_group(m), exp_avg_sq = load_group(v);
+      ask_ahead<kGroup>(0, of.row.numel - (at + done), p, g, m, v);
       GroupDraws::OfGroup of_p(draws_of_p, index), of_v(draws_of_v, index);
       advance(in_lanes, load_group(g), exp_avg, exp_avg_sq);
       if constexpr (std::is_same_v<Param, RandomHalves>) {
@@ -88,7 +84,7 @@ class InPairs {
       } else {
         update(in_lanes, exp_avg, exp_avg_sq, param, of_v);
       }
-      if (any(are_nan(param) | are_nan(exp_avg) | are_nan(exp_avg_sq))) break;
+      if (any(are_nan(param))) break;  // as it is where a moment is
       store_group(param, p, of_p.after_all());
       store_group(exp_avg, m, Words{});
       store_group(exp_avg_sq, v, of_v.after_all());
@@ -100,11 +96,12 @@ class InPairs {
   template <Part kPart, std::size_t... kIndex>
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count,
             std::index_sequence<kIndex...>) {
+    const std::int64_t left = of.row.numel - at;
     const auto step = [&](auto... operands) {
       if constexpr ((std::is_same_v<Moment, Singles> || ...)) {
-        step_singly<Rule, kPart>(c, count, operands...);
+        step_singly<Rule, kPart>(c, count, left, operands...);
       } else {
-        step_pairs<Rule, kPart>(c, count, operands...);
+        step_pairs<Rule, kPart>(c, count, left, operands...);
       }
     };
     step(operand<Param>(of, kParam, at, count), Halves{static_cast<bfloat16*>(of.grad) + at},
@@ -142,7 +139,7 @@ class InPairs {
   }
 
   const Keys keys_;
-#ifdef WARPSTEP_STEPS_IN_GROUPS
+#ifdef WARPSTEP_HAS_VECTORS
   const LaneKeys lane_keys_{keys_};
 #endif
   const bool steps_advanced_;

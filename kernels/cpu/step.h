@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../recipes.h"
+#include "ahead.h"
 #include "chunks.h"
 #include "numbers.h"
 #include "pairs.h"
@@ -82,29 +83,36 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   }
 
   template <Part kPart>
-  static void step_elements(const C c, std::int64_t count, Param* __restrict param,
-                            const Grad* __restrict grad, Moment* __restrict... moments) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      step_element<kPart>(c, param[i], grad[i], moments[i]...);
-    }
+  static void step_elements(const C c, std::int64_t count, std::int64_t left, Param* param,
+                            const Grad* grad, Moment*... moments) {
+    const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+      // Operands do not overlap.
+#pragma GCC ivdep
+      for (std::int64_t i = from; i < to; ++i) {
+        step_element<kPart>(c, param[i], grad[i], moments[i]...);
+      }
+    };
+    in_runs(0, count, left, step, param, grad, moments...);
   }
 
   template <Part kPart>
-  static void step_part(const C& c, const Operands& at, std::int64_t count) {
+  static void step_part(const C& c, const Operands& at, std::int64_t count, std::int64_t left) {
     const auto step = [&](Moment*... moments) {
       if constexpr ((std::is_same_v<Param, bfloat16> && std::is_same_v<Grad, bfloat16>) &&
                     (std::is_same_v<Moment, bfloat16> && ...)) {
-        step_pairs<Rule, kPart>(c, count, Halves{at.param}, Halves{at.grad}, Halves{moments}...);
+        step_pairs<Rule, kPart>(c, count, left, Halves{at.param}, Halves{at.grad},
+                                Halves{moments}...);
       } else {
-        step_elements<kPart>(c, count, at.param, at.grad, moments...);
+        step_elements<kPart>(c, count, left, at.param, at.grad, moments...);
       }
     };
     std::apply(step, at.moments);
   }
 
-  static void step(const C& c, const Operands& at, std::int64_t count) {
-    return c.is_usual() ? step_part<Part::usual>(c, at, count)
-                        : step_part<Part::whole>(c, at, count);
+  // `count` elements, of `left` that the tensor has from there on.
+  static void step(const C& c, const Operands& at, std::int64_t count, std::int64_t left) {
+    return c.is_usual() ? step_part<Part::usual>(c, at, count, left)
+                        : step_part<Part::whole>(c, at, count, left);
   }
 
   // Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
@@ -129,7 +137,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   }
 
   static void step_tile(const C& c, const Tail& tail, Format ema, bool taken, const Operands& at,
-                        std::int64_t count, Sums& sums) {
+                        std::int64_t count, std::int64_t left, Sums& sums) {
     if (tail.statistics != nullptr && taken) {
       const auto step = c.is_usual() ? step_and_count<Part::usual> : step_and_count<Part::whole>;
       std::apply([&](Moment*... moments) { step(c, count, sums, at.param, at.grad, moments...); },
@@ -138,7 +146,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
       count_gradients(sums, at.grad, T(0), count);
       count_parameters(sums, at.param, T(0), count);
     } else if (taken) {
-      step(c, at, count);
+      step(c, at, count, left);
     }
     if (taken && ema == Param::format) {
       average(c.tail, at.param, static_cast<Param*>(at.ema), count);
@@ -178,10 +186,13 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
       return Stepper<Recipe>::operands_at(of.row, of.grad, ema, element);
     };
     const auto [begin, end] = of.range;
-    if (only_steps) return Stepper<Recipe>::step(c, operands_at(begin), end - begin);
+    const std::int64_t numel = of.row.numel;
+    if (only_steps) {
+      return Stepper<Recipe>::step(c, operands_at(begin), end - begin, numel - begin);
+    }
     for (std::int64_t at = begin; at < end; at += kTile) {
       const std::int64_t count = min_of(kTile, end - at);
-      Stepper<Recipe>::step_tile(c, tail, ema, taken, operands_at(at), count, sums);
+      Stepper<Recipe>::step_tile(c, tail, ema, taken, operands_at(at), count, numel - at, sums);
     }
   });
 }

@@ -201,7 +201,8 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
                                                       TileOperand{}};
       [[maybe_unused]] float* const m[] = {moments[kIndex].decode(count, moments_[kIndex])...,
                                            nullptr};
-      Numbers::step(c, {as_numbers(p), as_numbers(g), {as_numbers(m[kIndex])...}, nullptr}, count);
+      Numbers::step(c, {as_numbers(p), as_numbers(g), {as_numbers(m[kIndex])...}, nullptr}, count,
+                    count);
       (moments[kIndex].encode(m[kIndex], count, draws(of, kMoment + kIndex, at, count)), ...);
       param.encode(p, count, draws(of, kParam, at, count));
       leave_copies(c, of, param, p, at, count);

@@ -138,12 +138,23 @@ WARPSTEP_FN Vector by_mask(Vector mask, Vector first, Vector second) {
 #endif
 }
 
-// The even lanes of `lower` and the odd ones of `upper`, of 16 bits.
-WARPSTEP_FN Vector even_and_odd(Vector lower, Vector upper) {
-#ifdef __AVX512BW__
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, lower, upper);
+// The upper halves of 32-bit lanes: those of `lower` below those of `upper`. And the lower ones.
+WARPSTEP_FN Vector upper_halves(Vector lower, Vector upper) {
+#ifdef __AVX512BW__  // in one instruction, which does the choice as well
+  alignas(16) static constexpr std::uint8_t kDown[] = {2,  3,  2,  3,  6,  7,  6,  7,
+                                                       10, 11, 10, 11, 14, 15, 14, 15};
+  return _mm512_mask_shuffle_epi8(upper, 0x3333333333333333u, lower, in_each_128(kDown));
 #else
-  return _mm256_blend_epi16(lower, upper, 0xaa);
+  return _mm256_blend_epi16(_mm256_srli_epi32(lower, 16), upper, 0xaa);
+#endif
+}
+WARPSTEP_FN Vector lower_halves(Vector lower, Vector upper) {
+#ifdef __AVX512BW__
+  alignas(16) static constexpr std::uint8_t kUp[] = {0, 1, 0, 1, 4,  5,  4,  5,
+                                                     8, 9, 8, 9, 12, 13, 12, 13};
+  return _mm512_mask_shuffle_epi8(lower, 0xccccccccccccccccu, upper, in_each_128(kUp));
+#else
+  return _mm256_blend_epi16(lower, _mm256_slli_epi32(upper, 16), 0xaa);
 #endif
 }
 // Of 32 bits: the even lanes of `lower`, and beside each that of `upper`.

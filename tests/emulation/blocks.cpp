@@ -1,5 +1,5 @@
-// Steps tensors with 8-bit moments by AVX-512's blocks (cpu/eight.h), on stand-ins for its
-// intrinsics (avx512/immintrin.h), and by tiles, and compares all bits. Numbers, options, and now
+// Steps tensors by AVX-512's groups (cpu/eight.h and sixteen.h), on stand-ins for its intrinsics
+// (avx512/immintrin.h), and by tiles, and compares all bits. Numbers, options, and now
 // and then what is no number, at random. Prints how many tensors differ, and how many were stepped
 // by vectors.
 #include <cstdio>
@@ -28,14 +28,15 @@ class Trial {
  public:
   explicit Trial(std::uint32_t seed) : random_(seed) {}
 
-  // A parameter of `param`'s format, with a residual or not.
-  bool differs(Format param, bool has_master, Format grad) {
+  // A parameter of `param`'s format, with a residual or not; moments of 8 bits or of 16.
+  bool differs(Format param, bool has_master, Format grad, bool has_codes) {
     launch_.recipe = {RuleId::adamw, {}};
     Format* const formats = launch_.recipe.formats;
     formats[kParam] = param, formats[kGrad] = grad;
     if (has_master) formats[kResidual] = Format::int16;
-    formats[kMoment] = Format::e4m3, formats[kMoment + 1] = Format::ue5m3;
-    formats[kScale] = formats[kScale + 1] = Format::uint8;
+    formats[kMoment] = has_codes ? Format::e4m3 : Format::bfloat16;
+    formats[kMoment + 1] = has_codes ? Format::ue5m3 : Format::bfloat16_stochastic;
+    if (has_codes) formats[kScale] = formats[kScale + 1] = Format::uint8;
 
     Hyper hyper{};
     hyper.numbers[kLr].value = once_in(4) ? 10 : 1e-3;
@@ -57,10 +58,12 @@ class Trial {
     launch_.seed = random_();
 
     std::vector<Operand> by_tiles = operands();
-    std::vector<Operand> by_blocks = by_tiles;
+    std::vector<Operand> by_groups = by_tiles;
     step_by(step_tiles<AdamW<false>>, row, by_tiles);
-    step_by(find_among(AllInBlocks{}, launch_.recipe, nullptr), row, by_blocks);
-    return by_tiles != by_blocks;
+    step_by(has_codes ? find_among(AllInBlocks{}, launch_.recipe, nullptr)
+                      : find_among(AllInPairs{}, launch_.recipe, nullptr),
+            row, by_groups);
+    return by_tiles != by_groups;
   }
 
  private:
@@ -78,14 +81,15 @@ class Trial {
       all[operand].resize(elements_of(operand, kElements) * size);
       for (std::size_t at = 0; at < all[operand].size(); at += size) {
         const std::uint32_t bits =
-            format == Format::uint8 ? scale + below(scales) : element(format, has_specials);
+            format == Format::uint8 ? scale + below(scales) : element(operand, has_specials);
         std::memcpy(all[operand].data() + at, &bits, size);
       }
     }
     return all;
   }
 
-  std::uint32_t element(Format format, bool has_specials) {
+  std::uint32_t element(std::uint32_t operand, bool has_specials) {
+    const Format format = launch_.recipe.formats[operand];
     const bool is_special = has_specials && once_in(800), is_zero = once_in(20);
     if (format == Format::int16) return random_();
     if (format == Format::e4m3) {
@@ -97,6 +101,7 @@ class Trial {
                                                   0x80000001, 0x7f7f0000, 0xff7f0000};
     std::uint32_t bits = (random_() & 0x807fffffu) | (87 + below(50)) << 23;
     if (is_zero) bits &= 0x80000000u;
+    if (operand == kMoment + 1) bits &= 0x7fffffffu;
     if (is_special) bits = kSpecials[below(7)];
     return format == Format::float32 ? bits : bits >> 16;
   }
@@ -124,11 +129,12 @@ int main(int, char** arguments) {
   for (int trial = 0; trial < trials; ++trial) {
     const long roots = vectors_of_roots;
     Trial one(trial);
-    const int which = trial % 4;
-    const Format param = which == 0   ? Format::float32
-                         : which == 1 ? Format::bfloat16_stochastic
-                                      : Format::bfloat16;
-    differ += one.differs(param, which == 3, which == 0 ? Format::float32 : Format::bfloat16);
+    const int which = trial % 7;  // of 8 bits the first four
+    const Format param = which == 0       ? Format::float32
+                         : which % 3 == 1 ? Format::bfloat16_stochastic
+                                          : Format::bfloat16;
+    const Format grad = which == 0 ? Format::float32 : Format::bfloat16;
+    differ += one.differs(param, which == 3 || which == 6, grad, which < 4);
     by_vectors += vectors_of_roots != roots;
   }
   std::printf("%d %d\n", differ, by_vectors);

@@ -112,6 +112,7 @@ WARPSTEP_EACH(sub_epi16, std::uint16_t, a - b)
 WARPSTEP_EACH(sub_epi32, std::uint32_t, a - b)
 WARPSTEP_EACH(min_epu8, std::uint8_t, a < b ? a : b)
 WARPSTEP_EACH(max_epu8, std::uint8_t, a > b ? a : b)
+WARPSTEP_EACH(max_epu16, std::uint16_t, a > b ? a : b)
 WARPSTEP_EACH(max_epu32, std::uint32_t, a > b ? a : b)
 WARPSTEP_EACH(mul_epu32, std::uint64_t, (a & 0xffffffffu) * (b & 0xffffffffu))
 WARPSTEP_EACH(and_si512, std::uint64_t, a& b)
@@ -167,9 +168,6 @@ template <class T>
 __m512i blended(std::uint64_t mask, __m512i x, __m512i y) {
   const lanes::Of<T> a(x), b(y);
   return lanes::each<T>([&](int i) { return mask >> i & 1 ? b.lane[i] : a.lane[i]; });
-}
-inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, __m512i x, __m512i y) {
-  return blended<std::uint16_t>(mask, x, y);
 }
 inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i x, __m512i y) {
   return blended<std::uint32_t>(mask, x, y);
@@ -233,6 +231,9 @@ inline __m512i _mm512_shuffle_epi8(__m512i x, __m512i order) {
   const lanes::Of<std::uint8_t> a(x), from(order);
   return lanes::each<std::uint8_t>(
       [&](int i) { return from.lane[i] & 0x80 ? 0 : a.lane[i / 16 * 16 + from.lane[i] % 16]; });
+}
+inline __m512i _mm512_mask_shuffle_epi8(__m512i from, __mmask64 mask, __m512i x, __m512i order) {
+  return blended<std::uint8_t>(mask, from, _mm512_shuffle_epi8(x, order));
 }
 constexpr int _MM_PERM_CDAB = 0xb1;
 inline __m512i _mm512_shuffle_epi32(__m512i x, int order) {
