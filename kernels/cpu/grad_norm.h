@@ -8,20 +8,17 @@ namespace warpstep {
 namespace {
 
 template <class F>
-double norm_of(Norm kind, const F* elements, std::int64_t count) {
+double norm_of(Norm kind, const F* elements, std::int64_t count, std::int64_t left) {
   using T = typename F::Compute;
-  T converted[kTile] = {};
   double norm = 0;
-  for (std::int64_t at = 0; at < count; at += kTile) {
-    const std::int64_t size = min_of(kTile, count - at);
-    const T* const numbers = numbers_of(elements + at, size, converted);
+  for_tiles(elements, count, left, [&](const T* numbers, std::int64_t size, std::int64_t unread) {
     if (kind == Norm::l2) {
-      norm += sum_of_squares(numbers, size);
+      norm += sum_of_squares(numbers, size, unread);
     } else {
-      norm = extreme_magnitude(numbers, size, static_cast<T>(norm),
+      norm = extreme_magnitude(numbers, size, unread, static_cast<T>(norm),
                                [](T a, T b) { return maximum(a, b); });
     }
-  }
+  });
   return norm;
 }
 
@@ -30,10 +27,12 @@ double chunk_norm(Norm kind, const Launch& launch, std::uint32_t index) {
   const Chunk chunk = launch.chunks[index];
   const void* const grad = launch.grads[chunk.tensor];
   if (grad == nullptr) return 0;
-  const ChunkRange range = chunk_range(launch.rows[chunk.tensor], chunk.index, kCpuChunk);
+  const TensorRow& row = launch.rows[chunk.tensor];
+  const ChunkRange range = chunk_range(row, chunk.index, kCpuChunk);
   return in_format(launch.recipe.formats[kGrad], [&](auto format) {
     using F = decltype(format);
-    return norm_of(kind, static_cast<const F*>(grad) + range.begin, range.end - range.begin);
+    return norm_of(kind, static_cast<const F*>(grad) + range.begin, range.end - range.begin,
+                   row.numel - range.begin);
   });
 }
 

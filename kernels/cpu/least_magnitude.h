@@ -9,15 +9,12 @@ namespace warpstep {
 namespace {
 
 template <class F>
-double least_of(const F* elements, std::int64_t count) {
+double least_of(const F* elements, std::int64_t count, std::int64_t left) {
   using T = typename F::Compute;
-  T converted[kTile] = {};
   T least = static_cast<T>(kInfinity);
-  for (std::int64_t at = 0; at < count; at += kTile) {
-    const std::int64_t size = min_of(kTile, count - at);
-    const T* const numbers = numbers_of(elements + at, size, converted);
-    least = extreme_magnitude(numbers, size, least, [](T a, T b) { return minimum(a, b); });
-  }
+  for_tiles(elements, count, left, [&](const T* numbers, std::int64_t size, std::int64_t unread) {
+    least = extreme_magnitude(numbers, size, unread, least, [](T a, T b) { return minimum(a, b); });
+  });
   return least;
 }
 
@@ -32,7 +29,7 @@ double chunk_least(const Launch& launch, std::uint32_t index) {
   return in_format(launch.recipe.formats[kParam], [&](auto format) {
     using F = decltype(format);
     const F* const param = static_cast<const F*>(row.operands[kParam]);
-    return least_of(param + range.begin, range.end - range.begin);
+    return least_of(param + range.begin, range.end - range.begin, row.numel - range.begin);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../formats.h"
+#include "ahead.h"
 
 namespace warpstep {
 namespace {
@@ -10,15 +11,31 @@ namespace {
 constexpr std::int64_t kTile = 1024;
 
 // Numbers to compute with: an operand's own memory where that is their format, else converted.
+// `left`: how many elements the operand has from there on (ahead.h).
 template <class F>
-WARPSTEP_FN const auto* numbers_of(const F* elements, std::int64_t count,
+WARPSTEP_FN const auto* numbers_of(const F* elements, std::int64_t count, std::int64_t left,
                                    typename F::Compute (&converted)[kTile]) {
   using T = typename F::Compute;
   if constexpr (sizeof(F) == sizeof(T)) {
     return reinterpret_cast<const T*>(elements);
   } else {
-    for (std::int64_t i = 0; i < count; ++i) converted[i] = load(elements[i]);
+    const auto convert = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+      for (std::int64_t i = from; i < to; ++i) converted[i] = load(elements[i]);
+    };
+    in_runs(0, count, left, convert, elements);
     return static_cast<const T*>(converted);
+  }
+}
+
+// Calls of(numbers, size, left) for the tiles of `count` elements, of `left` that are there.
+template <class F, class Of>
+WARPSTEP_FN void for_tiles(const F* elements, std::int64_t count, std::int64_t left, Of&& of) {
+  using T = typename F::Compute;
+  T converted[kTile] = {};
+  for (std::int64_t at = 0; at < count; at += kTile) {
+    const std::int64_t size = min_of(kTile, count - at);
+    const T* const numbers = numbers_of(elements + at, size, left - at, converted);
+    of(numbers, size, sizeof(F) == sizeof(T) ? left - at : size);
   }
 }
 
@@ -39,12 +56,13 @@ double in_format(Format format, Of&& of) {
 
 // The largest or smallest magnitude, as `pick` has it of two; `from` where there is none.
 template <class T, class Pick>
-T extreme_magnitude(const T* numbers, std::int64_t count, T from, Pick&& pick) {
+T extreme_magnitude(const T* numbers, std::int64_t count, std::int64_t left, T from, Pick&& pick) {
   constexpr std::int64_t kLanes = 64;
   T lanes[kLanes];
   for (T& lane : lanes) lane = from;
   std::int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
+    ask_ahead<kLanes>(i, left, numbers);
     for (std::int64_t k = 0; k < kLanes; ++k) {
       lanes[k] = pick(lanes[k], std::fabs(numbers[i + k]));
     }
@@ -57,7 +75,7 @@ T extreme_magnitude(const T* numbers, std::int64_t count, T from, Pick&& pick) {
 // The sum of squares in float64. Kept as many sums side by side, spelled as vectors, so that it is
 // SIMD code with the same bits on every machine.
 template <class T>
-double sum_of_squares(const T* numbers, std::int64_t count) {
+double sum_of_squares(const T* numbers, std::int64_t count, std::int64_t left) {
   constexpr std::int64_t kWidth = 8;
   constexpr std::int64_t kVectors = 4;
   typedef double Sums __attribute__((vector_size(kWidth * sizeof(double))));
@@ -65,6 +83,7 @@ double sum_of_squares(const T* numbers, std::int64_t count) {
   Sums sums[kVectors] = {};
   std::int64_t i = 0;
   for (; i + kVectors * kWidth <= count; i += kVectors * kWidth) {
+    ask_ahead<kVectors * kWidth>(i, left, numbers);
     for (std::int64_t k = 0; k < kVectors; ++k) {
       Numbers narrow;
       std::memcpy(&narrow, numbers + i + k * kWidth, sizeof(narrow));

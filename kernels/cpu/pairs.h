@@ -136,7 +136,7 @@ template <class Rule, Part kPart, class Param, class... Moment>
 void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t count,
                std::int64_t left, const Param param, const Halves grad, const Moment... moments) {
   const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
-    // Operands do not overlap.
+  // Operands do not overlap.
 #pragma GCC ivdep
     for (std::int64_t i = from; i < to - 1; i += 2) {
       step_two<Rule, kPart>(i, c, param, grad, moments...);
@@ -193,8 +193,8 @@ WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_run(const Run& x, const Halves& to, 
 // As many elements as there are in whole runs; returns how many.
 template <class Rule, Part kPart, class Param, class... Moment>
 WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std::int64_t count,
-                                            std::int64_t left, const Param param,
-                                            const Halves grad, const Moment... moments) {
+                                            std::int64_t left, const Param param, const Halves grad,
+                                            const Moment... moments) {
   constexpr std::uint32_t kMoments = sizeof...(Moment);
   [[maybe_unused]] std::uint32_t next;
   std::int64_t i = 0;

@@ -54,8 +54,8 @@ class InPairs {
       : keys_(launch.seed), steps_advanced_(launch.tail.steps_advanced) {}
 
 #ifdef WARPSTEP_HAS_VECTORS
-  // Where an exp_avg_sq is rounded at random, a step in groups takes an eighth to a quarter less than
-  // one in pairs: its random bits are made between roots and divisions, and not by themselves.
+  // Where an exp_avg_sq is rounded at random, a step in groups takes an eighth to a quarter less
+  // than one in pairs: its random bits are made between roots and divisions, and not by themselves.
   static constexpr bool kInGroups = std::is_same_v<List<Moment...>, List<Halves, RandomHalves>>;
 
   // Elements from `at` on, as long as there are whole groups of nothing but numbers: how many.

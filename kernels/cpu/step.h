@@ -28,8 +28,8 @@ void count_gradients(Sums& sums, const Grad* grad, T in_step, std::int64_t count
     return;
   }
   typename Grad::Compute converted[kTile] = {};
-  const auto* const numbers = numbers_of(grad, count, converted);
-  sums.grad += sum_of_squares(numbers, count);
+  const auto* const numbers = numbers_of(grad, count, count, converted);
+  sums.grad += sum_of_squares(numbers, count, count);
   std::int64_t not_finite = 0;
   for (std::int64_t i = 0; i < count; ++i) not_finite += !is_finite(numbers[i]);
   sums.not_finite += static_cast<double>(not_finite);
@@ -42,7 +42,7 @@ void count_parameters(Sums& sums, const Param* param, T in_step, std::int64_t co
     return;
   }
   typename Param::Compute converted[kTile] = {};
-  sums.param += sum_of_squares(numbers_of(param, count, converted), count);
+  sums.param += sum_of_squares(numbers_of(param, count, count, converted), count, count);
 }
 
 // What is done to the elements of a recipe.
@@ -86,7 +86,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   static void step_elements(const C c, std::int64_t count, std::int64_t left, Param* param,
                             const Grad* grad, Moment*... moments) {
     const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
-      // Operands do not overlap.
+    // Operands do not overlap.
 #pragma GCC ivdep
       for (std::int64_t i = from; i < to; ++i) {
         step_element<kPart>(c, param[i], grad[i], moments[i]...);
@@ -149,9 +149,9 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
       step(c, at, count, left);
     }
     if (taken && ema == Param::format) {
-      average(c.tail, at.param, static_cast<Param*>(at.ema), count);
+      average(c.tail, at.param, static_cast<Param*>(at.ema), count, left);
     } else if (taken && ema != Format::none) {
-      average(c.tail, at.param, static_cast<float32*>(at.ema), count);
+      average(c.tail, at.param, static_cast<float32*>(at.ema), count, left);
     }
     if (tail.grads_after == GradsAfter::zeroed) {
       std::memset(static_cast<void*>(at.grad), 0, count * sizeof(Grad));
@@ -163,11 +163,15 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   }
 
   template <class Ema>
-  static void average(const TailConstants<T> c, const Param* __restrict param, Ema* __restrict ema,
-                      std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      store(averaged(c, T(load(ema[i])), load(param[i])), ema[i]);
-    }
+  static void average(const TailConstants<T> c, const Param* param, Ema* ema, std::int64_t count,
+                      std::int64_t left) {
+    const auto average = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (std::int64_t i = from; i < to; ++i) {
+        store(averaged(c, T(load(ema[i])), load(param[i])), ema[i]);
+      }
+    };
+    in_runs(0, count, left, average, ema);
   }
 };
 

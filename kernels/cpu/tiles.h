@@ -208,10 +208,10 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
       leave_copies(c, of, param, p, at, count);
     }
     if (tail.statistics != nullptr) {
-      sums.param += sum_of_squares(p, count);
+      sums.param += sum_of_squares(p, count, count);
       if (taken_) {
         for (std::int64_t i = 0; i < count; ++i) before_[i] = p[i] - before_[i];
-        sums.change += sum_of_squares(before_, count);
+        sums.change += sum_of_squares(before_, count, count);
       }
     }
     if (tail.grads_after == GradsAfter::zeroed) {
@@ -264,7 +264,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
     if (averages) {
       const TileOperand ema = operand(of, kEma, at);
       float* const average = ema.decode(count, average_);
-      Numbers::average(c.tail, as_numbers(p), as_numbers(average), count);
+      Numbers::average(c.tail, as_numbers(p), as_numbers(average), count, count);
       ema.encode(average, count, [] { return nullptr; });
     }
     if (copies) {
