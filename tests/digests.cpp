@@ -3,8 +3,7 @@
 //
 // It knows neither Python nor torch, so that it runs wherever a compiler compiles for: on another
 // architecture, or under an emulator of one. Inputs are made with integers only. NaNs count as one:
-// which of them an operation makes is the processor's choice. Statistics are left out: the order of
-// their sums is the compiler's.
+// which of them an operation makes is the processor's choice.
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
@@ -66,7 +65,7 @@ struct Case {
   Decay decay = Decay::decoupled;
   double weight_decay = 0.1;
   GradsAfter grads_after = GradsAfter::kept;
-  bool is_scaled = false, maximize = false;
+  bool is_scaled = false, maximize = false, has_statistics = false;
 };
 
 std::uint64_t element(const std::vector<unsigned char>& memory, std::uint32_t bytes,
@@ -110,7 +109,8 @@ void put(Format format, float x, unsigned char* to) {
   }
 }
 
-// Tensors of some sizes, three steps; what is left in all operands, and the norms of the gradients.
+// Tensors of some sizes, three steps; what is left in all operands, the norms of the gradients, and
+// the statistics, where they are asked for.
 void run(const Case& one) {
   static constexpr std::int64_t kSizes[] = {1, 5, 63, 64, 1000, 1031, kCpuChunk + 77};
   Launch launch{};
@@ -198,6 +198,8 @@ void run(const Case& one) {
   launch.seed = 0x123456789abcdefu;
   std::vector<double> least(kTensors + chunks.size()), partials(chunks.size());
   if (one.decay == Decay::min) launch.least = least.data();
+  std::vector<double> statistics(one.has_statistics ? chunks.size() * kStatistics : 0);
+  if (one.has_statistics) launch.tail.statistics = statistics.data();
   std::vector<std::uint32_t> batches(chunks.size() + 1);
   for (std::uint32_t i = 0; i < batches.size(); ++i) batches[i] = i;
 
@@ -215,6 +217,7 @@ void run(const Case& one) {
     }
     if (launch.least != nullptr) least_magnitudes_cpu(launch, 2);
     step_cpu(launch, batches.data(), launch.chunk_count, 2);
+    for (double sum : statistics) digest.add(with_one_nan(f64, bits_as<std::uint64_t>(sum)));
   }
   for (std::uint32_t t = 0; t < kTensors; ++t) {
     for (std::uint32_t operand = 0; operand < kOperands; ++operand) {
@@ -243,6 +246,11 @@ std::vector<Case> cases() {
     tail.ema = format;
     tail.grads_after = GradsAfter::unscaled;
     tail.is_scaled = true;
+    all.push_back(tail);
+    tail.name = "statistics " + of;
+    tail.ema = none;
+    tail.grads_after = GradsAfter::kept;
+    tail.has_statistics = true;
     all.push_back(tail);
   }
   for (const auto& [name, format] : {plain[2], plain[3]}) {

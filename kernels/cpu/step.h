@@ -21,6 +21,15 @@ bool is_in_range(T sum) {
   return sizeof(T) == 8 ? sum > 0 : sum > T(1e-25) && sum < T(1e38);
 }
 
+// Of a run's places, halved until one is left.
+template <class T>
+T sum_of(T (&places)[kRun]) {
+  for (std::int64_t half = kRun / 2; half > 0; half /= 2) {
+    for (std::int64_t i = 0; i < half; ++i) places[i] += places[half + i];
+  }
+  return places[0];
+}
+
 template <class Grad, class T>
 void count_gradients(Sums& sums, const Grad* grad, T in_step, std::int64_t count) {
   if (is_in_range(in_step) && is_finite(in_step)) {
@@ -115,33 +124,36 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
                         : step_part<Part::whole>(c, at, count, left);
   }
 
-  // Steps a tile and counts on the way, so that the counting hides behind the divisions. How many
-  // sums the compiler keeps side by side is the instruction set's: so are the statistics' last
-  // bits.
+  // Steps a tile and counts on the way, so that the counting hides behind the divisions. Each place
+  // in a run has its own sums, which makes SIMD code with the same bits for every instruction set.
   template <Part kPart>
-  static void step_and_count(const C c, std::int64_t count, Sums& sums, Param* __restrict param,
-                             Grad* __restrict grad, Moment* __restrict... moments) {
-    T grads = 0, params = 0, changes = 0;
-#pragma omp simd reduction(+ : grads, params, changes)
-    for (std::int64_t i = 0; i < count; ++i) {
-      const T before = step_element<kPart>(c, param[i], grad[i], moments[i]...);
-      const T g = T(load(grad[i]));
-      const T after = load(param[i]);
-      grads += g * g;
-      params += after * after;
-      changes += (after - before) * (after - before);
-    }
-    sums.change += changes;
-    count_gradients(sums, grad, grads, count);
-    count_parameters(sums, param, params, count);
+  static void step_and_count(const C c, std::int64_t count, std::int64_t left, Sums& sums,
+                             Param* param, Grad* grad, Moment*... moments) {
+    T grads[kRun] = {}, params[kRun] = {}, changes[kRun] = {};
+    const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
+#pragma GCC ivdep
+      for (std::int64_t i = from; i < to; ++i) {
+        const T before = step_element<kPart>(c, param[i], grad[i], moments[i]...);
+        const T g = T(load(grad[i]));
+        const T after = load(param[i]);
+        grads[i - from] += g * g;
+        params[i - from] += after * after;
+        changes[i - from] += (after - before) * (after - before);
+      }
+    };
+    in_runs(0, count, left, step, param, grad, moments...);
+    sums.change += sum_of(changes);
+    count_gradients(sums, grad, sum_of(grads), count);
+    count_parameters(sums, param, sum_of(params), count);
   }
 
   static void step_tile(const C& c, const Tail& tail, Format ema, bool taken, const Operands& at,
                         std::int64_t count, std::int64_t left, Sums& sums) {
     if (tail.statistics != nullptr && taken) {
       const auto step = c.is_usual() ? step_and_count<Part::usual> : step_and_count<Part::whole>;
-      std::apply([&](Moment*... moments) { step(c, count, sums, at.param, at.grad, moments...); },
-                 at.moments);
+      std::apply(
+          [&](Moment*... moments) { step(c, count, left, sums, at.param, at.grad, moments...); },
+          at.moments);
     } else if (tail.statistics != nullptr) {
       count_gradients(sums, at.grad, T(0), count);
       count_parameters(sums, at.param, T(0), count);
