@@ -16,11 +16,16 @@ from warpstep.precision import Rounding
 ListBackend = Literal["auto", "cpu", "cuda", "reference"]
 ListRounding = Literal[Rounding, "stochastic_exp_avg_sq"]
 
+# Of each operator. Not asked for in a call: Dynamo warns of a cached function in what it traces.
+_LOW_PRECISION = {
+    name: low_precision_names(operator.rule.moments) for name, operator in OPERATORS.items()
+}
+
 
 def _call(name: str, given: Sequence[Sequence[Tensor]], backend: str, **options: Any) -> None:
     """The step of `OPERATORS[name]`, or of torch's operator of that name where one looks."""
     tensors = [g if isinstance(g, list) else list(g) for g in given]
-    for low in low_precision_names(OPERATORS[name].rule.moments):
+    for low in _LOW_PRECISION[name]:
         if (stream := options[low]) is not None and not isinstance(stream, list):
             options[low] = list(stream)
     # Tracers and modes are to see an operator; without a tensor there is none to call.
