@@ -222,7 +222,7 @@ WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std:
 }
 #endif
 
-// `left`: as in_runs() has it.
+// `left`: as ask_ahead() has it.
 template <class Rule, Part kPart, class Param, class... Moment>
 void step_pairs(const Constants<Rule, float>& c, std::int64_t count, std::int64_t left,
                 const Param param, const Halves grad, const Moment... moments) {

@@ -84,7 +84,9 @@ class InPairs {
       } else {
         update(in_lanes, exp_avg, exp_avg_sq, param, of_v);
       }
-      if (any(are_nan(param))) break;  // as it is where a moment is
+      // A moment's NaN goes through root, quotient and sum into the parameter, and what is infinite
+      // is rounded right.
+      if (any(are_nan(param))) break;
       store_group(param, p, of_p.after_all());
       store_group(exp_avg, m, Words{});
       store_group(exp_avg_sq, v, of_v.after_all());

@@ -24,6 +24,7 @@ bool is_in_range(T sum) {
 // Of a run's places, halved until one is left.
 template <class T>
 T sum_of(T (&places)[kRun]) {
+#pragma GCC unroll 6
   for (std::int64_t half = kRun / 2; half > 0; half /= 2) {
     for (std::int64_t i = 0; i < half; ++i) places[i] += places[half + i];
   }
