@@ -27,8 +27,8 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  finite,   // `usual`, where `decay` is finite, and NaNs in the result are noticed, and moments that
-            // are not finite where they could not be stored: what was not finite is right or
+  finite,   // `usual`, where `decay` is finite, and NaNs in the result are noticed, and moments
+            // that are not finite where they could not be stored: what was not finite is right or
             // becomes one of these
   usual,    // where is_usual() of DecayConstants and of the rule's constants
   uniform,  // where the decay is none that is_selective()
