@@ -28,9 +28,9 @@ WARPSTEP_FN void ask_for(T* from) {
 }
 
 // Before elements [at, at + kElements) are stepped: asks for as many of each operand, which are
-// pointers or as those of pairs.h, kAhead further; near the tensor's end for these themselves,
-// since what lies beyond it is of no use. `left`: how many elements the tensor has from element 0
-// on.
+// pointers or as those of pairs.h, kAhead further. `left`: how many elements the tensor has from
+// element 0 on; near its end the same elements are asked for, in vain, because a branch there makes
+// a step in groups 2 to 4% slower.
 template <std::int64_t kElements, class... Operand>
 WARPSTEP_FN void ask_ahead(std::int64_t at, std::int64_t left, const Operand&... operands) {
   const std::int64_t from = at + kAhead < left ? at + kAhead : at;

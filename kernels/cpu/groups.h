@@ -141,12 +141,13 @@ WARPSTEP_FN Group decoded(Vector codes, Vector base) {
            upper_as_numbers(odd)}};
 }
 
+WARPSTEP_FN Vector magnitudes_of(Vector halves) { return masked(halves, every<0x7fff7fff>()); }
+
 // Of numbers' upper halves, which all that is in a code depends on: rounding to nearest asks for no
 // more. `base` with what blocks.h's encoded() takes from it, its upper half in both halves.
 WARPSTEP_FN Vector encoded_e4m3(const Words& x, Vector base) {
   const auto code_of = [&](Vector half) {
-    const Vector magnitude = masked(half, every<0x7fff7fff>());
-    return WARPSTEP_V(srai_epi16)(WARPSTEP_V(sub_epi16)(magnitude, base), 4);
+    return WARPSTEP_V(srai_epi16)(WARPSTEP_V(sub_epi16)(magnitudes_of(half), base), 4);
   };
   // As bytes: what is below zero as zero, and the signs.
   const Vector codes = WARPSTEP_V(packus_epi16)(code_of(x.first), code_of(x.second));
