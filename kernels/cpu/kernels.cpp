@@ -10,9 +10,10 @@
 
 namespace warpstep {
 
-CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)([[maybe_unused]] bool has_bf16) {
+CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)(const Processor& processor) {
+  light_loops_ask = processor.gains_by_asking;
 #ifdef WARPSTEP_AVX512_BF16
-  rounds_by_instruction = has_bf16;
+  rounds_by_instruction = processor.has_bf16;
 #endif
   return {[](const RecipeKey& key) {
             StepChunks kernel = nullptr;

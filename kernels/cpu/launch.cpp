@@ -13,7 +13,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  CpuKernels (*kernels)(bool has_bf16);
+  CpuKernels (*kernels)(const Processor& processor);
   bool has_bf16;
   bool supported;
 };
@@ -52,7 +52,13 @@ const InstructionSet& instruction_set() {
 }
 
 const CpuKernels& kernels() {
-  static const CpuKernels chosen = instruction_set().kernels(instruction_set().has_bf16);
+  static const CpuKernels chosen = [] {
+    Processor processor = {instruction_set().has_bf16, false};
+#ifdef WARPSTEP_X86
+    processor.gains_by_asking = __builtin_cpu_is("intel");
+#endif
+    return instruction_set().kernels(processor);
+  }();
   return chosen;
 }
 

@@ -63,12 +63,17 @@ struct CpuKernels {
 #define WARPSTEP_KNOWS_AVX512_BF16
 #endif
 
-// Each is called once, before any of its kernels runs. `has_bf16`: whether they may use
-// AVX512_BF16.
+// What kernels are told of the processor.
+struct Processor {
+  bool has_bf16;         // they may use AVX512_BF16
+  bool gains_by_asking;  // for memory ahead, in all loops (ahead.h)
+};
+
+// Each is called once, before any of its kernels runs.
 #define WARPSTEP_CPU_KERNELS_(isa) cpu_kernels_##isa
 #define WARPSTEP_CPU_KERNELS(isa) WARPSTEP_CPU_KERNELS_(isa)
-CpuKernels cpu_kernels_baseline(bool has_bf16);
-CpuKernels cpu_kernels_avx2(bool has_bf16);
-CpuKernels cpu_kernels_avx512(bool has_bf16);
+CpuKernels cpu_kernels_baseline(const Processor& processor);
+CpuKernels cpu_kernels_avx2(const Processor& processor);
+CpuKernels cpu_kernels_avx512(const Processor& processor);
 
 }  // namespace warpstep

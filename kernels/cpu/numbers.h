@@ -22,7 +22,7 @@ WARPSTEP_FN const auto* numbers_of(const F* elements, std::int64_t count, std::i
     const auto convert = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
       for (std::int64_t i = from; i < to; ++i) converted[i] = load(elements[i]);
     };
-    in_runs(0, count, left, convert, elements);
+    in_runs(true, 0, count, left, convert, elements);
     return static_cast<const T*>(converted);
   }
 }

@@ -105,7 +105,7 @@ void step_singly(const Constants<Rule, float> c, std::int64_t count, std::int64_
 #pragma GCC ivdep
     for (std::int64_t i = from; i < to; ++i) step_one<Rule, kPart>(i, c, param, grad, moments...);
   };
-  in_runs(0, count, left, step, param, grad, moments...);
+  in_runs(light_loops_ask, 0, count, left, step, param, grad, moments...);
 }
 
 // The two elements from i on.
@@ -142,7 +142,7 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
       step_two<Rule, kPart>(i, c, param, grad, moments...);
     }
   };
-  in_runs(first, count, left, step, param, grad, moments...);
+  in_runs(light_loops_ask, first, count, left, step, param, grad, moments...);
   if ((count - first) % 2 != 0) step_one<Rule, kPart>(count - 1, c, param, grad, moments...);
 }
 
@@ -199,7 +199,7 @@ WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std:
   [[maybe_unused]] std::uint32_t next;
   std::int64_t i = 0;
   for (; i + kInRun <= count; i += kInRun) {
-    ask_ahead<kInRun>(i, left, param, grad, moments...);
+    if (light_loops_ask) ask_ahead<kInRun>(i, left, param, grad, moments...);
     Run p, g, m[kMoments + 1];
     load_run(param, i, p);
     load_run(grad, i, g);

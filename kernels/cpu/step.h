@@ -102,7 +102,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
         step_element<kPart>(c, param[i], grad[i], moments[i]...);
       }
     };
-    in_runs(0, count, left, step, param, grad, moments...);
+    in_runs(light_loops_ask, 0, count, left, step, param, grad, moments...);
   }
 
   template <Part kPart>
@@ -142,7 +142,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
         changes[i - from] += (after - before) * (after - before);
       }
     };
-    in_runs(0, count, left, step, param, grad, moments...);
+    in_runs(light_loops_ask, 0, count, left, step, param, grad, moments...);
     sums.change += sum_of(changes);
     count_gradients(sums, grad, sum_of(grads), count);
     count_parameters(sums, param, sum_of(params), count);
@@ -184,7 +184,7 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
         store(averaged(c, T(load(ema[i])), load(param[i])), ema[i]);
       }
     };
-    in_runs(0, count, left, average, ema);
+    in_runs(light_loops_ask, 0, count, left, average, ema);
   }
 };
 

@@ -228,7 +228,7 @@ std::string compare(const RecipeKey& key) {
                         seed,
                         least};
     if (on == 0) {
-      const StepChunks step = cpu_kernels_baseline(false).find(key);
+      const StepChunks step = cpu_kernels_baseline({}).find(key);
       if (step == nullptr) return "no kernel on the CPU";
       step(launch, 0, count);
       for (std::uint32_t i = 0; i < 3; ++i) {
