@@ -39,7 +39,7 @@ GRACE_SECONDS = 5.0
 # Behind torch's caching allocator, and with nothing between allocations, a write beyond a tensor's
 # end hits another tensor's memory, which no sanitizer minds.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-KERNELS = ("step_kernel", "grad_norm_kernel", "least_magnitude_kernel")
+KERNELS = ("step_kernel", "tile_kernel", "grad_norm_kernel", "least_magnitude_kernel")
 OWN_KERNELS = tuple(word for name in KERNELS for word in ("--kernel-name", f"kns={name}"))
 # torch asks for things that fail, and copes: those are no errors of the kernels.
 SANITIZERS = {

@@ -11,10 +11,35 @@ import torch
 from torch.nn import Parameter
 
 import warpstep
+from support import low_precision
 from support.bits import assert_same_bits, train, train_tail
+from support.parameters import random
 from support.recipes import OPTIONS, RECIPES
 
 BOTH = (("cuda", "cuda"), ("cpu", "cpu"))
+# Blocks of 8 bits and their ends; with the rest of a step, through the kernel of any formats.
+TILED = {
+    name: {**low_precision.RECIPES[name.removesuffix("-tail")], **more}
+    for name, more in {
+        "residual-bf16": {},
+        "residual-8bit": {},
+        "residual-8bit-tail": {"stats": True, "ema_decay": 0.9},
+        "stochastic-8bit": {},
+        "stochastic-8bit-tail": {"stats": True, "ema_decay": 0.9},
+    }.items()
+}
+
+
+def train_tiled(options: dict, backend: str, device: str) -> warpstep.AdamW:
+    """Two steps in a low precision."""
+    params = low_precision.new_params(shapes=[(n,) for n in (0, 17, 64, 300, 16_385)])
+    params = [Parameter(param.detach().to(device)) for param in params]
+    optimizer = warpstep.AdamW(params, backend=backend, **options)
+    for step in range(2):
+        for index, param in enumerate(params):
+            param.grad = random(param.shape, 100 * step + index, device).to(param.dtype)
+        optimizer.step()
+    return optimizer
 
 
 def many_groups(backend: str, device: str) -> warpstep.AdamW:
@@ -38,6 +63,9 @@ def main(pairs: Sequence[tuple[str, str]] = BOTH) -> None:
             assert_same_bits(*(train(recipe, options, *pair, 2, sizes) for pair in pairs))
         # The tail, and the norm's own kernel.
         assert_same_bits(*(train_tail(recipe, *pair) for pair in pairs))
+        print(f"{name}: all bits as on the CPU", flush=True)
+    for name, options in TILED.items():
+        assert_same_bits(*(train_tiled(options, *pair) for pair in pairs))
         print(f"{name}: all bits as on the CPU", flush=True)
     assert_same_bits(*(many_groups(*pair) for pair in pairs))
     print("many groups: all bits as on the CPU")

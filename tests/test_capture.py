@@ -113,6 +113,43 @@ def test_a_capture_refuses_what_it_would_have_to_upload(backend, device, capture
     assert not any(map(torch.equal, params, before))
 
 
+def test_a_capture_of_a_clipping_refuses_so_too(backend, device, capture):
+    optimizer, _ = made(2, device, backend)
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) is being captured .* a new plan"):
+        capture(lambda: optimizer.clip_grad_norm_(1.0))
+    assert not optimizer.state
+    assert optimizer.plan is None
+    optimizer.step()
+    capture(lambda: optimizer.clip_grad_norm_(1.0))
+
+
+def test_a_capture_refuses_what_no_graph_repeats(device, capture):
+    """What is stepped on the CPU."""
+    params = [Parameter(torch.ones(3, device="cpu")) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = warpstep.AdamW(params, capturable=True, backend="cpu")
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match=r"not repeat what is stepped on the CPU \(cpu: 2 tens"):
+        capture(optimizer.step)
+    assert all(map(torch.equal, params, before))
+
+
+def test_a_capture_refuses_to_make_room_for_statistics(backend, device, capture):
+    params = [Parameter(torch.ones(3, device=device))]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = warpstep.AdamW(params, capturable=True, stats=True, backend=backend)
+    optimizer.clip_grad_norm_(1.0)  # makes the plan
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="no room for statistics yet: take a step before"):
+        capture(optimizer.step)
+    assert torch.equal(params[0], before)
+    optimizer.step()
+    capture(optimizer.step)()
+    assert optimizer.statistics().grad_norm.shape == (1,)
+
+
 def test_a_capture_of_lists_wants_their_tables_on_the_device(backend, device, capture):
     lists = streams(device=device)
     before = clones(lists)

@@ -129,6 +129,32 @@ def test_the_step_runs_on_the_current_stream(gpu_backend):
     assert torch.equal(bits(params[0]), bits(plain_params[0]))
 
 
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids="-then-".join)
+def test_the_cpu_waits_for_what_the_gpu_has_yet_to_work_out(devices):
+    """The norm, the coefficient and the statistics, all behind a long kernel."""
+    starts = [torch.randn(1000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    on_gpu = devices.index("cuda")
+
+    def stepped(devices):
+        pairs = list(zip(starts, devices, strict=True))
+        params = [Parameter(start.to(device, copy=True)) for start, device in pairs]
+        optimizer = warpstep.SGD(params, lr=1.0, stats=True)  # moves by the coefficient
+        for param, (start, device) in zip(params, pairs, strict=True):
+            param.grad = start.to(device, copy=True)
+            if device == "cuda":
+                torch.cuda._sleep(200_000_000)
+        params[on_gpu].grad.mul_(3)  # on a GPU: once it has slept
+        norm = optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        found = optimizer.statistics()
+        assert found.grad_norm.device == params[0].device
+        return [x.detach().cpu() for x in (norm, found.grad_norm, found.update_norm, *params)]
+
+    for one, other in zip(stepped(devices), stepped(("cpu", "cpu")), strict=True):
+        # Norms of another order of additions: the coefficient may be another by one rounding.
+        torch.testing.assert_close(one, other, rtol=4 * 2**-24, atol=2 * 2**-24)
+
+
 def test_a_step_does_not_synchronise(gpu_backend):
     ((optimizer, params), _) = pair((10, 1000), backend=gpu_backend, ema_decay=0.9, stats=True)
     set_same_grads(params, seed=1)

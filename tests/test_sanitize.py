@@ -12,6 +12,5 @@ COMPARED = [pair for pair in runnable_backends().items() if pair[0] in ("cpu", "
 def test_it_compares_all_bits_with_the_cpus(pair, capsys):
     sanitize.main([pair, ("cpu", "cpu")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"{name}: all bits as on the CPU" for name in [*sanitize.RECIPES, "many groups"]
-    ]
+    names = [*sanitize.RECIPES, *sanitize.TILED, "many groups"]
+    assert lines == [f"{name}: all bits as on the CPU" for name in names]

@@ -86,9 +86,10 @@ class Bucket:
     def _statistics_table(self) -> Tensor:
         """Where chunks leave their sums: made once, for graphs to keep."""
         if self.statistics is None:
+            # The upload first: a graph that is being captured refuses it.
             counts = torch.tensor(self.count_chunks(), dtype=torch.int64, device="cpu")
-            self.statistics = torch.zeros((self.chunks, 4), dtype=torch.float64, device=self.device)
             self.chunk_counts = counts.to(self.device)
+            self.statistics = torch.zeros((self.chunks, 4), dtype=torch.float64, device=self.device)
         return self.statistics
 
     def sums_of_statistics(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from warpstep import modes
 from warpstep.clipping import Clipping
 from warpstep.plan import Plan
+from warpstep.transfers import brought
 from warpstep.unscaling import defer_unscale, report_found_inf
 
 
@@ -125,9 +126,9 @@ class ClipsGradNorm(Optimizer):
 
         total_norm = plan.grad_norm(self, norm_type)
         if scale is not None and norm_type != 0:  # which counts
-            total_norm = total_norm / scale.to(total_norm.device, non_blocking=True)
+            total_norm = total_norm / brought(scale, total_norm.device)
         if before is not None and norm_type != 0:
-            total_norm = total_norm * before.coef.to(total_norm.device, non_blocking=True)
+            total_norm = total_norm * brought(before.coef, total_norm.device)
         if error_if_nonfinite and not total_norm.isfinite():
             if before is None:
                 self._forget_clipping()
@@ -142,7 +143,7 @@ class ClipsGradNorm(Optimizer):
         coef = torch.full_like(total_norm, max_norm).div_(total_norm + 1e-6)
         coef.clamp_(max=1.0)  # NaN stays, as in torch
         if before is not None:
-            coef = coef * before.coef.to(coef.device, non_blocking=True)
+            coef = coef * brought(before.coef, coef.device)
         replaced = self._clipping
         self._clipping = plan.clipping(self, coef, scale)
         if replaced is not None and replaced.plan is not plan:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from warpstep.shards import whole
 from warpstep.stored import real_view
+from warpstep.transfers import brought
 
 _summed_in = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -19,7 +20,7 @@ def combined_norm(shares: list[Tensor], norm_type: float) -> Tensor:
     A share is the sum of squares for the 2-norm, the norm itself for the inf-norm.
     """
     device = shares[0].device
-    together = torch.stack([s.to(device, torch.float64, non_blocking=True) for s in shares])
+    together = torch.stack([brought(s, device, torch.float64) for s in shares])
     if math.isinf(norm_type):
         return together.amax()  # NaN if any is
     return together.sum().sqrt()
@@ -30,12 +31,8 @@ def norm_of_norms(grads: list[Tensor], norm_type: float) -> Tensor:
 
     16-bit ones are summed in float32: scaled by a GradScaler, they would soon be infinite.
     """
-    norms = [
-        torch.linalg.vector_norm(g, norm_type, dtype=_summed_in.get(g.dtype)).to(
-            grads[0].device, non_blocking=True
-        )
-        for g in grads
-    ]
+    each = [torch.linalg.vector_norm(g, norm_type, dtype=_summed_in.get(g.dtype)) for g in grads]
+    norms = [brought(norm, grads[0].device) for norm in each]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     return total.double()
 

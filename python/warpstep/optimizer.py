@@ -150,7 +150,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             return
         kind = watched.WatchedPlan if is_watched else Plan
         for _ in range(_ATTEMPTS):
-            plan = self._new_plan(reason, capturing, kind)
+            plan = self._new_plan(reason, "step" if capturing else None, kind)
             if plan is None:
                 break
             reason = self._run(plan, tail, capturing)
@@ -203,6 +203,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
 
     def _run(self, plan: Plan, tail: Tail, capturing: bool) -> str | None:
         """Takes the step by a plan and counts it; or says why the plan is stale."""
+        if capturing:
+            plan.check_capture(tail)
         at_once = plan.is_one_call(tail) and not callable(self.ema_decay)
         with nullcontext() if at_once else signals.deferred():
             reason = plan.step(self, tail)
@@ -214,14 +216,17 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         return reason
 
     def _new_plan(
-        self, reason: str, capturing: bool = False, kind: type[Plan] = Plan
+        self, reason: str, captured: str | None = None, kind: type[Plan] = Plan
     ) -> Plan | None:
-        """A plan in place of one that is stale for that reason; None for torch's own step."""
+        """A plan in place of one that is stale for that reason; None for torch's own step.
+
+        ``captured``: the method that a graph is being captured of, if one is.
+        """
         if any(group.get("differentiable") for group in self.param_groups):
             return None
-        if capturing:
+        if captured is not None:
             raise RuntimeError(
-                f"step() is being captured in a graph and needs a new plan ({reason}): take "
+                f"{captured}() is being captured in a graph and needs a new plan ({reason}): take "
                 "a step on the same parameters and state before capturing"
             )
         self._forget_stale_residuals()
@@ -245,7 +250,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         if plan is not None and plan.lasts:
             reason = plan.gather_grads(self)
         if reason is not None:
-            plan = self._new_plan(reason)
+            plan = self._new_plan(reason, "clip_grad_norm_" if self._check_capture() else None)
             if plan is not None and plan.lasts and (reason := plan.gather_grads(self)):
                 raise RuntimeError(_CHANGING.format(reason))
         return plan

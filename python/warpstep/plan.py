@@ -214,6 +214,20 @@ class Plan:
         others = self.python_only or self.repeated or self._by_python or self._finding_least
         return self.lasts and not others and not tail.unscales
 
+    def check_capture(self, tail: Tail) -> None:
+        """Raises RuntimeError if a graph that is being captured would not repeat the step."""
+        for bucket in self.buckets:
+            if bucket.backend == "cpu":
+                raise RuntimeError(
+                    "step() is being captured in a graph, which would not repeat what is stepped "
+                    f"on the CPU ({bucket}): give those parameters an optimizer of their own"
+                )
+            if tail.statistics and bucket.statistics is None:
+                raise RuntimeError(
+                    "step() is being captured in a graph and has no room for statistics yet: take "
+                    "a step before capturing"
+                )
+
     def step(self, optimizer: Optimizer, tail: Tail) -> str | None:
         """Takes the step; or says why the plan does not hold any more, and nothing is changed."""
         tensors = [b.tensors_of(tail) for b in self.buckets] if tail.needs_tensors else None

@@ -24,6 +24,7 @@ from warpstep.shards import holds_values, layout_of, own_part, smallest, whole
 from warpstep.state import is_plain
 from warpstep.stored import Encoder, Stored, moments_in, numbers_of, real_view
 from warpstep.tail import Tail
+from warpstep.transfers import brought
 
 Number = float | Tensor
 
@@ -49,7 +50,7 @@ def constants_of(
     # Tensors also for numbers: Python's raise where IEEE's become infinite or NaN.
     def value(hyper: Any) -> Tensor:
         if isinstance(hyper, Tensor) and stays:
-            return hyper.to(device, torch.float64, non_blocking=True).squeeze()
+            return brought(hyper, device, torch.float64).squeeze()
         return torch.scalar_tensor(float(hyper), dtype=torch.float64, device="cpu")
 
     numbers = tuple(value(hyper) for hyper in given)

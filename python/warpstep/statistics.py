@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from warpstep.transfers import brought
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -36,11 +38,11 @@ def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statisti
 
     Rows of parameters that are no more (None) are left out.
     """
-    device = tables[0].device
-    sums = torch.cat([table.to(device, non_blocking=True) for table in tables])
+    device = next((param.device for param in params if param is not None), tables[0].device)
+    sums = torch.cat([brought(table, device) for table in tables])
     alive = [param for param in params if param is not None]
     if len(alive) < len(params):
         sums = sums[[row for row, param in enumerate(params) if param is not None]]
-    norms = sums[:, :3].sqrt().float()
-    counts = sums[:, 3].clamp(min=-1).to(torch.int64)
-    return Statistics(alive, norms[:, 0], norms[:, 1], norms[:, 2], counts)
+    *squares, nonfinite = sums.unbind(1)
+    norms = (sum_of_squares.sqrt().float() for sum_of_squares in squares)
+    return Statistics(alive, *norms, nonfinite.clamp(min=-1).to(torch.int64))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from warpstep.state import describe
+from warpstep.transfers import brought
 
 
 @dataclass(frozen=True, eq=False)  # comparing tensors would wait for their device
@@ -57,4 +58,4 @@ def _number_on(
         return None
     if number.numel() != 1:
         raise ValueError(f"{name} must have one element, not {describe(number)}")
-    return number.to(device=device, dtype=dtype, non_blocking=True)
+    return brought(number, device, dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from warpstep.transfers import brought
+
 
 def defer_unscale(scaler: Any, optimizer: Optimizer) -> Tensor | None:
     """Tells a GradScaler that this optimizer's gradients are seen to; the scale that they carry.
@@ -56,5 +58,5 @@ def scale_and_found_inf(scaler: Any, optimizer: Optimizer) -> tuple[Tensor | Non
         raise RuntimeError("grad_scaler has found no gradients: step after backward()")
     scaler._check_scale_growth_tracker("step")
     scale: Tensor = scaler._scale
-    found_inf: Tensor = sum(one.to(scale.device, non_blocking=True) for one in found)
+    found_inf: Tensor = sum(brought(one, scale.device) for one in found)
     return (None if stage == "UNSCALED" else scale), found_inf

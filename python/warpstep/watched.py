@@ -22,6 +22,7 @@ from warpstep.rules import Rule
 from warpstep.shards import first_element, holds_values, layout_of, own_part, summed
 from warpstep.stored import Stored
 from warpstep.tail import Tail
+from warpstep.transfers import brought
 
 # By rule and form of decay.
 OF_FORM = {(o.rule, "coupled" if o.coupled else "decoupled"): o for o in OPERATORS.values()}
@@ -164,7 +165,7 @@ def _computed(
     """One parameter's step by the reference; whether it is taken is not read on the host."""
     taken: bool | Tensor = True
     if tail.found_inf is not None:
-        taken = tail.found_inf.to(tensors["param"].device, non_blocking=True).squeeze() == 0
+        taken = brought(tail.found_inf, tensors["param"].device).squeeze() == 0
         taken = bool(taken) if on_host else taken
     state = {key: tensor for key, tensor in tensors.items() if key not in ("param", "grad")}
     return reference.computed(

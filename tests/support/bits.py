@@ -11,8 +11,10 @@ INT_OF_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def bits(tensor):
-    """NaNs count as one value."""
+    """NaNs count as one value. What are no numbers of torch's are bits already."""
     tensor = tensor.detach().cpu()
+    if not tensor.is_floating_point():
+        return tensor
     tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor)
     return tensor.contiguous().view(INT_OF_SIZE[tensor.element_size()])
 
