@@ -44,5 +44,5 @@ def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statisti
     if len(alive) < len(params):
         sums = sums[[row for row, param in enumerate(params) if param is not None]]
     *squares, nonfinite = sums.unbind(1)
-    norms = (sum_of_squares.sqrt().float() for sum_of_squares in squares)
-    return Statistics(alive, *norms, nonfinite.clamp(min=-1).to(torch.int64))
+    grad, param, update = (sum_of_squares.sqrt().float() for sum_of_squares in squares)
+    return Statistics(alive, grad, param, update, nonfinite.clamp(min=-1).to(torch.int64))

@@ -58,5 +58,6 @@ def scale_and_found_inf(scaler: Any, optimizer: Optimizer) -> tuple[Tensor | Non
         raise RuntimeError("grad_scaler has found no gradients: step after backward()")
     scaler._check_scale_growth_tracker("step")
     scale: Tensor = scaler._scale
-    found_inf: Tensor = sum(brought(one, scale.device) for one in found)
+    first, *others = (brought(one, scale.device) for one in found)
+    found_inf = sum(others, start=first)
     return (None if stage == "UNSCALED" else scale), found_inf
