@@ -28,6 +28,7 @@ SUITE = [
     "test_tail_edges.py",
     "test_decay_min.py",
     "test_low_precision.py",
+    "test_low_precision_tail.py",
     "test_unscaled_grads.py",
     "test_bits.py",
     "test_formats.py",

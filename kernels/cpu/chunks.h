@@ -15,6 +15,13 @@ struct ChunkOf {
   float step;  // what the tensor's counter says
 };
 
+// Whether there is nothing but a step.
+inline bool only_steps(const Launch& launch) {
+  const Tail& tail = launch.tail;
+  return is_taken(tail) && launch.recipe.formats[kEma] == Format::none &&
+         tail.statistics == nullptr && tail.grads_after == GradsAfter::kept;
+}
+
 // Calls step(constants, chunk, sums) for chunks [first, last).
 template <class Rule, class T, class Step>
 void for_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last, Step&& step_chunk) {

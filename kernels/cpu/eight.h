@@ -1,7 +1,6 @@
 // The step on the CPU for moments of 8 bits, with AVX-512 or AVX2: in registers and the L1 cache
 // from loads to stores. Blocks with something that is no finite number go through tiles, as do a
-// tensor's last elements, and everything with averages, copies, statistics or gradients that are
-// written; the bits are the same.
+// tensor's last elements, and what surrounds a step; the bits are the same.
 //
 // NOTE [four blocks at a time]
 // A processor looks some hundred instructions ahead. A block takes more, and waits for itself: for
@@ -131,13 +130,13 @@ class InBlocks {
     mine.formats[kGrad] = Grad::format;
     mine.formats[kExpAvg] = Format::e4m3, mine.formats[kExpAvgSq] = Format::ue5m3;
     mine.formats[kScale] = mine.formats[kScale + 1] = Format::uint8;
+    mine.formats[kEma] = key.formats[kEma];  // any
     return key == mine;
   }
 
   static void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
     const Tail& tail = launch.tail;
-    const bool only_steps =
-        is_taken(tail) && tail.statistics == nullptr && tail.grads_after == GradsAfter::kept;
+    const bool is_plain = only_steps(launch);
     const Keys keys(launch.seed);
     const LaneKeys lane_keys(keys);
     TileStepper<Rule> tiles(launch);
@@ -150,11 +149,14 @@ class InBlocks {
       };
       const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
       const CInLanes in_lanes = in_every_lane(c);
-      const bool in_registers =
-          only_steps && c.is_usual() && is_finite(c.decay.decay) && draws_are_whole(of);
+      const bool in_registers = c.is_usual() && is_finite(c.decay.decay) && draws_are_whole(of);
       for (std::int64_t at = begin; at < end; at += kDecoded) {
-        if (in_registers && at + kDecoded <= end && blocks.step(in_lanes, at)) continue;
-        tiles.step(c, of, at, min_of(kDecoded, end - at), sums);
+        const auto step = [&] {
+          return in_registers && at + kDecoded <= end && blocks.step(in_lanes, at);
+        };
+        if (is_plain && step()) continue;
+        tiles.step(c, of, at, min_of(kDecoded, end - at), sums,
+                   [&] { return !is_plain && step(); });
       }
     });
   }
@@ -212,7 +214,7 @@ class InBlocks {
   }
 
   // Elements [at, at + kDecoded); false, and nothing done, where something is no finite number.
-  WARPSTEP_FN bool step(const CInLanes& c, std::int64_t at) const {
+  __attribute__((noinline)) bool step(const CInLanes& c, std::int64_t at) const {
     const Operands operands = all_.from(at);
     std::uint8_t* const m_scales = m_scales_ + at / kBlock;
     std::uint8_t* const v_scales = v_scales_ + at / kBlock;

@@ -1,6 +1,6 @@
 // The step on the CPU for bfloat16 gradients where more than one codec of one element has a part: a
-// master in two halves, rounding at random, a copy. With averages, other copies, statistics or
-// gradients that are written it goes through tiles, with the same bits.
+// master in two halves, rounding at random, a copy. What surrounds it is done tile by tile
+// (tiles.h), with the same bits.
 #pragma once
 
 #include "draws.h"
@@ -21,28 +21,25 @@ class InPairs {
     mine.formats[kResidual] = std::is_same_v<Param, MasterHalves> ? Format::int16 : Format::none;
     mine.formats[kCopy] = std::is_same_v<Param, CopiedSingles> ? Format::bfloat16 : Format::none;
     mine.formats[kGrad] = Format::bfloat16;
+    mine.formats[kEma] = key.formats[kEma];  // any
     std::uint32_t next = kMoment;
     ((mine.formats[next++] = Moment::format), ...);
     return key == mine;
   }
 
   static void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
-    const Tail& tail = launch.tail;
-    if (!is_taken(tail) || tail.statistics != nullptr || tail.grads_after != GradsAfter::kept) {
-      return step_tiles<Rule>(launch, first, last);
-    }
     InPairs stepper(launch);
-    for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums&) {
-      for (std::int64_t at = of.range.begin; at < of.range.end; at += kDecoded) {
-#ifdef WARPSTEP_HAS_VECTORS
-        if constexpr (kInGroups) at += stepper.step_groups(c, of, at);
-#endif
-        const std::int64_t count = min_of(kDecoded, of.range.end - at);
-        if (c.is_usual()) {
-          stepper.step<Part::usual>(c, of, at, count, std::index_sequence_for<Moment...>{});
-        } else {
-          stepper.step<Part::whole>(c, of, at, count, std::index_sequence_for<Moment...>{});
-        }
+    TileStepper<Rule> tiles(launch);
+    const bool is_plain = only_steps(launch);
+    for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums& sums) {
+      const auto [begin, end] = of.range;
+      if (is_plain) return stepper.step(c, of, begin, end);
+      for (std::int64_t at = begin; at < end; at += kDecoded) {
+        const std::int64_t count = min_of(kDecoded, end - at);
+        tiles.step(c, of, at, count, sums, [&] {
+          stepper.step(c, of, at, at + count);
+          return true;
+        });
       }
     });
   }
@@ -53,13 +50,29 @@ class InPairs {
   explicit InPairs(const Launch& launch)
       : keys_(launch.seed), steps_advanced_(launch.tail.steps_advanced) {}
 
+  // Elements [at, end) of a chunk.
+  __attribute__((noinline)) void step(const C& c, const ChunkOf& of, std::int64_t at,
+                                      std::int64_t end) {
+    for (; at < end; at += kDecoded) {
+#ifdef WARPSTEP_HAS_VECTORS
+      if constexpr (kInGroups) at += step_groups(c, of, at, end);
+#endif
+      const std::int64_t count = min_of(kDecoded, end - at);
+      if (c.is_usual()) {
+        step_pairwise<Part::usual>(c, of, at, count, std::index_sequence_for<Moment...>{});
+      } else {
+        step_pairwise<Part::whole>(c, of, at, count, std::index_sequence_for<Moment...>{});
+      }
+    }
+  }
+
 #ifdef WARPSTEP_HAS_VECTORS
   // Where an exp_avg_sq is rounded at random, a step in groups takes an eighth to a quarter less
   // than one in pairs: its random bits are made between roots and divisions, and not by themselves.
   static constexpr bool kInGroups = std::is_same_v<List<Moment...>, List<Halves, RandomHalves>>;
 
-  // Elements from `at` on, as long as there are whole groups of nothing but numbers: how many.
-  std::int64_t step_groups(const C& c, const ChunkOf& of, std::int64_t at) const {
+  // Elements [at, end), as long as there are whole groups of nothing but numbers: how many.
+  std::int64_t step_groups(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t end) const {
     if (!c.is_usual() || !is_finite(c.decay.decay) || !draws_are_whole(of)) return 0;
     const float step_after = steps_advanced_ ? of.step : of.step + 1;
     const auto draws_of = [&](std::uint32_t which) {
@@ -70,7 +83,7 @@ class InPairs {
     const auto in_lanes = in_every_lane(c);
     auto index = static_cast<std::uint32_t>(draw_of(of.row, at));
     std::int64_t done = 0;
-    for (; at + done + kGroup <= of.range.end; done += kGroup, index += kGroup / kDrawn) {
+    for (; at + done + kGroup <= end; done += kGroup, index += kGroup / kDrawn) {
       const auto p = from<Param>(of, kParam, at + done);
       const auto m = from<Halves>(of, kMoment, at + done);
       const auto v = from<RandomHalves>(of, kMoment + 1, at + done);
@@ -96,8 +109,8 @@ class InPairs {
 #endif
 
   template <Part kPart, std::size_t... kIndex>
-  void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count,
-            std::index_sequence<kIndex...>) {
+  void step_pairwise(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count,
+                     std::index_sequence<kIndex...>) {
     const std::int64_t left = of.row.numel - at;
     const auto step = [&](auto... operands) {
       if constexpr ((std::is_same_v<Moment, Singles> || ...)) {

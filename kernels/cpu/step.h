@@ -196,15 +196,14 @@ void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) 
   const Tail& tail = launch.tail;
   const Format ema = launch.recipe.formats[kEma];
   const bool taken = is_taken(tail);
-  const bool only_steps = taken && ema == Format::none && tail.statistics == nullptr &&
-                          tail.grads_after == GradsAfter::kept;
+  const bool is_plain = only_steps(launch);
   for_chunks<Rule, T>(launch, first, last, [&](const auto& c, const ChunkOf& of, Sums& sums) {
     const auto operands_at = [&](std::int64_t element) {
       return Stepper<Recipe>::operands_at(of.row, of.grad, ema, element);
     };
     const auto [begin, end] = of.range;
     const std::int64_t numel = of.row.numel;
-    if (only_steps) {
+    if (is_plain) {
       return Stepper<Recipe>::step(c, operands_at(begin), end - begin, numel - begin);
     }
     for (std::int64_t at = begin; at < end; at += kTile) {

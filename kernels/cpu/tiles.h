@@ -187,39 +187,16 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
 
   // `at` is a tile's first element, and in no block's middle.
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
-    const Tail& tail = launch_.tail;
-    const TileOperand param = param_operand(of, at);
-    const TileOperand grad = operand(of, kGrad, at);
-    float* const p = param.decode(count, param_);
-    const float* const g = grad.decode(count, grad_);
-    if (tail.statistics != nullptr) {
-      count_gradients(sums, as_numbers(g), 0.0f, count);
-      if (taken_) std::memcpy(before_, p, count * sizeof(float));
-    }
-    if (taken_) {
-      [[maybe_unused]] const TileOperand moments[] = {moment_operand(of, kIndex, at)...,
-                                                      TileOperand{}};
-      [[maybe_unused]] float* const m[] = {moments[kIndex].decode(count, moments_[kIndex])...,
-                                           nullptr};
-      Numbers::step(c, {as_numbers(p), as_numbers(g), {as_numbers(m[kIndex])...}, nullptr}, count,
-                    count);
-      (moments[kIndex].encode(m[kIndex], count, draws(of, kMoment + kIndex, at, count)), ...);
-      param.encode(p, count, draws(of, kParam, at, count));
-      leave_copies(c, of, param, p, at, count);
-    }
-    if (tail.statistics != nullptr) {
-      sums.param += sum_of_squares(p, count, count);
-      if (taken_) {
-        for (std::int64_t i = 0; i < count; ++i) before_[i] = p[i] - before_[i];
-        sums.change += sum_of_squares(before_, count, count);
-      }
-    }
-    if (tail.grads_after == GradsAfter::zeroed) {
-      std::memset(grad.elements, 0, count * bytes_of(grad.format));
-    } else if (leaves_unscaled(tail, taken_)) {
-      for (std::int64_t i = 0; i < count; ++i) grad_[i] = g[i] * c.tail.grad_left;
-      grad.encode(grad_, count, [] { return nullptr; });
-    }
+    step(c, of, at, count, sums, [] { return false; });
+  }
+
+  // As that, but quickly() takes the step itself, from memory to memory, where it returns true.
+  template <class Quickly>
+  void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums,
+            Quickly&& quickly) {
+    if (launch_.tail.statistics != nullptr) count_before(of, at, count, sums);
+    if (taken_ && !quickly()) step_decoded(c, of, at, count);
+    finish(c, of, at, count, sums);
   }
 
  private:
@@ -227,6 +204,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
     return reinterpret_cast<float32*>(const_cast<float*>(numbers));
   }
 
+  bool has(std::uint32_t operand) const { return launch_.recipe.formats[operand] != Format::none; }
   TileOperand operand(const ChunkOf& of, std::uint32_t which, std::int64_t at) const {
     const Format format = launch_.recipe.formats[which];
     void* const first = which == kGrad ? of.grad : of.row.operands[which];
@@ -234,9 +212,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
   }
   TileOperand param_operand(const ChunkOf& of, std::int64_t at) const {
     TileOperand param = operand(of, kParam, at);
-    if (launch_.recipe.formats[kResidual] != Format::none) {
-      param.companion = operand(of, kResidual, at).elements;
-    }
+    if (has(kResidual)) param.companion = operand(of, kResidual, at).elements;
     return param;
   }
   TileOperand moment_operand(const ChunkOf& of, std::uint32_t index, std::int64_t at) const {
@@ -255,20 +231,66 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
     };
   }
 
-  // The average and the copy, of the parameter as it is stored, which `p` then has.
-  void leave_copies(const C& c, const ChunkOf& of, const TileOperand& param, float* p,
-                    std::int64_t at, std::int64_t count) {
-    const bool averages = launch_.recipe.formats[kEma] != Format::none;
-    const bool copies = launch_.recipe.formats[kCopy] != Format::none;
-    if (averages || copies || launch_.tail.statistics != nullptr) param.decode(count, p);
-    if (averages) {
+  float* decoded_param(const ChunkOf& of, std::int64_t at, std::int64_t count) {
+    return param_operand(of, at).decode(count, param_);
+  }
+  const float* decoded_grad(const ChunkOf& of, std::int64_t at, std::int64_t count) {
+    return operand(of, kGrad, at).decode(count, grad_);
+  }
+
+  void step_decoded(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count) {
+    [[maybe_unused]] const TileOperand moments[] = {moment_operand(of, kIndex, at)...,
+                                                    TileOperand{}};
+    [[maybe_unused]] float* const m[] = {moments[kIndex].decode(count, moments_[kIndex])...,
+                                         nullptr};
+    float* const p = decoded_param(of, at, count);
+    const float* const g = decoded_grad(of, at, count);
+    Numbers::step(c, {as_numbers(p), as_numbers(g), {as_numbers(m[kIndex])...}, nullptr}, count,
+                  count);
+    (moments[kIndex].encode(m[kIndex], count, draws(of, kMoment + kIndex, at, count)), ...);
+    param_operand(of, at).encode(p, count, draws(of, kParam, at, count));
+  }
+
+  // What comes after the step. One function for all that step quickly.
+  __attribute__((noinline)) void finish(const C& c, const ChunkOf& of, std::int64_t at,
+                                        std::int64_t count, Sums& sums) {
+    if (taken_ && (has(kEma) || has(kCopy))) leave_copies(c, of, at, count);
+    if (launch_.tail.statistics != nullptr) count_after(of, at, count, sums);
+    leave_gradients(c, of, at, count);
+  }
+
+  // The average and the copy, of the parameter as it is stored.
+  void leave_copies(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count) {
+    const float* const p = decoded_param(of, at, count);
+    if (has(kEma)) {
       const TileOperand ema = operand(of, kEma, at);
       float* const average = ema.decode(count, average_);
       Numbers::average(c.tail, as_numbers(p), as_numbers(average), count, count);
       ema.encode(average, count, [] { return nullptr; });
     }
-    if (copies) {
-      operand(of, kCopy, at).encode(p, count, [] { return nullptr; });
+    if (has(kCopy)) operand(of, kCopy, at).encode(p, count, [] { return nullptr; });
+  }
+
+  void count_before(const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
+    count_gradients(sums, as_numbers(decoded_grad(of, at, count)), 0.0f, count);
+    if (taken_) std::memcpy(before_, decoded_param(of, at, count), count * sizeof(float));
+  }
+  void count_after(const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
+    const float* const p = decoded_param(of, at, count);
+    sums.param += sum_of_squares(p, count, count);
+    if (!taken_) return;
+    for (std::int64_t i = 0; i < count; ++i) before_[i] = p[i] - before_[i];
+    sums.change += sum_of_squares(before_, count, count);
+  }
+
+  void leave_gradients(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count) {
+    const TileOperand grad = operand(of, kGrad, at);
+    if (launch_.tail.grads_after == GradsAfter::zeroed) {
+      std::memset(grad.elements, 0, count * bytes_of(grad.format));
+    } else if (leaves_unscaled(launch_.tail, taken_)) {
+      const float* const g = grad.decode(count, grad_);
+      for (std::int64_t i = 0; i < count; ++i) grad_[i] = g[i] * c.tail.grad_left;
+      grad.encode(grad_, count, [] { return nullptr; });
     }
   }
 
