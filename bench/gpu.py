@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +29,12 @@ TESTS = ROOT / "tests"
 PYTHON = sys.executable
 BUILD, SITE = ROOT / "build" / "gpu-cmake", ROOT / "build" / "gpu-site"
 
-# The suite's processes, and the threads of each process.
-PROCESSES, THREADS = 8, 2
+# The suite's processes, and the threads of each process. Most wait for Triton to compile.
+PROCESSES, THREADS = min(14, max(2, (os.cpu_count() or 8) - 2)), 2
+# The tests that differ where there is a GPU, by what is in their names: files, and the backends and
+# devices that tests are parametrized with. Without those that take minutes and need none.
+ON_GPU = "cuda or triton or gpu"
+NOT_ON_GPU = ("integrations", "test_cuda_code.py", "test_triton_code.py")
 COLUMNS = ("part", "command", "outcome", "seconds_of_part", "gpu", "commit", "ended_utc")
 POLL_SECONDS = 0.2
 # A stopped command may take so long to end by itself.
@@ -127,13 +131,15 @@ def build(setting: Setting) -> Stages:
     configure += [f"-DPython_EXECUTABLE={PYTHON}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     configure += [f"-DCMAKE_INSTALL_PREFIX={SITE / 'warpstep'}"]
     return [
-        [Command("build", ["nvidia-smi"], fatal=False)],
+        *([Command("build", [tool])] for tool in ["nvidia-smi"] if shutil.which(tool)),
         [Command("build", ["nvcc", "--version"])],
         [Command("build", configure)],
         [Command("build", ["cmake", "--build", BUILD])],
         [python("build", "-c", "from bench import gpu; gpu.stage_python()")],
         [Command("build", ["cmake", "--install", BUILD])],
         [python("build", "-m", "warpstep")],
+        # Where one backend does not step, the parts go on with the other.
+        [replace(python("build", "-c", "from bench import gpu; gpu.step_by_each()"), fatal=False)],
     ]
 
 
@@ -142,9 +148,34 @@ def stage_python() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     package = SITE / "warpstep"
     shutil.copytree(ROOT / "python" / "warpstep", package, ignore=shutil.ignore_patterns("*.so"))
-    (package / "kernels").mkdir()
-    for source in (ROOT / "kernels").glob("*.py"):
-        shutil.copy(source, package / "kernels")
+    kernels = Path("kernels") / "triton"
+    shutil.copytree(ROOT / kernels, package / kernels, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def step_by_each() -> None:
+    """A step by each backend of a GPU, beside the CPU's. Tests leave out a backend that cannot run,
+    so this is where it is told.
+    """
+    import torch
+
+    import warpstep
+
+    def stepped(backend: str, device: str) -> torch.Tensor:
+        param = torch.nn.Parameter(torch.arange(-5.0, 50_000).to(device))
+        param.grad = param.detach().flip(0)
+        warpstep.AdamW([param], lr=0.1, backend=backend).step()
+        return param.detach().cpu()
+
+    expected, differ = stepped("cpu", "cpu"), False
+    for backend in ("cuda", "triton"):
+        try:
+            others = int((stepped(backend, "cuda") != expected).sum())
+            found = f"{others} of {expected.numel()} parameters are not the CPU's"
+        except Exception as error:
+            others, found = 1, f"{type(error).__name__}: {error}"
+        print(f"A step by {backend}: {found}", flush=True)
+        differ = differ or others > 0
+    sys.exit(differ)
 
 
 def stress(setting: Setting) -> Stages:
@@ -159,9 +190,13 @@ def stress(setting: Setting) -> Stages:
 
 
 def test(setting: Setting) -> Stages:
-    """The suite, but for what is slow, which needs no GPU."""
-    ignored = [f"--ignore={path}" for path in sorted(uncollectable())]
-    arguments = ["-n", str(PROCESSES), "--dist", "loadgroup", "-m", "not slow", "-rfEs"]
+    """Of the suite what differs on a GPU, and is not slow. Each outcome is told at once, so that a
+    part that is stopped has told them.
+    """
+    left_out = [*(TESTS / name for name in NOT_ON_GPU), *sorted(uncollectable())]
+    ignored = [f"--ignore={path}" for path in left_out]
+    arguments = ["-n", str(PROCESSES), "--dist", "loadgroup", "-m", "not slow", "-k", ON_GPU]
+    arguments += ["-vv", "-rfEs"]
     arguments += ["-p", "no:cacheprovider", "-o", "console_output_style=count", *ignored]
     return [[python("test", "-m", "pytest", TESTS, *arguments, OMP_NUM_THREADS=str(THREADS))]]
 
@@ -256,9 +291,9 @@ def uncollectable() -> dict[Path, list[str]]:
     return {path: packages for path, packages in lacks.items() if packages}
 
 
-def what_is_missing(names: Sequence[str]) -> list[str]:
-    """What the parts need and does not find here, a line each."""
-    lines = []
+def what_is_missing(names: Sequence[str]) -> dict[str, list[str]]:
+    """Parts -> what they need and do not find here."""
+    found = {}
     for name in names:
         part = PARTS[name]
         absent = [f"Python's {m}" for m in part.modules if not is_installed(m)]
@@ -266,8 +301,9 @@ def what_is_missing(names: Sequence[str]) -> list[str]:
         built = any((SITE / "warpstep").glob("_native*.so"))
         if part.needs_build and not built and "build" not in names[: names.index(name)]:
             absent.append("the build, which comes first: PARTS='build ...'")
-        lines += [f"{name} needs {', '.join(absent)}"] if absent else []
-    return lines
+        if absent:
+            found[name] = absent
+    return found
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -404,8 +440,10 @@ def main(given: Sequence[str] | None = None) -> int:
     names = asked.parts or list(PARTS)
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if missing := what_is_missing(names):
-        parser.error("; ".join(missing))
+    missing = what_is_missing(names)
+    told = [f"{name} needs {', '.join(absent)}" for name, absent in missing.items()]
+    if missing.keys() >= set(names) or "build" in missing:
+        parser.error("; ".join(told))
     gpu, capability = find_gpu()
     results = (asked.results or ROOT / "bench" / "results" / slug(gpu)).resolve()
     results.mkdir(parents=True, exist_ok=True)
@@ -414,9 +452,12 @@ def main(given: Sequence[str] | None = None) -> int:
     for path, lacks in uncollectable().items() if "test" in names else ():
         print(f"left out: {path.relative_to(ROOT)}, which needs {', '.join(lacks)}", flush=True)
 
+    for line in told:
+        print(f"left out: {line}", flush=True)
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that children are ended
-    failed = []
-    for name in names:
+    failed = list(missing)
+    for name in (name for name in names if name not in missing):
         if not run_part(name, setting):
             failed.append(name)
             if name == "build":  # What was built before would be tested.

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 import warpstep
 from support.environment import runnable_backends
 from support.tolerance import bound
+from warpstep.backends import unavailable_reason
 
 CHUNK = 16_384
 LR = 1e-3
@@ -255,6 +256,11 @@ def main() -> int:
     backends = {backend: runnable_backends()[backend] for backend in chosen}
     size = Size(given.chunks, given.short)
     findings = []
+    for backend in ("cuda", "triton") if torch.cuda.is_available() and not given.backend else ():
+        if backend not in on_gpus:
+            why = unavailable_reason(backend, torch.device("cuda", 0))
+            findings.append(f"{backend} takes no part: {why}")
+            print(findings[-1])
     for scenario in given.scenario or SCENARIOS:
         findings += run(size, scenario, given.steps, given.every, backends)
     print(f"{len(findings)} findings")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +300,25 @@ def test_status():
     assert set(status.launches) == {"cpu", "cuda", "triton"}
     assert all(isinstance(count, int) and count >= 0 for count in status.launches.values())
     assert str(status).startswith("warpstep")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "3.6.0+rocm7.0"])
+def test_a_triton_that_is_too_old_is_named(version):
+    pytest.importorskip("triton")
+    done = python(f"""
+        import triton
+        triton.__version__ = {version!r}
+        from warpstep import backends
+        print(*backends.triton_kernel())
+    """)
+    assert done.returncode == 0, done.stderr
+    said = "None triton 3.5.1 is too old. Install one with `pip install 'triton>=3.6'`"
+    assert (done.stdout.strip() == said) == (version == "3.5.1"), done.stdout
+
+
+def test_the_package_asks_for_the_oldest_triton_that_does():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'triton = ["triton>={".".join(map(str, backends.OLDEST_TRITON))}"]' in text
 
 
 WITHOUT_NATIVE = """

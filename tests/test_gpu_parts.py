@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -73,7 +74,8 @@ def test_all_parts_run_in_order_and_leave_their_logs(machine, capsys):
         assert text.startswith("$ ")
         assert text.splitlines()[1] in said  # shown, too
     assert "-DWARPSTEP_CUDA_ARCHS=90" in (machine / "build.log").read_text()
-    assert "-n 8 --dist loadgroup -m not slow" in (machine / "test.log").read_text()
+    told = (machine / "test.log").read_text()
+    assert f"-n {gpu.PROCESSES} --dist loadgroup -m not slow -k {gpu.ON_GPU} -vv" in told
     assert "threads=2" in (machine / "test.log").read_text()
     for log in ("bench", "bench-cpu"):
         assert "--commit abc123" in (machine / f"{log}.log").read_text()
@@ -95,6 +97,16 @@ def test_sanitizers_look_for_all_kernels():
     names = re.findall(r"__global__ [^{]*?(\w+)\(const __grid_constant__", sources)
     assert sources.count("__global__ ") == len(names)
     assert sorted(gpu.OWN_KERNELS[1::2]) == sorted(f"kns={name}" for name in names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without GPU")
+def test_a_backend_that_cannot_step_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.step_by_each()
+    assert ended.value.code
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == ["A step by cuda", "A step by triton"]
+    assert all("Error: " in line for line in told)
 
 
 def test_every_scenario_is_stressed(machine):
@@ -189,6 +201,12 @@ def test_what_is_missing_is_told_before_anything_runs(machine, monkeypatch, caps
             assert "build needs nvcc; test needs Python's xdist" in said
         else:
             assert "stress needs the build, which comes first" in said
+    monkeypatch.setattr(gpu, "SITE", site)
+    assert run(machine, "stress", "test") == 1  # a part that lacks something keeps no other back
+    said = capsys.readouterr()
+    assert "left out: test needs Python's xdist" in said.out
+    assert "FAILED: test." in said.err
+    assert {part for part, _ in outcomes(machine)} == {"stress"}
     with pytest.raises(SystemExit):
         run(machine, "stres")
     assert "no such part: stres; there are build, stress" in capsys.readouterr().err
@@ -196,7 +214,7 @@ def test_what_is_missing_is_told_before_anything_runs(machine, monkeypatch, caps
 
 def test_files_that_cannot_be_collected_are_left_out_and_named(machine, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "is_installed", lambda module: module != "numpy")
-    monkeypatch.setattr(gpu, "what_is_missing", lambda names: [])
+    monkeypatch.setattr(gpu, "what_is_missing", lambda names: {})
     assert run(machine, "test") == 0
     assert "left out: tests/test_conformance.py, which needs numpy" in capsys.readouterr().out
     told = (machine / "test.log").read_text()
@@ -230,7 +248,8 @@ def test_the_package_is_staged_as_it_is_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "SITE", tmp_path)
     gpu.stage_python()
     staged = {path.relative_to(tmp_path / "warpstep") for path in tmp_path.rglob("*.py")}
-    kernels = {Path("kernels") / path.name for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
+    assert Path("kernels/triton/launch.py") in kernels
     assert staged == kernels | {
         path.relative_to(ROOT / "python" / "warpstep")
         for path in (ROOT / "python" / "warpstep").rglob("*.py")

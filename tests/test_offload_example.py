@@ -25,7 +25,7 @@ def test_offload(monkeypatch):
         step(params, *lists, **options)
 
     monkeypatch.setattr(offload, "adamw_", noted)
-    steps, width = 5, 32
+    steps, width = 60, 32
     overlapped, losses = offload.train(2, steps, width)
     assert len(threads) == steps * 6  # a weight and a bias of three layers
     assert threading.main_thread() not in {thread for thread, _ in threads}
@@ -33,4 +33,4 @@ def test_offload(monkeypatch):
     plain, _ = offload.train(0, steps, width)
     assert threads == [(threading.main_thread(), overlapped.numel())] * steps
     assert torch.equal(overlapped, plain)
-    assert losses[-1] < losses[0]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])  # batches differ by less

@@ -278,7 +278,8 @@ def bad_gradient(param):
 
 def bad_state(what):
     def spoil(optimizer, param):
-        optimizer.state[param]["momentum_buffer"] = what
+        is_here = isinstance(what, torch.Tensor) and what.device.type == "cpu"
+        optimizer.state[param]["momentum_buffer"] = what.to(param.device) if is_here else what
 
     return spoil
 
@@ -291,7 +292,7 @@ SPOILT = {
     "complex": (bad_state(torch.zeros(5, dtype=torch.complex64)), "momentum_buffer.*complex64"),
     "device": (bad_state(torch.zeros(5, device="meta")), "momentum_buffer.*meta"),
     "freed": (bad_state(torch.zeros(5)), "momentum_buffer.*freed"),
-    "expanded": (lambda o, p: p.set_(torch.zeros(1).expand(5)), "is an expanded tensor"),
+    "expanded": (lambda o, p: p.set_(p.new_zeros(1).expand(5)), "is an expanded tensor"),
     "momentum": (lambda o, p: o.param_groups[0].update(momentum="high"), "Invalid momentum value"),
     "dampening": (lambda o, p: o.param_groups[0].update(dampening=None), "Invalid dampening"),
     "nesterov": (lambda o, p: o.param_groups[0].update(nesterov="yes"), "Invalid nesterov"),

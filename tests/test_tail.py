@@ -62,7 +62,8 @@ def test_other_norms_agree_with_torch(backend, device, kind):
     params, _ = model((F32, F32, F32), device, sizes=(5, 300))
     optimizer = warpstep.AdamW(params, backend=backend)
     expected = torch.nn.utils.get_total_norm([p.grad for p in params], kind)
-    torch.testing.assert_close(optimizer.clip_grad_norm_(1.0, kind), expected, rtol=0, atol=0)
+    rtol = 0 if device == "cpu" else 4 * U  # where torch sums several gradients in one kernel
+    torch.testing.assert_close(optimizer.clip_grad_norm_(1.0, kind), expected, rtol=rtol, atol=0)
 
 
 @each_recipe

@@ -58,14 +58,15 @@ def test_what_is_published_needs_everything_that_was_built():
     assert of_wheels["publish"]["if"] == "startsWith(github.ref, 'refs/tags/v')"
 
 
-def test_ci_has_both_architectures_with_the_oldest_and_the_newest_torch():
+def test_ci_has_both_architectures_with_the_oldest_and_the_newest_versions():
     pyproject = (ROOT / "pyproject.toml").read_text()
     (oldest,) = re.findall(r'dependencies = \["torch>=([\d.]+)"\]', pyproject)
+    (triton,) = re.findall(r'triton = \["triton>=([\d.]+)"\]', pyproject)
     (python,) = re.findall(r'requires-python = ">=([\d.]+)"', pyproject)
     tests = jobs(ROOT / ".github" / "workflows" / "ci.yml")["test"]["strategy"]["matrix"]["include"]
     for runner in {test["runner"] for test in tests}:
-        torches = {test["torch"] for test in tests if test["runner"] == runner}
-        assert torches >= {f"torch=={oldest}.*", "torch"}
+        versions = {test["versions"] for test in tests if test["runner"] == runner}
+        assert versions >= {f"TORCH=torch=={oldest}.* TRITON=triton=={triton}.*", "TORCH=torch"}
     assert {test["runner"].removeprefix("ubuntu-24.04") for test in tests} == {"", "-arm"}
     assert python in {test["python"] for test in tests}
 

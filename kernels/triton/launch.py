@@ -200,8 +200,14 @@ def recipe_of(recipe: Any) -> Recipe:
     compute = tl.float64 if param.dtype == tl.float64 else tl.float32
     granule = max(BLOCK.value if f.in_blocks else GRANULE for f in (param, *moments))
     draws = any(f.stochastic for f in (param, *moments))
-    operands = (param, grad, moments, residual, ema, copy)
+    moments = tuple(map(constant, moments))
+    operands = (constant(param), constant(grad), moments, *map(constant, (residual, ema, copy)))
     return Recipe(recipe.rule, *operands, compute, granule, draws)
+
+
+def constant(value: Any) -> Any:
+    """A part of a constant as a kernel passes it on: Triton 3.6 takes a tuple for values."""
+    return value if INTERPRETED or value is None else tl.constexpr(value)
 
 
 def is_selective(hypers: bytes) -> bool:

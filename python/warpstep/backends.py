@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor
 from warpstep.recipes import FORMATS, Format, Recipe, one_of
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+OLDEST_TRITON = (3, 6)  # which torch 2.10 brings; 3.5 does not compile the kernels
 BackendName = Literal["auto", "cuda", "triton", "cpu", "reference"]
 ENVIRONMENT_VARIABLE = "WARPSTEP_BACKEND"
 # "0": no function of torch's C ABI is used (csrc/torch_handles.h). Slower, with the same results.
@@ -70,10 +72,16 @@ def native() -> tuple[ModuleType | None, str]:
 @functools.cache
 def triton_kernel() -> tuple[ModuleType | None, str]:
     """The module of the Triton kernel, or None and the reason why there is none."""
+    install = f"Install one with `pip install 'triton>={'.'.join(map(str, OLDEST_TRITON))}'`"
     try:
+        import triton
+
+        found: str = triton.__version__
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
+            return None, f"triton {found} is too old. {install}"
         from warpstep.kernels.triton import launch
     except ImportError as error:
-        return None, f"triton cannot be imported ({error}). Install it with `pip install triton`"
+        return None, f"triton cannot be imported ({error}). {install}"
     return launch, ""
 
 
