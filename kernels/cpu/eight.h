@@ -136,7 +136,7 @@ class InBlocks {
 
   static void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
     const Tail& tail = launch.tail;
-    const bool is_plain = only_steps(launch);
+    const bool is_plain = only_steps(launch), taken = is_taken(tail);
     const Keys keys(launch.seed);
     const LaneKeys lane_keys(keys);
     TileStepper<Rule> tiles(launch);
@@ -149,14 +149,13 @@ class InBlocks {
       };
       const InBlocks blocks(of, draws(kParam), draws(kExpAvgSq));
       const CInLanes in_lanes = in_every_lane(c);
-      const bool in_registers = c.is_usual() && is_finite(c.decay.decay) && draws_are_whole(of);
+      const bool in_registers =
+          taken && c.is_usual() && is_finite(c.decay.decay) && draws_are_whole(of);
       for (std::int64_t at = begin; at < end; at += kDecoded) {
-        const auto step = [&] {
-          return in_registers && at + kDecoded <= end && blocks.step(in_lanes, at);
-        };
-        if (is_plain && step()) continue;
-        tiles.step(c, of, at, min_of(kDecoded, end - at), sums,
-                   [&] { return !is_plain && step(); });
+        const std::int64_t count = min_of(kDecoded, end - at);
+        if (!is_plain) tiles.begin(of, at, count, sums);
+        const bool stepped = in_registers && count == kDecoded && blocks.step(in_lanes, at);
+        if (!is_plain || !stepped) tiles.finish(c, of, at, count, sums, stepped);
       }
     });
   }
@@ -214,7 +213,7 @@ class InBlocks {
   }
 
   // Elements [at, at + kDecoded); false, and nothing done, where something is no finite number.
-  __attribute__((noinline)) bool step(const CInLanes& c, std::int64_t at) const {
+  WARPSTEP_FN bool step(const CInLanes& c, std::int64_t at) const {
     const Operands operands = all_.from(at);
     std::uint8_t* const m_scales = m_scales_ + at / kBlock;
     std::uint8_t* const v_scales = v_scales_ + at / kBlock;

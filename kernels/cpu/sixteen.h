@@ -30,16 +30,15 @@ class InPairs {
   static void step_chunks(const Launch& launch, std::uint32_t first, std::uint32_t last) {
     InPairs stepper(launch);
     TileStepper<Rule> tiles(launch);
-    const bool is_plain = only_steps(launch);
+    const bool is_plain = only_steps(launch), taken = is_taken(launch.tail);
     for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums& sums) {
       const auto [begin, end] = of.range;
       if (is_plain) return stepper.step(c, of, begin, end);
       for (std::int64_t at = begin; at < end; at += kDecoded) {
         const std::int64_t count = min_of(kDecoded, end - at);
-        tiles.step(c, of, at, count, sums, [&] {
-          stepper.step(c, of, at, at + count);
-          return true;
-        });
+        tiles.begin(of, at, count, sums);
+        if (taken) stepper.step(c, of, at, at + count);
+        tiles.finish(c, of, at, count, sums, taken);
       }
     });
   }

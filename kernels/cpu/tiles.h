@@ -187,16 +187,20 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
 
   // `at` is a tile's first element, and in no block's middle.
   void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
-    step(c, of, at, count, sums, [] { return false; });
+    begin(of, at, count, sums);
+    finish(c, of, at, count, sums, false);
   }
 
-  // As that, but quickly() takes the step itself, from memory to memory, where it returns true.
-  template <class Quickly>
-  void step(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums,
-            Quickly&& quickly) {
+  // The same in two parts, with room for a step that is taken between them, in memory.
+  void begin(const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
     if (launch_.tail.statistics != nullptr) count_before(of, at, count, sums);
-    if (taken_ && !quickly()) step_decoded(c, of, at, count);
-    finish(c, of, at, count, sums);
+  }
+  __attribute__((noinline)) void finish(const C& c, const ChunkOf& of, std::int64_t at,
+                                        std::int64_t count, Sums& sums, bool stepped) {
+    if (taken_ && !stepped) step_decoded(c, of, at, count);
+    if (taken_ && (has(kEma) || has(kCopy))) leave_copies(c, of, at, count);
+    if (launch_.tail.statistics != nullptr) count_after(of, at, count, sums);
+    leave_gradients(c, of, at, count);
   }
 
  private:
@@ -249,14 +253,6 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
                   count);
     (moments[kIndex].encode(m[kIndex], count, draws(of, kMoment + kIndex, at, count)), ...);
     param_operand(of, at).encode(p, count, draws(of, kParam, at, count));
-  }
-
-  // What comes after the step. One function for all that step quickly.
-  __attribute__((noinline)) void finish(const C& c, const ChunkOf& of, std::int64_t at,
-                                        std::int64_t count, Sums& sums) {
-    if (taken_ && (has(kEma) || has(kCopy))) leave_copies(c, of, at, count);
-    if (launch_.tail.statistics != nullptr) count_after(of, at, count, sums);
-    leave_gradients(c, of, at, count);
   }
 
   // The average and the copy, of the parameter as it is stored.
