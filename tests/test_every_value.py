@@ -78,7 +78,7 @@ def assert_as_torch(backend, device, dtype, hypers, step=3.0, adam=False, **more
         # float32's subnormal numbers one step.
         size = np.abs(wanted) + np.abs(np.where(np.isfinite(start[name]), start[name], 0))
         bound = 16 * u * size + 2 * torch.finfo(dtype).smallest_normal * u
-        off = np.abs(mine - wanted, where=finite, out=np.zeros_like(mine))
+        off = np.abs(np.subtract(mine, wanted, where=finite, out=np.zeros_like(mine)))
         assert (off <= bound).all(where=finite), differing(name, mine, wanted, off > bound)
 
 
