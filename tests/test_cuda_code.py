@@ -1,6 +1,8 @@
 """The compiled CUDA code, read: 16-byte accesses, no local memory, for every architecture built."""
 
 import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -87,6 +89,20 @@ def test_every_recipe_was_compiled_for_every_architecture(kernels):
         rules = ("AdamW of any formats", "AdamW of any formats, amsgrad")
         rules += ("Sgd of any formats", "Sgd of any formats, momentum")
         assert tiled == Counter([*TILED_BUDGETS, *rules, *(f"{rule}; tail" for rule in rules)])
+
+
+def test_the_documents_table_is_of_these_kernels(kernels):
+    """Of sm_90 by the nvcc that it names."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    (version,) = set(re.findall(r"by nvcc (\d+\.\d+)", page))
+    nvcc = shutil.which("nvcc")
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True) if nvcc else None
+    here = [kernel for kernel in kernels if kernel.architecture == "sm_90"]
+    if told is None or f"release {version}," not in told.stdout or not here:
+        pytest.skip(f"needs nvcc {version}, and code for sm_90")
+    shown = re.findall(r"^\| .*\d \|.* \|$", page, re.MULTILINE)
+    assert len(shown) > 40
+    assert set(shown) <= set(machine_code.table(here).splitlines())
 
 
 def test_formats_have_the_numbers_of_the_kernels():
