@@ -130,8 +130,9 @@ def build(setting: Setting) -> Stages:
     configure += ["-DWARPSTEP_CUDA=ON", f"-DWARPSTEP_CUDA_ARCHS={setting.capability}"]
     configure += [f"-DPython_EXECUTABLE={PYTHON}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     configure += [f"-DCMAKE_INSTALL_PREFIX={SITE / 'warpstep'}"]
+    smi = [[Command("build", ["nvidia-smi"], fatal=False)]] if shutil.which("nvidia-smi") else []
     return [
-        *([Command("build", [tool])] for tool in ["nvidia-smi"] if shutil.which(tool)),
+        *smi,
         [Command("build", ["nvcc", "--version"])],
         [Command("build", configure)],
         [Command("build", ["cmake", "--build", BUILD])],

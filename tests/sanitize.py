@@ -18,16 +18,12 @@ from support.recipes import OPTIONS, RECIPES
 
 BOTH = (("cuda", "cuda"), ("cpu", "cpu"))
 # Blocks of 8 bits and their ends; with the rest of a step, through the kernel of any formats.
+TAIL = {"stats": True, "ema_decay": 0.9}
 TILED = {
-    name: {**low_precision.RECIPES[name.removesuffix("-tail")], **more}
-    for name, more in {
-        "residual-bf16": {},
-        "residual-8bit": {},
-        "residual-8bit-tail": {"stats": True, "ema_decay": 0.9},
-        "stochastic-8bit": {},
-        "stochastic-8bit-tail": {"stats": True, "ema_decay": 0.9},
-    }.items()
+    name: low_precision.RECIPES[name]
+    for name in ("residual-bf16", "residual-8bit", "stochastic-8bit")
 }
+TILED |= {f"{name}-tail": {**TILED[name], **TAIL} for name in ("residual-8bit", "stochastic-8bit")}
 
 
 def train_tiled(options: dict, backend: str, device: str) -> warpstep.AdamW:

@@ -68,7 +68,7 @@ def test_compiled_code(recipe: Recipe, target: str, tmp_path: Path) -> None:
     assert sass.count("LDG.E.128") == loads
     assert sass.count("STG.E.128") == stores
     # Four programs a multiprocessor, of 65,536 registers; in float64 three with Triton 3.6.
-    programs = 3 if recipe.param == f64 else 4
+    programs = 3 if recipe.param == f64 and kernel.triton.__version__.startswith("3.6.") else 4
     assert int(re.findall(r"REG:(\d+)", sass)[0]) <= 65_536 // programs // (32 * kernel.NUM_WARPS)
 
 

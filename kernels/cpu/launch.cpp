@@ -84,10 +84,10 @@ void step_cpu(const Launch& launch, const std::uint32_t* batches, std::uint32_t 
               int threads) {
   const Tail& tail = launch.tail;
   const bool taken = is_taken(tail);
-  const bool only_steps =
+  const bool leaves_nothing =
       tail.statistics == nullptr &&
       (tail.grads_after == GradsAfter::kept || tail.grads_after == GradsAfter::unscaled_if_taken);
-  if (!taken && only_steps) return;
+  if (!taken && leaves_nothing) return;
   const StepChunks step_chunks = kernels().find(launch.recipe);
 
   // Which thread steps an element does not change its bits.

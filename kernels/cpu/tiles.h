@@ -198,8 +198,13 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
   __attribute__((noinline)) void finish(const C& c, const ChunkOf& of, std::int64_t at,
                                         std::int64_t count, Sums& sums, bool stepped) {
     if (taken_ && !stepped) step_decoded(c, of, at, count);
-    if (taken_ && (has(kEma) || has(kCopy))) leave_copies(c, of, at, count);
-    if (launch_.tail.statistics != nullptr) count_after(of, at, count, sums);
+    const bool copies = taken_ && (has(kEma) || has(kCopy));
+    const bool counts = launch_.tail.statistics != nullptr;
+    if (copies || counts) {
+      const float* const p = decoded_param(of, at, count);  // as it is stored
+      if (copies) leave_copies(c, of, p, at, count);
+      if (counts) count_after(p, count, sums);
+    }
     leave_gradients(c, of, at, count);
   }
 
@@ -255,9 +260,9 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
     param_operand(of, at).encode(p, count, draws(of, kParam, at, count));
   }
 
-  // The average and the copy, of the parameter as it is stored.
-  void leave_copies(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t count) {
-    const float* const p = decoded_param(of, at, count);
+  // The average and the copy, of the parameter `p`.
+  void leave_copies(const C& c, const ChunkOf& of, const float* p, std::int64_t at,
+                    std::int64_t count) {
     if (has(kEma)) {
       const TileOperand ema = operand(of, kEma, at);
       float* const average = ema.decode(count, average_);
@@ -271,8 +276,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
     count_gradients(sums, as_numbers(decoded_grad(of, at, count)), 0.0f, count);
     if (taken_) std::memcpy(before_, decoded_param(of, at, count), count * sizeof(float));
   }
-  void count_after(const ChunkOf& of, std::int64_t at, std::int64_t count, Sums& sums) {
-    const float* const p = decoded_param(of, at, count);
+  void count_after(const float* p, std::int64_t count, Sums& sums) {
     sums.param += sum_of_squares(p, count, count);
     if (!taken_) return;
     for (std::int64_t i = 0; i < count; ++i) before_[i] = p[i] - before_[i];
