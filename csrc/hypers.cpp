@@ -159,6 +159,8 @@ const char* BoundGroup::read(PyObject* group, std::uint32_t index, const GroupKe
     }
   }
 
+  items_.clear();  // of `hyper` as it was: from here on it is half read
+  kept_.clear();
   hyper = Hyper{};
   Values values{group};
   for (std::uint32_t i = 0; i < keys.numbers.size(); ++i) {
@@ -204,8 +206,6 @@ const char* BoundGroup::read(PyObject* group, std::uint32_t index, const GroupKe
   }
   if (has_ema != has_ema_) return "a group's ema_decay came or went";
 
-  items_.clear();
-  kept_.clear();
   if (values.settled) remember_items(group);
   return nullptr;
 }

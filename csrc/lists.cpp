@@ -2,6 +2,7 @@
 #include "lists.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 
 #include "cpu/launch.h"
@@ -70,6 +71,18 @@ bool is_contiguous(const TensorView& view) {
   return true;
 }
 
+// Whether one address is there twice. Those of tensors that were made in turn ascend.
+bool has_same(std::vector<const float*>& addresses) {
+  const std::less_equal<const float*> not_after;
+  const auto ascend = [&] {
+    return std::adjacent_find(addresses.begin(), addresses.end(),
+                              [&](auto a, auto b) { return not_after(b, a); }) == addresses.end();
+  };
+  if (ascend()) return false;
+  std::sort(addresses.begin(), addresses.end());
+  return !ascend();
+}
+
 // How an operand is stored whose memory has a format.
 Format stored_as(std::uint32_t operand, Format format, const TensorLists& lists,
                  const ListOptions& options) {
@@ -104,7 +117,8 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
   };
   static std::uint64_t nothing;  // what a tensor without elements has as its gradient
   std::size_t last = 0;          // the bucket of the tensor before
-  dlpack::Device device{};       // the first tensor's
+  std::vector<const float*> counters;
+  dlpack::Device device{};  // the first tensor's
   for (std::size_t i = 0; i < count; ++i) {
     TensorView param;
     if (!readable(PyList_GET_ITEM(lists.of[kParam], i), param))
@@ -164,6 +178,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
         return "a step that is not one float32 on the device";
       }
       row.step = static_cast<float*>(step.data);
+      if (options.advance_steps) counters.push_back(row.step);
     }
     if (draws && !counts) return "random bits, which are a function of the step, without steps";
     row.numel = numel;
@@ -185,15 +200,9 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       buckets.back().rows.reserve(count - i);
       buckets.back().grads.reserve(count - i);
     }
-    Bucket& bucket = buckets[last];
-    // Found here where it is found at no cost: several rows would advance one counter.
-    if (counts && options.advance_steps && !bucket.rows.empty() &&
-        bucket.rows.back().step == row.step) {
-      return "a step that several tensors share";
-    }
-    bucket.add(row, numel == 0 ? &nothing : grad);
+    buckets[last].add(row, numel == 0 ? &nothing : grad);
   }
-  return nullptr;
+  return has_same(counters) ? "a step that several tensors share" : nullptr;
 }
 
 // Tells autograd what will be written.

@@ -174,9 +174,20 @@ void Plan::keep_seen_alive(Scope scope) {
   }
 }
 
+void Plan::let_go_of_grads() {
+  std::vector<py::object> let_go_last;
+  for (PlanBucket& bucket : buckets_) {
+    for (auto* grads : {&bucket.held_grads, &bucket.copied_grads, &bucket.copied_from}) {
+      let_go_last.insert(let_go_last.end(), std::make_move_iterator(grads->begin()),
+                         std::make_move_iterator(grads->end()));
+      grads->clear();
+    }
+  }
+}
+
 void Plan::let_go() {
   keeper_.clear();
-  for (PlanBucket& bucket : buckets_) bucket.held_grads.clear();
+  let_go_of_grads();
   const auto let_go_last = std::move(named_grads_);
   named_grads_.clear();
 }
@@ -355,6 +366,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     }
   }
   if (const int stop = visit_all(named_grads_)) return stop;
+  for (const TensorNumber& number : tensor_numbers_) Py_VISIT(number.tensor.ptr());
   for (const auto* grads : {&gathered_, &remembered_}) {
     for (const RememberedGrad& remembered : *grads) {
       Py_VISIT(remembered.param.ptr());
@@ -372,12 +384,14 @@ void Plan::clear() {
   const auto gathered = std::move(gathered_);
   const auto remembered = std::move(remembered_);
   const auto named_grads = std::move(named_grads_);
+  const auto numbers = std::move(tensor_numbers_);
   groups_.clear();
   params_.clear();
   buckets_.clear();
   gathered_.clear();
   remembered_.clear();
   named_grads_.clear();
+  tensor_numbers_.clear();
   states_.clear();
   kept_ = py::list();
   match_layout_ = py::none();

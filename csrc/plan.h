@@ -64,11 +64,12 @@ struct StepTail {
 // what is at its address then is compared like everything else. Gradients are known by address,
 // good until Python runs: `step` checks and launches with none of it between, holding the GIL.
 // Where it lets go of the GIL (a launch that takes long), or Python runs between `check` and
-// `launch`, `keeper_` owns what was found until the launch has ended. `copied_grads` (laid out as
-// their parameters) and `copied_from` (what they are copies of) live until the next check,
-// `held_grads` and `named_grads_` until the launch. `gathered_` are gradients whose norm is being
-// taken, `remembered_` those that a clipping has measured: the gradients themselves, until a step
-// has used it or forget_grads() is called.
+// `launch`, `keeper_` owns what was found until the launch has ended. So do `held_grads` (of which
+// Python was asked, or that were read through it), `named_grads_`, `copied_grads` (laid out as
+// their parameters) and `copied_from` (what they are copies of). Copies of low precision and
+// counters that are in no state are the caller's, and owned for good (`kept_`). `gathered_` are
+// gradients whose norm is being taken, `remembered_` those that a clipping has measured: the
+// gradients themselves, until a step has used it or forget_grads() is called.
 class Plan {
  public:
   // `state` and `param_groups` are the optimizer's own, `keys` those of its rule; `assignments` has
@@ -146,7 +147,7 @@ class Plan {
   struct PlanBucket : Bucket {
     Backend backend{};
     std::vector<py::object> held_grads;  // that Python was asked for, alive until they are used
-    // Of match_layout, alive until the next step; and what they were copied from.
+    // Of match_layout, alive until they are used; and what they were copied from.
     std::vector<py::object> copied_grads, copied_from;
     std::vector<std::uint32_t> groups;  // the optimizer's that it has rows of: theirs index this
     std::vector<Hyper> hypers;          // of this step, one for each of them
@@ -190,6 +191,7 @@ class Plan {
   bool holds_bound_items(const BoundState& bound) const;
   // What is not in scope was not compared, and may be gone.
   void keep_seen_alive(Scope scope);
+  void let_go_of_grads();
   const char* check_groups(PyObject* param_groups, Scope scope);
   const char* check_group(PyObject* group, std::uint32_t index, Scope scope, std::size_t& next);
   const char* check_tensors(Scope scope, int threads);

@@ -118,11 +118,7 @@ bool Plan::holds_bound_items(const BoundState& bound) const {
 }
 
 const char* Plan::check_groups(PyObject* param_groups, Scope scope) {
-  for (PlanBucket& bucket : buckets_) {
-    bucket.held_grads.clear();
-    bucket.copied_grads.clear();
-    bucket.copied_from.clear();
-  }
+  let_go_of_grads();
   if (!PyList_Check(param_groups) ||
       static_cast<std::size_t>(PyList_GET_SIZE(param_groups)) != groups_.size()) {
     return "the number of parameter groups changed";
@@ -362,6 +358,8 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
     slot = nullptr;
     return nullptr;
   }
+  // Others were kept alive by keep_seen_alive(); what was read through Python is kept here.
+  if (look == Look::thorough && !held) held = grad_of(bound);
   if (held) bucket.held_grads.push_back(held);
   if (grad == TensorReader::Grad::unreadable ||
       !is_like_param(bound, view, bucket.recipe.formats[kGrad])) {

@@ -31,7 +31,7 @@ void Plan::forget_grads() {
   remembered_.clear();
   gathered_.clear();
   keeper_.clear();
-  for (PlanBucket& bucket : buckets_) bucket.held_grads.clear();
+  let_go_of_grads();
 }
 
 Plan::Unchanged Plan::compare_grads() const {

@@ -288,6 +288,22 @@ def test_report_of_the_module():
     assert "not triton" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WARPSTEP_BACKEND": "nonsense"}, "steps raise an error: Invalid WARPSTEP_BACKEND"),
+        ({"WARPSTEP_BACKEND": "cuda"}, "steps raise an error: WARPSTEP_BACKEND=cuda cannot run"),
+        ({"WARPSTEP_ISA": "nonsense"}, "(not nonsense, as WARPSTEP_ISA asks)"),
+        ({"WARPSTEP_ISA": "baseline"}, "CPU code baseline,"),
+    ],
+    ids=str,
+)
+def test_the_report_says_what_is_wrong_with_the_environment(variables, expected):
+    done = python("import warpstep; print(warpstep.status())", **variables)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
 def test_status():
     status = warpstep.status()
     assert status.versions["torch"] == torch.__version__
@@ -382,6 +398,7 @@ def test_slow_steps_are_told_once_with_the_remedy(case):
     done = without_native(FIRST_STEPS.format(step=SLOW[case]))
     assert (done.returncode, done.stdout) == (0, "stepped\n"), done.stderr
     assert done.stderr.count("UserWarning") == 1
+    assert done.stderr.startswith("<string>:"), done.stderr  # the line that stepped
     assert "steps are slow here: the native module is missing (hidden by a test)." in done.stderr
     assert f"install a C++ compiler and run `{backends.REINSTALL}`" in done.stderr
 

@@ -108,6 +108,29 @@ def test_shared_counter(lists_backend, device):
     assert_same_lists(shared, apart)
 
 
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_counter_of_tensors_far_apart(gaps, lists_backend, device):
+    """Of other dtypes between them, or with one that the reference steps: nothing is written."""
+    lists = [
+        [*a[:1], *b[:1], *c[-2:]]
+        for a, b, c in zip(
+            streams(device=device),
+            streams(dtypes=(torch.bfloat16,) * 3, device=device),
+            streams(device=device, seed=1),
+            strict=True,
+        )
+    ]
+    if gaps:
+        for some in lists[:5]:
+            some[2] = torch.ones(6, 4, device=device)[:, ::2]
+    counters = lists[5]
+    counters[3] = counters[0].view(())  # another tensor of the same memory
+    before = clones(lists)
+    with pytest.raises(RuntimeError, match=r"state_steps\[3\] is state_steps\[0\].*its own"):
+        adamw_(*lists, **HYPERS, backend=lists_backend)
+    assert_same_lists(lists, before)
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scale(lists_backend, device, unscale):
     """Gradients are divided by it in registers, and in memory if asked for."""

@@ -153,6 +153,50 @@ def test_another_thread_replaces_what_is_being_stepped(what, torch_abi):
     assert int(run.stdout.split()[1]) > 0
 
 
+DROPPED = """
+import ctypes, threading, torch, warpstep
+assert ctypes.CDLL(None).mallopt(-3, 65536)  # as above
+
+class Copy(torch.nn.Parameter):  # which the plan reads through Python
+    pass
+
+size = 2**23
+param = torch.nn.Parameter(torch.zeros(size))
+optimizer = warpstep.AdamW([param], copies=[Copy(torch.zeros(size, dtype=torch.bfloat16))])
+torch.set_num_threads(1)
+for _ in range(3):
+    param.grad, other = torch.ones(size), torch.ones(size)
+    stepping = threading.Event()
+
+    def replace():
+        stepping.wait()
+        param.grad = other
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    stepping.set()  # the thread goes on once the launch has let go of the GIL
+    optimizer.step()
+    thread.join()
+    assert param.eq(param[0]).all()
+"""
+
+
+def test_a_gradient_beside_a_copy_of_a_subclass_lives_until_the_launch_has_ended():
+    run = programs.run(DROPPED)
+    assert run.returncode == 0, f"{run.returncode}: {run.stderr[-2000:]}"
+
+
+def test_a_gradient_with_strides_of_its_own_is_free_after_the_step(no_collector):
+    param = torch.nn.Parameter(torch.ones(8, 4))
+    optimizer = warpstep.AdamW([param])
+    for _ in range(2):
+        param.grad = torch.ones(4, 8).t()
+        optimizer.step()
+    grad = weakref.ref(param.grad)
+    param.grad = None
+    assert grad() is None
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says that it is on a GPU."""
 

@@ -364,3 +364,31 @@ def test_gradients_with_other_memory(change, device):
 
     for p, q in zip(run(warpstep.AdamW), run(torch.optim.AdamW), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=bound(STEPS, LR, q))
+
+
+@on_each_device
+def test_hyper_parameters_that_were_wrong_for_a_step_are_read_again(device):
+    """The same objects are put back, and the plan has survived the step that raised."""
+    ours, theirs = (
+        cls([{"params": [p]} for p in new_params(SHAPES, device)], lr=LR)
+        for cls in (warpstep.AdamW, torch.optim.AdamW)
+    )
+    for optimizer in (ours, theirs):
+        for step in range(3):
+            set_grads(params_of(optimizer), step)
+            if step == 2 and optimizer is ours:
+                plan, (first, *_, last) = optimizer.plan, optimizer.param_groups
+                lr, first["lr"], last["differentiable"] = first["lr"], "wrong", True
+                tensors = [t for s in optimizer.state.values() for t in s.values()]
+                tensors += params_of(optimizer)
+                before = [t.detach().clone() for t in tensors]
+                with pytest.raises(TypeError):  # torch's own step, which leaves half of it
+                    optimizer.step()
+                with torch.no_grad():
+                    for tensor, was in zip(tensors, before, strict=True):
+                        tensor.copy_(was)
+                first["lr"], last["differentiable"] = lr, False
+                assert optimizer.plan is plan
+            optimizer.step()
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=bound(3, LR, q))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -195,7 +197,20 @@ def _tell_of_slow_steps() -> None:
     _, reason = native()
     if reason and not _told_of_slow_steps:
         _told_of_slow_steps = True  # also if warnings are errors: the next step is taken
-        warnings.warn(f"warpstep's steps are slow here: {reason}.", stacklevel=3)
+        message = f"warpstep's steps are slow here: {reason}."
+        warnings.warn(message, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """How many frames a warning is above whoever warns: in code that is not ours, nor torch's, nor
+    of the decorators of either.
+    """
+    ours = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+    ours += (contextlib.__file__,)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def choose(requested: str, device: torch.device) -> str:

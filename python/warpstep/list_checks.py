@@ -12,7 +12,7 @@ from warpstep.codecs import BLOCK
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
 from warpstep.operands import check_copy, check_gradient
 from warpstep.recipes import FORMATS, one_of, real_dtype
-from warpstep.state import describe, is_dense, is_freed, same_layout
+from warpstep.state import describe, is_dense, is_freed, is_plain, same_layout
 from warpstep.stored import can_be_8bit
 
 STOCHASTIC_SQUARES = "stochastic_exp_avg_sq"
@@ -67,6 +67,7 @@ def check(lists: Lists, options: Options) -> None:
                 f"{name} has {len(tensors)} tensors and params {len(params)}: the lists must be of "
                 "one length"
             )
+    counted: dict[int, int] = {}  # which step counter came first at an address
     for i, param in enumerate(params):
         name = f"params[{i}]"
         for of_list, tensors in every:
@@ -104,9 +105,11 @@ def check(lists: Lists, options: Options) -> None:
         step = steps[i]
         if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64) or is_freed(step):
             raise TypeError(f"state_steps[{i}] is {describe(step)}, expected one float32")
-        if options.advance_steps and i > 0 and step is steps[i - 1]:
+        address = step.data_ptr() if is_plain(step) else 0
+        first = counted.setdefault(address or id(step), i)
+        if options.advance_steps and first != i:
             raise RuntimeError(
-                f"state_steps[{i}] is state_steps[{i - 1}]: several tensors would advance one step "
+                f"state_steps[{i}] is state_steps[{first}]: several tensors would advance one step "
                 "counter. Give each its own, or advance it once and pass advance_steps=False."
             )
 

@@ -92,16 +92,27 @@ def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
 
     # What can fail comes first.
     computed = [_compute(lists, options, i) for i in by_reference]
+    launches = []
+    for (backend, device), some in by_kernel.items():
+        theirs = options._replace(
+            lr=_lr_for(options.lr, device),
+            param_indices=[_number(options.param_indices, i, i) for i in some],
+            first_elements=[_number(options.first_elements, i, 0) for i in some],
+        )
+        launches.append((lists.chosen(some, grads), theirs, backend))
     with signals.deferred():
         reference.store(computed)
-        for (backend, _), some in by_kernel.items():
-            theirs = options._replace(
-                param_indices=[_number(options.param_indices, i, i) for i in some],
-                first_elements=[_number(options.first_elements, i, 0) for i in some],
-            )
-            reason = _launch(lists.chosen(some, grads), theirs, backend, dispatched=True)
+        for chosen_lists, theirs, backend in launches:
+            reason = _launch(chosen_lists, theirs, backend, dispatched=True)
             if reason is not None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
+
+
+def _lr_for(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A learning rate that kernels on a device can read: there, or a number."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.to(device)
+    return lr
 
 
 def _number(given: Sequence[int] | None, index: int, default: int) -> int:
