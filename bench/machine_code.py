@@ -122,6 +122,25 @@ class Loop:
 
     code: tuple[Instruction, ...]
 
+    @property
+    def closes(self) -> bool:
+        """Whether a way leads from the first instruction to a branch back to it. Code that stands
+        apart, for threads that have parted, also jumps back, but to somewhere in a loop.
+        """
+        index = {instruction.address: i for i, instruction in enumerate(self.code)}
+        reached = [False] * (len(self.code) + 1)
+        reached[0] = True
+        for i, code in enumerate(self.code):
+            if not reached[i]:
+                continue
+            to = None if code.target is None else index.get(code.target)
+            if to == 0:
+                return True
+            if to is not None and to > i:
+                reached[to] = True
+            reached[i + 1] = reached[i + 1] or code.goes_on
+        return False
+
     @cached_property
     def paths(self) -> dict[Path, int]:
         """Every kind of way through the loop, and the instructions of the shortest of that kind:
@@ -197,10 +216,11 @@ class Kernel:
         branches = [(c.target, c.address) for c in self.code if c.kind == "BRA"]
         ends = {to: address for to, address in branches if to is not None and to < address}
         addresses = [c.address for c in self.code]
-        return [
+        found = [
             Loop(self.code[bisect_left(addresses, start) : bisect_right(addresses, end)])
             for start, end in ends.items()
         ]
+        return [loop for loop in found if loop.closes]
 
     @cached_property
     def hot_loop(self) -> Loop:

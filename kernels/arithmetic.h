@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "layout.h"
@@ -18,6 +19,14 @@
 // function, perhaps the AVX-512 one, for all of them.
 namespace warpstep {
 namespace {
+
+template <class To, class From>
+WARPSTEP_FN To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 WARPSTEP_FN constexpr double least_normal(float) { return 0x1p-126; }
 WARPSTEP_FN constexpr double least_normal(double) { return 0x1p-1022; }
@@ -38,6 +47,46 @@ WARPSTEP_FN T divide(T a, T b) {
 WARPSTEP_FN float square_root(float a) { return __builtin_sqrtf(a); }
 WARPSTEP_FN double square_root(double a) { return __builtin_sqrt(a); }
 #endif
+
+// NOTE [in range]
+// Division and root of a float32 by multiply-adds without a branch: those that nvcc emits for
+// IEEE's, from the same approximations, without its test of each operand for what is out of their
+// range. Whoever calls them makes sure of that range, for several elements at once.
+#ifdef __CUDA_ARCH__
+WARPSTEP_FN float about_reciprocal(float a) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+WARPSTEP_FN float about_reciprocal_root(float a) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+#else
+WARPSTEP_FN float about_reciprocal(float a) { return 1 / a; }
+WARPSTEP_FN float about_reciprocal_root(float a) {
+  return static_cast<float>(1 / __builtin_sqrt(static_cast<double>(a)));
+}
+#endif
+
+// The root of 0, or of a number of at least kLeastRooted.
+constexpr float kLeastRooted = 0x1p-100f;
+WARPSTEP_FN float square_root_in_range(float a) {
+  const float r = about_reciprocal_root(a > kLeastRooted ? a : kLeastRooted);  // of 0 none
+  const float root = a * r;
+  return fma_of(fma_of(-root, root, a), r * 0.5f, root);
+}
+
+// a / b, of b from kLeastDivisor to kMostDivisor, and of a that is 0 or at least kLeastDivided in
+// magnitude. What is too large, or no number, comes out infinite or as NaN.
+constexpr float kLeastDivisor = 0x1p-60f, kMostDivisor = 0x1p21f, kLeastDivided = 0x1p-80f;
+WARPSTEP_FN float divide_in_range(float a, float b) {
+  float r = about_reciprocal(b);
+  r = fma_of(r, fma_of(-b, r, 1.0f), r);
+  const float quotient = a * r;
+  return fma_of(-fma_of(b, quotient, -a), r, quotient);  // 0 keeps its sign
+}
 
 // (1 - weight) * from + weight * to, written from the nearer end as torch.lerp is: from `from` if
 // weight is below one half in magnitude.

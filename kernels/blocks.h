@@ -41,9 +41,10 @@ WARPSTEP_FN float joined(bfloat16 high, std::int16_t residual) {
 }
 
 constexpr std::uint32_t kHalfOfLast = 0x8000;  // of a bfloat16's last place
-// What is split, of a number or a NaN.
+// What is split, of a number or, unless `kIsNumber`, a NaN.
+template <bool kIsNumber = false>
 WARPSTEP_FN std::uint32_t bits_of_master(float x) {
-  return x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x);
+  return !kIsNumber && x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x);
 }
 WARPSTEP_FN void split(float x, bfloat16& high, std::int16_t& residual) {
   const std::uint32_t bits = bits_of_master(x);
@@ -71,8 +72,7 @@ WARPSTEP_FN void store_pair(const float (&x)[2], bfloat16* high, std::int16_t* r
 
 // ---- Random bits
 
-// Elements that share one value of the counter.
-constexpr std::uint32_t kDrawn = 8;
+// Elements [kDrawn * index, kDrawn * (index + 1)) share one value of the counter.
 constexpr std::uint32_t kRounds = 7;
 
 // The seed as each round takes it. Worked out once a launch.
@@ -137,8 +137,9 @@ WARPSTEP_FN std::uint32_t drawn(const std::uint32_t (&words)[kDrawn / 2], std::u
 }
 
 // One of the two neighbouring bfloat16, by 16 random bits, in the upper half; right in the mean.
+template <bool kIsNumber = false>
 WARPSTEP_FN std::uint32_t rounded_stochastically(float x, std::uint32_t random) {
-  return x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x) + random;
+  return !kIsNumber && x != x ? 0x7fff0000u : bits_as<std::uint32_t>(x) + random;
 }
 WARPSTEP_FN void store_stochastic(float x, bfloat16& to, std::uint32_t random) {
   to.bits = static_cast<std::uint16_t>(rounded_stochastically(x, random) >> 16);
@@ -214,6 +215,12 @@ WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
 // To nearest, ties away from zero, or (ue5m3) by 16 random bits for the 20 that are cut off and the
 // middle of what else they might be. With `kAllNumbers` every magnitude_of() the block is positive.
 constexpr std::int32_t kHalfOfCode = 0x80000, kHalfOfRandom = 8;
+template <class C>
+WARPSTEP_FN std::int32_t rounded_to_code(std::int32_t magnitude, std::int32_t base,
+                                         std::uint32_t random) {
+  return C::kSigned ? magnitude - (base - kHalfOfCode)
+                    : magnitude - (base - kHalfOfRandom) + static_cast<std::int32_t>(random << 4);
+}
 template <class C, bool kAllNumbers>
 WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t random) {
   const std::int32_t bits = bits_as<std::int32_t>(x);
@@ -221,10 +228,7 @@ WARPSTEP_FN std::uint8_t encoded(float x, std::int32_t base, std::uint32_t rando
   if (!kAllNumbers && !C::kSigned) magnitude = x >= 0 ? magnitude : 0x7fffffff;
   // No positive number of ue5m3 becomes zero.
   const std::int32_t least = C::kSigned ? 0 : min_of(magnitude, 1);
-  const std::int32_t rounded =
-      C::kSigned ? magnitude - (base - kHalfOfCode)
-                 : magnitude - (base - kHalfOfRandom) + static_cast<std::int32_t>(random << 4);
-  std::int32_t code = rounded >> 20;
+  std::int32_t code = rounded_to_code<C>(magnitude, base, random) >> 20;
   code = code < least ? least : code;
   if (!kAllNumbers && magnitude >= 0x7f800000) {
     code = magnitude == 0x7f800000 ? C::kInfinite : C::kNan;

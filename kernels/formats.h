@@ -34,14 +34,6 @@ struct float16 {
   std::uint16_t bits;
 };
 
-template <class To, class From>
-WARPSTEP_FN To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 WARPSTEP_FN double load(float64 x) { return x.value; }
 WARPSTEP_FN float load(float32 x) { return x.value; }
 WARPSTEP_FN float load(bfloat16 x) {
@@ -120,6 +112,21 @@ WARPSTEP_FN void store(float x, float16& to) {
   const std::int32_t number = min_of(half, 0x7c00) | (bits >> 16 & 0x8000u);
   to.bits = static_cast<std::uint16_t>(x != x ? 0x7fff : number);
 #endif
+}
+
+// Calls of(format) with the codec of a format.
+template <class Of>
+auto in_format(Format format, Of&& of) {
+  switch (lies_as(format)) {
+    case Format::float64:
+      return of(float64{});
+    case Format::float32:
+      return of(float32{});
+    case Format::bfloat16:
+      return of(bfloat16{});
+    default:
+      return of(float16{});
+  }
 }
 
 }  // namespace

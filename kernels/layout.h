@@ -60,6 +60,10 @@ WARPSTEP_FN constexpr bool is_stochastic(Format format) {
 // Numbers of 8 bits that share a scale.
 constexpr std::uint32_t kBlock = 64;
 
+// Elements that share one draw of random bits; and what CUDA's kernels load and store at once.
+constexpr std::uint32_t kDrawn = 8;
+constexpr std::uint32_t kVectorBytes = 16;
+
 // The tensors that a step of one parameter works on, in the order of everything that has one each.
 // What the moments are (exp_avg, ...), and how many there are, is the rule's to say.
 enum Operand : std::uint32_t {

@@ -40,11 +40,16 @@ WARPSTEP_FN bool leaves_unscaled(const Tail& tail, bool taken) {
          (tail.grads_after == GradsAfter::unscaled_if_taken && taken);
 }
 
-// `step` is what the tensor's counter says: any float32. `least` as decay_of() takes it.
+// Which step it is of a tensor, this one counted. `step` is what its counter says: any float32.
+WARPSTEP_FN float t_of(const Tail& tail, float step) {
+  return tail.steps_advanced ? step : step + 1;
+}
+
+// `step` as above, and `least` as decay_of() takes it.
 template <class Rule, class T>
 WARPSTEP_FN Constants<Rule, T> constants_of(const Hyper& hyper, float step, double least,
                                             const Tail& tail) {
-  const float t = tail.steps_advanced ? step : step + 1;
+  const float t = t_of(tail, step);
   const double unscale = tail.grad_scale != nullptr ? 1.0 / *tail.grad_scale : 1;
   const double clip_coef = tail.clip_coef != nullptr ? *tail.clip_coef : 1;
   const double ema_decay = t == 1 ? 0 : hyper.ema_decay;

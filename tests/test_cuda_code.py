@@ -1,5 +1,6 @@
 """The compiled CUDA code, read: 16-byte accesses, no local memory, for every architecture built."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -47,11 +48,11 @@ BUDGETS = {
 
 # Of the plain kernels through tiles that have formats of their own, by the machine code's table.
 TILED_BUDGETS = {
-    "bfloat16 with a residual, float32 moments": 49,
-    "bfloat16 with a residual, bfloat16 and bfloat16_stochastic moments": 61,
-    "bfloat16 with a residual, e4m3 and ue5m3 moments": 94,
-    "bfloat16_stochastic, e4m3 and ue5m3 moments": 96,
-    "float32, bfloat16 gradients, float32 moments, bfloat16 copy": 43,
+    "bfloat16 with a residual, float32 moments": 40,
+    "bfloat16 with a residual, bfloat16 and bfloat16_stochastic moments": 50,
+    "bfloat16 with a residual, e4m3 and ue5m3 moments": 68,
+    "bfloat16_stochastic, e4m3 and ue5m3 moments": 70,
+    "float32, bfloat16 gradients, float32 moments, bfloat16 copy": 37,
 }
 
 
@@ -129,9 +130,13 @@ def test_tiles_access_operands_of_16_bits_and_more_16_bytes_at_a_time(kernels):
     for kernel in (kernel for kernel in kernels if kernel.is_tiled):
         tiled = kernel.tiled
         moments = {"AdamW": 2, "Sgd": 0}[tiled.rule] + tiled.more
-        # Of any formats: each operand may be float32, and is asked whether it has codes.
-        less = 4 * moments + (0 if tiled.param else 8)
-        loads, stores = tiled.accesses if tiled.param else (2 * (2 + moments), 2 * (1 + moments))
+        # Of any formats: each operand has at least one (of another format, the same may serve), and
+        # is asked whether it has codes. Of these formats: in a quick way, and again in the one for
+        # elements that are not usual.
+        less = 8 * moments if tiled.param else 4 * moments + 10
+        loads, stores = 2 + moments, 1 + moments
+        if tiled.param:
+            loads, stores = (2 * accesses for accesses in tiled.accesses)
         assert any(
             sum(c.kind == "LDG" and c.moves_16_bytes for c in loop.code) >= loads
             and sum(c.kind == "STG" and c.moves_16_bytes for c in loop.code) >= stores
@@ -146,8 +151,9 @@ def test_an_iteration_waits_for_memory_once(kernels):
     """
     for kernel in kernels:
         if kernel.is_tiled and kernel.tiled.param is not None:
-            kinds = [c.kind for c in kernel.hot_loop.code]
-            assert "LDG" not in kinds[kinds.index("MUFU") :], name_of(kernel)
+            kinds = [c.kind for c in kernel.hot_loop.code if c.kind in ("LDG", "MUFU")]
+            turns = [kind for kind, _ in itertools.groupby(kinds)]
+            assert turns == ["LDG", "MUFU"] * 2, name_of(kernel)  # two ways, one of which is taken
     for kernel in of_the_step(kernels):
         kinds = [c.kind for c in kernel.hot_loop.code]
         begins = {"MUFU"} if kernel.recipe.rule == "AdamW" else {"FMUL", "FFMA", "DMUL", "DFMA"}

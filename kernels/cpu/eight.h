@@ -114,7 +114,7 @@ class Scales {
   }
 
   Vector largest_;
-  alignas(64) std::uint32_t scales_[kVectorBytes / 4], bases_[kVectorBytes / 4];
+  alignas(64) std::uint32_t scales_[kSimdBytes / 4], bases_[kSimdBytes / 4];
 };
 
 // ---- The step
@@ -142,7 +142,7 @@ class InBlocks {
     TileStepper<Rule> tiles(launch);
     for_chunks<Rule, float>(launch, first, last, [&](const C& c, const ChunkOf& of, Sums& sums) {
       const std::int64_t begin = of.range.begin, end = of.range.end;
-      const float step_after = tail.steps_advanced ? of.step : of.step + 1;
+      const float step_after = t_of(tail, of.step);
       const auto draws = [&](std::uint32_t operand) {
         return GroupDraws(lane_keys, Draw(keys, step_after, of.row.number, operand),
                           draw_of(of.row, begin) >> 32);

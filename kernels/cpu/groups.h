@@ -20,7 +20,7 @@
 namespace warpstep {
 namespace {
 
-constexpr std::int64_t kGroup = kVectorBytes;
+constexpr std::int64_t kGroup = kSimdBytes;
 static_assert(kBlock % kGroup == 0, "whole groups");
 constexpr int kVectors = 4;  // of a group
 
@@ -239,7 +239,7 @@ inline std::uint64_t draw_of(const TensorRow& row, std::int64_t element) {
 }
 // Whether the chunk begins with a draw, and the upper bits of its draws' indices are the same.
 inline bool draws_are_whole(const ChunkOf& of) {
-  return of.row.first % kDrawn == 0 &&
+  return (of.row.first + of.range.begin) % kDrawn == 0 &&
          draw_of(of.row, of.range.begin) >> 32 == draw_of(of.row, of.range.end) >> 32;
 }
 

@@ -39,21 +39,6 @@ WARPSTEP_FN void for_tiles(const F* elements, std::int64_t count, std::int64_t l
   }
 }
 
-// Calls of(format) with the codec of a format.
-template <class Of>
-double in_format(Format format, Of&& of) {
-  switch (lies_as(format)) {
-    case Format::float64:
-      return of(float64{});
-    case Format::float32:
-      return of(float32{});
-    case Format::bfloat16:
-      return of(bfloat16{});
-    default:
-      return of(float16{});
-  }
-}
-
 // The largest or smallest magnitude, as `pick` has it of two; `from` where there is none.
 template <class T, class Pick>
 T extreme_magnitude(const T* numbers, std::int64_t count, std::int64_t left, T from, Pick&& pick) {

@@ -46,8 +46,7 @@ class InPairs {
  private:
   using C = Constants<Rule, float>;
 
-  explicit InPairs(const Launch& launch)
-      : keys_(launch.seed), steps_advanced_(launch.tail.steps_advanced) {}
+  explicit InPairs(const Launch& launch) : keys_(launch.seed), tail_(launch.tail) {}
 
   // Elements [at, end) of a chunk.
   __attribute__((noinline)) void step(const C& c, const ChunkOf& of, std::int64_t at,
@@ -73,7 +72,7 @@ class InPairs {
   // Elements [at, end), as long as there are whole groups of nothing but numbers: how many.
   std::int64_t step_groups(const C& c, const ChunkOf& of, std::int64_t at, std::int64_t end) const {
     if (!c.is_usual() || !is_finite(c.decay.decay) || !draws_are_whole(of)) return 0;
-    const float step_after = steps_advanced_ ? of.step : of.step + 1;
+    const float step_after = t_of(tail_, of.step);
     const auto draws_of = [&](std::uint32_t which) {
       return GroupDraws(lane_keys_, Draw(keys_, step_after, of.row.number, which),
                         draw_of(of.row, at) >> 32);
@@ -126,7 +125,7 @@ class InPairs {
   Kind operand(const ChunkOf& of, std::uint32_t which, std::int64_t at, std::int64_t count) {
     Kind lying = from<Kind>(of, which, at);
     if constexpr (std::is_same_v<Kind, RandomHalves>) {
-      const float step_after = steps_advanced_ ? of.step : of.step + 1;
+      const float step_after = t_of(tail_, of.step);
       const Draw draw(keys_, step_after, of.row.number, which);
       lying.random = draws_[which].fill(draw, of.row.first + at, count);
     }
@@ -156,7 +155,7 @@ class InPairs {
 #ifdef WARPSTEP_HAS_VECTORS
   const LaneKeys lane_keys_{keys_};
 #endif
-  const bool steps_advanced_;
+  const Tail& tail_;
   TileDraws<kDecoded> draws_[kMomentEnd];
 };
 

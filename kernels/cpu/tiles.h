@@ -234,7 +234,7 @@ class TileStepper<Rule, std::index_sequence<kIndex...>> {
 
   auto draws(const ChunkOf& of, std::uint32_t operand, std::int64_t at, std::int64_t count) {
     return [=] {
-      const float step_after = launch_.tail.steps_advanced ? of.step : of.step + 1;
+      const float step_after = t_of(launch_.tail, of.step);
       const Draw from(keys_, step_after, of.row.number, operand);
       return random_.fill(from, of.row.first + at, count);
     };

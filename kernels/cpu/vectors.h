@@ -27,7 +27,7 @@ using Vector = __m256i;
 using FloatVector = __m256;
 using Flags = __m256i;
 #endif
-constexpr std::int64_t kVectorBytes = sizeof(Vector);
+constexpr std::int64_t kSimdBytes = sizeof(Vector);
 
 WARPSTEP_FN Vector load_vector(const void* from) {
   return WARPSTEP_V_BITS(loadu)(static_cast<const Vector*>(from));
@@ -198,7 +198,7 @@ struct EvenAndOdd {
   Vector even, odd;
 
   WARPSTEP_FN static EvenAndOdd load(const float* from) {
-    const Vector first = load_vector(from), second = load_vector(from + kVectorBytes / 4);
+    const Vector first = load_vector(from), second = load_vector(from + kSimdBytes / 4);
 #ifdef __AVX512BW__
     alignas(64) static constexpr std::int32_t kEven[] = {0,  2,  4,  6,  8,  10, 12, 14,
                                                          16, 18, 20, 22, 24, 26, 28, 30};

@@ -59,34 +59,39 @@ WARPSTEP_FN constexpr Aligned all_aligned() {
   return aligned;
 }
 
-// The chunk of a block, of a tensor that has a gradient.
+// The chunk of a block.
 struct BlockChunk {
-  const TensorRow& row;
-  void* grad;
   std::int64_t begin;  // its first element
   std::uint32_t size;  // its elements, of which the first `head` come before the vectors
   std::uint32_t head;
-  bool taken;  // whether the step is
-  float step;  // what the tensor's counter says, this step among them
+  bool taken;                  // whether the step is
+  const volatile float& step;  // what the tensor's counter says, this step among them
 };
 
-// Calls walk(constants, chunk, sums) with every thread of the block, unless there is nothing to do.
-template <class Rule, class T, bool kTail, class Walk>
-__device__ __forceinline__ void step_chunk(const Arguments& args, Walk&& walk) {
+// Unless there is nothing to do, calls with every thread of the block walk(prepared, constants,
+// chunk, sums), where prepared = prepare(row, grad, begin). That reads what it needs of the row, in
+// one wait for memory with the rest; what it leaves in shared memory, all threads see.
+template <class Rule, class T, bool kTail, class Prepare, class Walk>
+__device__ __forceinline__ void step_chunk(const Arguments& args, Prepare&& prepare, Walk&& walk) {
   const Tail& tail = args.tail;
   const std::uint32_t chunk_index = args.first_chunk + blockIdx.x;
   const Chunk chunk = args.chunks[chunk_index];
-  double* const statistics = kTail && tail.statistics != nullptr
-                                 ? tail.statistics + std::uint64_t{chunk_index} * kStatistics
-                                 : nullptr;
+  const auto statistics = [&] {
+    return tail.statistics + std::uint64_t{args.first_chunk + blockIdx.x} * kStatistics;
+  };
+  const bool counts = kTail && tail.statistics != nullptr;
   void* const grad = grad_of(args, chunk.tensor);
   if (grad == nullptr) {
-    if (statistics != nullptr && threadIdx.x == 0) leave_none(statistics);
+    if (counts && threadIdx.x == 0) leave_none(statistics());
     return;
   }
   const bool taken = is_taken(tail);
   if (!kTail && !taken) return;
-  const TensorRow row = args.rows[chunk.tensor];
+  const TensorRow& row = args.rows[chunk.tensor];
+  const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
+  const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
+  const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
+  const auto prepared = prepare(row, grad, range.begin);
 
   __shared__ Constants<Rule, T> shared_constants;
   __shared__ float shared_step;
@@ -99,23 +104,20 @@ __device__ __forceinline__ void step_chunk(const Arguments& args, Walk&& walk) {
     const bool has_least = kTail && args.least != nullptr;
     const double least = has_least ? args.least[chunk.tensor] : 0;
     shared_constants = constants_of<Rule, T>(hyper, step, least, tail);
-    shared_step = tail.steps_advanced ? step : step + 1;
+    shared_step = t_of(tail, step);
   }
   __syncthreads();
   const Constants<Rule, T> constants = shared_constants;
 
-  const ChunkRange range = chunk_range(row, chunk.index, args.chunk_size);
-  const std::uint32_t size = static_cast<std::uint32_t>(range.end - range.begin);
-  const std::uint32_t head = chunk.index == 0 ? min_of(row.head, size) : 0;
   Sums sums{};
-  walk(constants, BlockChunk{row, grad, range.begin, size, head, taken, shared_step}, sums);
+  walk(prepared, constants, BlockChunk{range.begin, size, head, taken, shared_step}, sums);
 
-  if (statistics != nullptr) {
+  if (counts) {
     const double unscale = shared_constants.tail.unscale;  // in no register until now
     if (!taken) sums.change = 0;                           // and not infinity less itself
     const Sums totals{sum_block(sums.grad), sum_block(sums.param), sum_block(sums.change),
                       sum_block(sums.not_finite)};
-    if (threadIdx.x == 0) totals.leave(statistics, unscale);
+    if (threadIdx.x == 0) totals.leave(statistics(), unscale);
   }
 }
 

@@ -149,26 +149,50 @@ __device__ __forceinline__ std::uint8_t byte_of(const std::uint32_t* words, std:
   return static_cast<std::uint8_t>(words[k / 4] >> k % 4 * 8);
 }
 
-// Whether any of four codes stands for what is no number. Bytes of `inverse` are zero for these:
-// a byte that lends to another counts, too, but only beside one of those.
+// code * factor + base in one instruction, which the compiler would make three of if it knew that
+// the code is masked and the factor a power of two.
+__device__ __forceinline__ std::uint32_t placed(std::uint32_t code, std::uint32_t factor,
+                                                std::uint32_t base) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t bits;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(bits) : "r"(code), "r"(factor), "r"(base));
+  return bits;
+#else
+  return code * factor + base;
+#endif
+}
+
+// The numbers of eight codes, and zero if that is what they stand for: none for what is no number.
 template <class C>
-__device__ __forceinline__ bool has_no_number(std::uint32_t codes) {
-  const std::uint32_t inverse = ~codes & 0x01010101u * C::kInfinite;
-  return ((inverse - 0x01010101u) & ~inverse & 0x80808080u) != 0;
+__device__ __forceinline__ std::uint32_t decode_usual_codes(const Bits& bits, Eight& x) {
+  const auto base = static_cast<std::uint32_t>(base_of<C>(bits.words[kScaleWord]));
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; ++k) {
+    const std::uint32_t word = bits.words[k / 4], byte = k % 4;
+    const std::uint32_t code = word & static_cast<std::uint32_t>(C::kNan) << 8 * byte;
+    const std::uint32_t number =
+        byte == 3 ? (code >> 4) + base : placed(code, 1u << (20 - 8 * byte), base);
+    const std::uint32_t sign = C::kSigned ? word << (24 - 8 * byte) & 0x80000000u : 0;
+    x[k] = bits_as<float>((code == 0 ? 0 : number) | sign);
+  }
+  // Bytes of `inverse` are zero for what is no number. A byte that lends to another counts, too,
+  // but only beside one of those.
+  std::uint32_t found = 0;
+#pragma unroll
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    const std::uint32_t inverse = ~bits.words[i] & 0x01010101u * C::kInfinite;
+    found |= (inverse - 0x01010101u) & ~inverse;
+  }
+  return found & 0x80808080u;
 }
 
 // What is there for NaNs and infinities is done again where there are any, and else costs nothing.
 template <class C>
 __device__ __forceinline__ void decode_codes(const Bits& bits, Eight& x) {
+  if (decode_usual_codes<C>(bits, x) == 0) return;
   const std::int32_t base = base_of<C>(bits.words[kScaleWord]);
 #pragma unroll
-  for (std::uint32_t k = 0; k < kEight; ++k) x[k] = decoded<C, true>(byte_of(bits.words, k), base);
-  if (has_no_number<C>(bits.words[0]) || has_no_number<C>(bits.words[1])) {
-#pragma unroll
-    for (std::uint32_t k = 0; k < kEight; ++k) {
-      x[k] = decoded<C, false>(byte_of(bits.words, k), base);
-    }
-  }
+  for (std::uint32_t k = 0; k < kEight; ++k) x[k] = decoded<C, false>(byte_of(bits.words, k), base);
 }
 
 // Those of a warp that go together where blocks of 64 are whole, or else have this thread's block.
@@ -190,25 +214,55 @@ __device__ __forceinline__ std::int32_t largest_of_block(std::int32_t number) {
   return number;
 }
 
-template <class C, bool kAllNumbers>
+// Codes of finite numbers, none of them negative where there is no sign. They lie in bits 20 to 26
+// or 27 of what is rounded. Usual ones without a sign are 0 or have bits of at least kLeastUsual.
+constexpr std::int32_t kLeastUsual = 1 << 20;
+template <class C, bool kUsual>
+__device__ __forceinline__ void set_codes_of_numbers(const Eight& x, std::int32_t base,
+                                                     const Random& random, Bits& bits) {
+  std::uint32_t pairs[kEight / 2];
+#pragma unroll
+  for (std::uint32_t k = 0; k < kEight; k += 2) {
+    std::int32_t rounded[2];
+#pragma unroll
+    for (std::uint32_t i = 0; i < 2; ++i) {
+      const std::int32_t number = bits_as<std::int32_t>(x[k + i]);
+      rounded[i] = rounded_to_code<C>(C::kSigned ? number & 0x7fffffff : number, base,
+                                      C::kSigned ? 0 : drawn(random, k + i));
+      // No positive number becomes zero where there is no sign.
+      const std::int32_t least = kUsual ? min_of(number, kLeastUsual) : min_of(number, 1) << 20;
+      rounded[i] = max_of(rounded[i], C::kSigned ? 0 : least);
+    }
+    pairs[k / 2] = upper_halves(rounded[0], rounded[1]) >> 4;
+  }
+#pragma unroll
+  for (std::uint32_t word = 0; word < kEight / 4; ++word) {
+    bits.words[word] = __byte_perm(pairs[2 * word], pairs[2 * word + 1], 0x6420);
+    if (C::kSigned) {
+      std::uint32_t signs[4];
+#pragma unroll
+      for (std::uint32_t i = 0; i < 4; ++i) signs[i] = bits_as<std::uint32_t>(x[4 * word + i]);
+      bits.words[word] |= highest_bytes(signs) & 0x80808080u;
+    }
+  }
+}
+
+template <class C>
 __device__ __forceinline__ void set_codes(const Eight& x, std::int32_t base, const Random& random,
                                           Bits& bits) {
 #pragma unroll
   for (std::uint32_t word = 0; word < kEight / 4; ++word) {
-    std::uint32_t codes[4], signs[4];
+    std::uint32_t codes[4];
 #pragma unroll
     for (std::uint32_t i = 0; i < 4; ++i) {
       const std::uint32_t k = word * 4 + i;
-      signs[i] = bits_as<std::uint32_t>(x[k]);
-      const float magnitude = C::kSigned ? bits_as<float>(signs[i] & 0x7fffffffu) : x[k];
-      codes[i] = encoded<C, kAllNumbers>(magnitude, base, C::kSigned ? 0 : drawn(random, k));
+      codes[i] = encoded<C, false>(x[k], base, C::kSigned ? 0 : drawn(random, k));
     }
     bits.words[word] = lowest_bytes(codes);
-    if (C::kSigned) bits.words[word] |= highest_bytes(signs) & 0x80808080u;
   }
 }
 
-template <class C, bool kAll>
+template <class C, bool kUsual, bool kAll>
 __device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
                                              const Random& random, Bits& bits) {
   // As unsigned numbers, the bits of what is no number are above those of all that are; so are
@@ -217,27 +271,32 @@ __device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
 #pragma unroll
   for (std::uint32_t k = 0; k < kEight; ++k) {
     const std::uint32_t found = bits_as<std::uint32_t>(x[k]) & (C::kSigned ? 0x7fffffffu : ~0u);
-    if (which.has(k)) highest = found > highest ? found : highest;
+    if (which.has(k)) highest = max_of(highest, found);
   }
-  const bool are_numbers = highest < 0x7f800000u;
+  const bool are_numbers = kUsual || highest < 0x7f800000u;
   std::int32_t largest = static_cast<std::int32_t>(highest) + kMagnitudeOfZero;
   if (!are_numbers) {
     largest = kMagnitudeOfZero;
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) {
-      const std::int32_t magnitude = magnitude_of<C>(x[k]);
-      if (which.has(k)) largest = magnitude > largest ? magnitude : largest;
+      if (which.has(k)) largest = max_of(largest, magnitude_of<C>(x[k]));
     }
   }
   const std::uint32_t scale = scale_of<C>(largest_of_block<kAll>(largest));
   const std::int32_t base = base_of<C>(scale);
   bits.words[kScaleWord] = scale;
-  set_codes<C, true>(x, base, random, bits);
-  if (!are_numbers) set_codes<C, false>(x, base, random, bits);
+  set_codes_of_numbers<C, kUsual>(x, base, random, bits);
+  if (!are_numbers) set_codes<C>(x, base, random, bits);
 }
 
-__device__ __forceinline__ void decode(FormatOf format, bool has_residual, const Bits& bits,
-                                       Eight& x) {
+// With `kUsual` it is up to the caller that codes stand for numbers: zero if they do.
+template <bool kUsual = false>
+__device__ __forceinline__ std::uint32_t decode(FormatOf format, bool has_residual,
+                                                const Bits& bits, Eight& x) {
+  if constexpr (kUsual) {
+    if (format.is(Format::e4m3)) return decode_usual_codes<E4m3>(bits, x);
+    if (format.is(Format::ue5m3)) return decode_usual_codes<Ue5m3>(bits, x);
+  }
   if (format.is(Format::float32)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) x[k] = bits_as<float>(bits.words[k]);
@@ -258,10 +317,12 @@ __device__ __forceinline__ void decode(FormatOf format, bool has_residual, const
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; ++k) x[k] = load(bfloat16{half_of(bits.words, k)});
   }
+  return 0;
 }
 
-// draw(random) fills in what a format that is rounded at random asks for.
-template <bool kAll, class DrawRandom>
+// draw(random) fills in what a format that is rounded at random asks for. With `kUsual` it is up to
+// the caller that all are finite, and usual in a code.
+template <bool kUsual = false, bool kAll, class DrawRandom>
 __device__ __forceinline__ void encode(FormatOf format, bool has_residual, const Eight& x,
                                        Which<kAll> which, DrawRandom&& draw_random, Bits& bits) {
   Random random;
@@ -278,19 +339,20 @@ __device__ __forceinline__ void encode(FormatOf format, bool has_residual, const
       bits.words[k / 2] = lower_halves(pair[0].bits, pair[1].bits);
     }
   } else if (format.is(Format::e4m3)) {
-    encode_codes<E4m3>(x, which, random, bits);
+    encode_codes<E4m3, kUsual>(x, which, random, bits);
   } else if (format.is(Format::ue5m3)) {
-    encode_codes<Ue5m3>(x, which, random, bits);
+    encode_codes<Ue5m3, kUsual>(x, which, random, bits);
   } else if (format.is(Format::bfloat16_stochastic)) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; k += 2) {
-      bits.words[k / 2] = upper_halves(rounded_stochastically(x[k], drawn(random, k)),
-                                       rounded_stochastically(x[k + 1], drawn(random, k + 1)));
+      bits.words[k / 2] =
+          upper_halves(rounded_stochastically<kUsual>(x[k], drawn(random, k)),
+                       rounded_stochastically<kUsual>(x[k + 1], drawn(random, k + 1)));
     }
   } else if (has_residual) {
 #pragma unroll
     for (std::uint32_t k = 0; k < kEight; k += 2) {
-      const std::uint32_t a = bits_of_master(x[k]), b = bits_of_master(x[k + 1]);
+      const std::uint32_t a = bits_of_master<kUsual>(x[k]), b = bits_of_master<kUsual>(x[k + 1]);
       bits.words[k / 2] = upper_halves(a + kHalfOfLast, b + kHalfOfLast);
       bits.words[kResidualWord + k / 2] = lower_halves(a, b);
     }

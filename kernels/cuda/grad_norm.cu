@@ -63,11 +63,9 @@ CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tab
   args.norm = norm;
   args.norm_kind = kind;
   args.chunk_count = launch.chunk_count;
-  const Format format = launch.recipe.formats[kGrad];
-  const Kernel kernel = format == Format::float64    ? grad_norm_kernel<float64>
-                        : format == Format::float32  ? grad_norm_kernel<float32>
-                        : format == Format::bfloat16 ? grad_norm_kernel<bfloat16>
-                                                     : grad_norm_kernel<float16>;
+  const Kernel kernel = in_format(launch.recipe.formats[kGrad], [](auto format) -> Kernel {
+    return grad_norm_kernel<decltype(format)>;
+  });
   return launch_all(kernel, args, launch, false, static_cast<cudaStream_t>(stream));
 }
 

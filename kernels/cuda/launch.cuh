@@ -11,7 +11,6 @@ namespace {
 
 // 32,764 bytes of arguments since CUDA 12.1 (compute capability 7.0 and later); a multiple of 8.
 constexpr std::uint32_t kArgumentBytes = 32760;
-constexpr std::uint32_t kVectorBytes = 16;
 
 struct Header {
   const TensorRow* rows;

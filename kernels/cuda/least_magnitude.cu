@@ -53,11 +53,9 @@ CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables,
   args.rows = static_cast<const TensorRow*>(tables.rows);
   args.chunks = static_cast<const Chunk*>(tables.chunks);
   args.arrivals = static_cast<std::uint32_t*>(tables.arrivals);
-  const Format format = lies_as(launch.recipe.formats[kParam]);
-  const Kernel kernel = format == Format::float64    ? least_magnitude_kernel<float64>
-                        : format == Format::float32  ? least_magnitude_kernel<float32>
-                        : format == Format::bfloat16 ? least_magnitude_kernel<bfloat16>
-                                                     : least_magnitude_kernel<float16>;
+  const Kernel kernel = in_format(launch.recipe.formats[kParam], [](auto format) -> Kernel {
+    return least_magnitude_kernel<decltype(format)>;
+  });
   return launch_all(kernel, args, launch, true, static_cast<cudaStream_t>(stream));
 }
 

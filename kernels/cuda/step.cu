@@ -196,9 +196,10 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
   using S = Stepper<Recipe, kTail>;
   constexpr std::uint32_t kElements = S::kElements;
   step_chunk<typename Recipe::Rule, typename Recipe::Compute, kTail>(
-      args, [&](const auto& constants, const BlockChunk& chunk, Sums& sums) {
+      args, [](const TensorRow& row, void* grad, std::int64_t) { return Operands(row, grad); },
+      [&](const Operands& operands, const auto& constants, const BlockChunk& chunk, Sums& sums) {
         const Tail& tail = args.tail;
-        const S stepper{Operands(chunk.row, chunk.grad), args.formats[kEma]};
+        const S stepper{operands, args.formats[kEma]};
         const std::uint32_t vectors = (chunk.size - chunk.head) / kElements;
         const std::uint32_t rest = chunk.size - chunk.head - vectors * kElements;
 
@@ -214,12 +215,14 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
         const Aligned aligned = stepper.alignment_at(body);
         if (aligned.all()) {
           constexpr Aligned kAll = all_aligned();
-          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+#pragma unroll 1  // not two turns at once: registers are for warps
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += kCudaThreads) {
             stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
                                              kAll, sums);
           }
         } else {
-          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+#pragma unroll 1
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += kCudaThreads) {
             stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
                                              aligned, sums);
           }

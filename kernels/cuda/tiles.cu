@@ -53,7 +53,6 @@ struct Shared {
   void* operands[kOperands];  // addresses of the chunk's first elements
   std::int64_t first;         // where that is in the whole tensor
   std::uint32_t number;
-  float step;
   double sums[kStatistics][kTail ? kCudaThreads : 1];  // as in Sums
   float before[kEight][kTail ? kCudaThreads : 1];      // parameters, for the statistics
 };
@@ -79,15 +78,17 @@ class TileStepper {
     const std::uint32_t after = head + whole;
     if (whole != size) {
       const std::uint32_t slots = kBlock + (size - after + kBlock - 1) / kBlock * kBlock;
-      for (std::uint32_t slot = threadIdx.x * kEight; slot < slots; slot += blockDim.x * kEight) {
+      for (std::uint32_t slot = threadIdx.x * kEight; slot < slots; slot += kCudaThreads * kEight) {
         const bool is_head = slot < kBlock;
         const std::uint32_t i = is_head ? 0 : after + slot - kBlock;
         const std::uint32_t end = slot == 0 ? head : is_head ? 0 : size;
-        step(i, Which<false>{i < end ? min_of(kEight, end - i) : 0});
+        step<false>(i, Which<false>{i < end ? min_of(kEight, end - i) : 0});
       }
     }
-    for (std::uint32_t i = head + threadIdx.x * kEight; i < after; i += blockDim.x * kEight) {
-      step(i, Which<true>{kEight});
+    constexpr Which<true> kEach{kEight};
+    const bool quick = may_be_quick();
+    for (std::uint32_t i = head + threadIdx.x * kEight; i < after; i += kCudaThreads * kEight) {
+      if (!quick || !step<kHasQuick>(i, kEach)) step<false>(i, kEach);
     }
   }
 
@@ -131,7 +132,7 @@ class TileStepper {
   template <bool kAll>
   __device__ __forceinline__ void draw_for(std::uint32_t operand, std::uint32_t i,
                                            Random& random) const {
-    const Draw from(args_.keys, shared_.step, shared_.number, operand);
+    const Draw from(args_.keys, chunk_.step, shared_.number, operand);
     const std::uint64_t first = static_cast<std::uint64_t>(shared_.first + i);
     draw(from, first / kDrawn, random);
     if (kAll) return;
@@ -170,9 +171,20 @@ class TileStepper {
     bits.store(format(operand), address(operand, i), which);
   }
 
-  // Eight elements from `i` on.
-  template <bool kAll>
-  __device__ __forceinline__ void step(std::uint32_t i, Which<kAll> which) const {
+  // Whether a step of usual elements is there: where formats are constants, since it is the kernels
+  // with 8-bit moments that are bound by instructions.
+  static constexpr bool kHasQuick = !kTail && Formats::kAreConstants;
+  __device__ __forceinline__ bool may_be_quick() const {
+    if constexpr (!kHasQuick)
+      return false;
+    else
+      return c_.is_usual() && c_.rule.may_be_in_range() && is_finite(c_.decay.decay);
+  }
+
+  // Eight elements from `i` on. With `kUsual` by fewer instructions, if all of them (of a whole
+  // warp, if there are blocks) are usual; if not, writes nothing and returns false.
+  template <bool kUsual, bool kAll>
+  __device__ __forceinline__ bool step(std::uint32_t i, Which<kAll> which) const {
     const bool taken = !kTail || chunk_.taken;
     const bool has_residual = has(kResidual);
 
@@ -196,8 +208,8 @@ class TileStepper {
 
     Eight p, g;
     float m[kEight][Rule::kMoments + 1];
-    decode(format(kParam), has_residual, param, p);
-    decode(format(kGrad), false, grad, g);
+    std::uint32_t unusual = decode<kUsual>(format(kParam), has_residual, param, p);
+    decode<kUsual>(format(kGrad), false, grad, g);
     if constexpr (kTail) leave_gradients(i, which, g);
     const bool counts = kTail && args_.tail.statistics != nullptr;
     if constexpr (kTail) {
@@ -210,43 +222,25 @@ class TileStepper {
 #pragma unroll
       for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
         Eight numbers;
-        decode(format(kMoment + j), false, moments[j], numbers);
+        unusual |= decode<kUsual>(format(kMoment + j), false, moments[j], numbers);
 #pragma unroll
         for (std::uint32_t k = 0; k < kEight; ++k) m[k][j] = numbers[k];
       }
 #pragma unroll
       for (std::uint32_t k = 0; k < kEight; ++k) {
-        constexpr Part kPart = kTail ? Part::whole : Part::uniform;
+        constexpr Part kPart = kUsual ? Part::in_range : kTail ? Part::whole : Part::uniform;
         p[k] = stepped<Rule, kPart>(c_, p[k], g[k], m[k]);
       }
-      encode(
-          format(kParam), has_residual, p, which,
-          [&](Random& random) { draw_for<kAll>(kParam, i, random); }, param);
-      store(kParam, i, which, param);
-      if (has_residual) {
-        param.store(format(kResidual), address(kResidual, i), which, kResidualWord);
-      }
+      if constexpr (kUsual) {
+        typename Rule::InRange in_range;
 #pragma unroll
-      for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
-        Eight numbers;
-#pragma unroll
-        for (std::uint32_t k = 0; k < kEight; ++k) numbers[k] = m[k][j];
-        encode(
-            format(kMoment + j), false, numbers, which,
-            [&](Random& random) { draw_for<kAll>(kMoment + j, i, random); }, moments[j]);
-        store(kMoment + j, i, which, moments[j]);
+        for (std::uint32_t k = 0; k < kEight; ++k) in_range.add(p[k], m[k]);
+        const bool are_usual = unusual == 0 && in_range.are();
+        // A block of 64 goes one way together.
+        if (!(has_blocks() ? __all_sync(~0u, are_usual) : are_usual)) return false;
       }
-      if (has_blocks()) {
-        __syncwarp(
-            threads_of_block<kAll>());  // which have read the scales that one of them overwrites
-        const bool is_first = threadIdx.x % kBlockThreads == 0;
-#pragma unroll
-        for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
-          if (format(kMoment + j).is_in_blocks() && is_first && which.count != 0) {
-            *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
-          }
-        }
-      }
+      leave_param<kUsual>(i, which, p, param);
+      leave_moments<kUsual>(i, which, m, moments);
       // From here on the parameter is what is stored.
       if (kTail || has(kCopy)) decode(format(kParam), has_residual, param, p);
       if (averages) {
@@ -265,7 +259,7 @@ class TileStepper {
       }
     }
     if constexpr (kTail) {
-      if (!counts) return;
+      if (!counts) return true;
       double params = 0, changes = 0;
 #pragma unroll
       for (std::uint32_t k = 0; k < kEight; ++k) {
@@ -275,6 +269,46 @@ class TileStepper {
       }
       add_up(1, params);
       add_up(2, changes);
+    }
+    return true;
+  }
+
+  template <bool kUsual, bool kAll>
+  __device__ __forceinline__ void leave_param(std::uint32_t i, Which<kAll> which, const Eight& p,
+                                              Bits& param) const {
+    const bool has_residual = has(kResidual);
+    encode<kUsual>(
+        format(kParam), has_residual, p, which,
+        [&](Random& random) { draw_for<kAll>(kParam, i, random); }, param);
+    store(kParam, i, which, param);
+    if (has_residual) {
+      param.store(format(kResidual), address(kResidual, i), which, kResidualWord);
+    }
+  }
+
+  template <bool kUsual, bool kAll>
+  __device__ __forceinline__ void leave_moments(std::uint32_t i, Which<kAll> which,
+                                                const float (&m)[kEight][Rule::kMoments + 1],
+                                                Bits (&moments)[Rule::kMoments + 1]) const {
+#pragma unroll
+    for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
+      Eight numbers;
+#pragma unroll
+      for (std::uint32_t k = 0; k < kEight; ++k) numbers[k] = m[k][j];
+      encode<kUsual>(
+          format(kMoment + j), false, numbers, which,
+          [&](Random& random) { draw_for<kAll>(kMoment + j, i, random); }, moments[j]);
+      store(kMoment + j, i, which, moments[j]);
+    }
+    if (!has_blocks()) return;
+    // The threads have read the scales that one of them overwrites.
+    __syncwarp(threads_of_block<kAll>());
+    const bool is_first = threadIdx.x % kBlockThreads == 0;
+#pragma unroll
+    for (std::uint32_t j = 0; j < Rule::kMoments; ++j) {
+      if (format(kMoment + j).is_in_blocks() && is_first && which.count != 0) {
+        *scale_at(j, i) = static_cast<std::uint8_t>(moments[j].words[kScaleWord]);
+      }
     }
   }
 
@@ -320,25 +354,28 @@ class TileStepper {
 template <class Rule, class Formats, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
     tile_kernel(const __grid_constant__ KernelArguments args) {
+  __shared__ volatile Shared<kTail> shared;
   step_chunk<Rule, float, kTail>(
-      args, [&](const auto& constants, const BlockChunk& chunk, Sums& sums) {
-        __shared__ volatile Shared<kTail> shared;
-        if (threadIdx.x == 0) {
-#pragma unroll
-          for (std::uint32_t k = 0; k < kOperands; ++k) {
-            const bool is_scale = k >= kScale && k < kScaleEnd;
-            char* const first = static_cast<char*>(k == kGrad ? chunk.grad : chunk.row.operands[k]);
-            shared.operands[k] = first + (is_scale ? chunk.begin / kBlock
-                                                   : chunk.begin * bytes_of(Formats::of(args, k)));
-          }
-          shared.first = chunk.row.first + chunk.begin;
-          shared.number = chunk.row.number;
-          shared.step = chunk.step;
-        }
+      args,
+      [&](const TensorRow& row, void* grad, std::int64_t begin) {
         if constexpr (kTail) {
           for (std::uint32_t k = 0; k < kStatistics; ++k) shared.sums[k][threadIdx.x] = 0;
         }
-        __syncthreads();
+        const bool is_idle = threadIdx.x == kWarp;  // while the first warp finds the constants
+        if (is_idle) {
+#pragma unroll
+          for (std::uint32_t k = 0; k < kOperands; ++k) {
+            const bool is_scale = k >= kScale && k < kScaleEnd;
+            char* const first = static_cast<char*>(k == kGrad ? grad : row.operands[k]);
+            shared.operands[k] =
+                first + (is_scale ? begin / kBlock : begin * bytes_of(Formats::of(args, k)));
+          }
+          shared.first = row.first + begin;
+          shared.number = row.number;
+        }
+        return nullptr;
+      },
+      [&](std::nullptr_t, const auto& constants, const BlockChunk& chunk, Sums& sums) {
         TileStepper<Rule, Formats, kTail>(args, constants, chunk, shared).walk();
         if constexpr (kTail) {
           sums = {shared.sums[0][threadIdx.x], shared.sums[1][threadIdx.x],

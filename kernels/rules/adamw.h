@@ -47,6 +47,33 @@ struct AdamW {
     WARPSTEP_FN bool is_usual() const {
       return std::fabs(weight1) < T(0.5) && weight2 < T(0.5) && root_scale == 1;
     }
+    // Whether Part::in_range can do where that is so.
+    WARPSTEP_FN bool may_be_in_range() const {
+      return eps_hat >= kLeastDivisor && eps_hat <= kMostDivisor / 2;
+    }
+  };
+
+  // Whether Part::in_range did several elements right: asked once for all of them.
+  struct InRange {
+    std::uint32_t least_m = ~0u, least_v = ~0u;  // of the bits, less 1: 0 counts for nothing
+    std::uint32_t most_v = 0;                    // of the bits: what is negative counts for most
+    float finite = 0;                            // NaN if any parameter is not finite
+
+    // The parameter and the moments after the step. Where m or v is no number, p is none.
+    WARPSTEP_FN void add(float p, const float* moments) {
+      const auto m = bits_as<std::uint32_t>(moments[0]) & 0x7fffffffu;
+      const auto v = bits_as<std::uint32_t>(moments[1]);
+      least_m = min_of(least_m, m - 1);
+      least_v = min_of(least_v, v - 1);
+      most_v = max_of(most_v, v);
+      finite = fma_of(p, 0.0f, finite);
+    }
+    WARPSTEP_FN bool are() const {
+      constexpr float kMost = kMostDivisor / 2;
+      return least_m >= bits_as<std::uint32_t>(kLeastDivided) - 1 &&
+             least_v >= bits_as<std::uint32_t>(kLeastRooted) - 1 &&
+             most_v <= bits_as<std::uint32_t>(kMost * kMost) && finite == 0;
+    }
   };
 
   // `t` counts the steps, this one among them: any float32.
@@ -103,10 +130,15 @@ struct AdamW {
   // The second: u, of those.
   template <Part kPart, class T>
   WARPSTEP_FN static T update_of(const Constants<T>& c, const T* moments) {
-    const T root = square_root(moments[kMoments - 1]);
-    const T denominator =
-        is_usual(kPart) ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
-    return c.step_size * divide(moments[0], denominator);
+    if constexpr (kPart == Part::in_range) {
+      const T denominator = square_root_in_range(moments[kMoments - 1]) + c.eps_hat;
+      return c.step_size * divide_in_range(moments[0], denominator);
+    } else {
+      const T root = square_root(moments[kMoments - 1]);
+      const T denominator =
+          is_usual(kPart) ? root + c.eps_hat : fma_of(root, c.root_scale, c.eps_hat);
+      return c.step_size * divide(moments[0], denominator);
+    }
   }
 };
 

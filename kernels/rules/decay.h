@@ -27,21 +27,22 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  finite,   // `usual`, where `decay` is finite, and NaNs in the result are noticed, and moments
-            // that are not finite where they could not be stored: what was not finite is right or
-            // becomes one of these
-  usual,    // where is_usual() of DecayConstants and of the rule's constants
-  uniform,  // where the decay is none that is_selective()
+  in_range,  // `finite`, where the rule's InRange says so of what came out
+  finite,    // `usual`, where `decay` is finite, and NaNs in the result are noticed, and moments
+             // that are not finite where they could not be stored: what was not finite is right or
+             // becomes one of these
+  usual,     // where is_usual() of DecayConstants and of the rule's constants
+  uniform,   // where the decay is none that is_selective()
   whole
 };
 WARPSTEP_FN constexpr bool is_usual(Part part) {
-  return part == Part::finite || part == Part::usual;
+  return part == Part::in_range || part == Part::finite || part == Part::usual;
 }
 
 // x; in its place 0 if it is not finite, unless the part does not provide for that.
 template <Part kPart, class T>
 WARPSTEP_FN T finite_in(T x) {
-  if constexpr (kPart == Part::finite) {
+  if constexpr (kPart == Part::in_range || kPart == Part::finite) {
     return x;
   } else {
     return finite_or_zero(x);

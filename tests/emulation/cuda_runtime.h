@@ -75,6 +75,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
+// Of whole warps.
+inline bool __all_sync(unsigned mask, bool one) {
+  std::uint32_t all = one;
+  for (int lanes = 1; lanes < 32; lanes *= 2) all &= __shfl_xor_sync(mask, all, lanes);
+  return all != 0;
+}
 // Four of the eight bytes of two registers, as four hexadecimal digits choose.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
   const std::uint64_t bytes = std::uint64_t{high} << 32 | low;

@@ -1,5 +1,6 @@
 // Steps the same tensors by the CPU's kernel and by the CUDA kernel through tiles, and compares all
 // bits (tests/test_tiles.py). Formats, sizes, alignments, the tail and hyper-parameters are drawn.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -49,19 +50,32 @@ constexpr Format kSigned[] = {Format::float32, Format::bfloat16_stochastic, Form
 constexpr Format kPositive[] = {Format::float32, Format::bfloat16_stochastic, Format::bfloat16,
                                 Format::float16, Format::ue5m3};
 
-// Of what an operand holds, `magnitude` some power of ten.
-void fill(Memory& memory, std::int64_t count, std::uint32_t operand, bool odd) {
+constexpr float kSizes[] = {1, 1, 1, 1e-6f, 1e-12f, 1e-16f, 1e-21f, 1e-26f, 1e-35f, 1e12f};
+// What a tensor's numbers are like.
+struct Kind {
+  bool odd;     // some are not finite, or no codes
+  bool sparse;  // many are zero
+  float size;   // of gradients and moments
+};
+
+void fill(Memory& memory, std::int64_t count, std::uint32_t operand, const Kind& kind) {
+  const bool odd = kind.odd;
   std::normal_distribution<float> normal;
   auto* const bytes = static_cast<std::uint8_t*>(memory.at(memory.cpu));
   const bool is_second = operand == kMoment + 1 || operand == kMoment + 2;
   for (std::int64_t i = 0; i < count; ++i) {
     float x = normal(generator) * std::pow(10.0f, static_cast<float>(below(7)) - 5);
+    if (operand != kParam) x *= one_in(50) ? one_of(kSizes) : kind.size;
     if (is_second) x = x * x;
+    if (kind.sparse && !one_in(3)) x = one_in(2) ? 0.0f : -0.0f;
+    if (kind.sparse && is_second) x = std::fabs(x);
     if (odd && one_in(200)) x = std::vector<float>{NAN, INFINITY, -INFINITY, -1, 0}[below(5)];
     const std::uint32_t bits = bits_of(x);
     std::uint32_t stored = bits;
     if (operand >= kScale && operand < kScaleEnd) {
-      stored = odd && one_in(20) ? below(256) : 100 + below(40);
+      const int exponent = static_cast<int>(std::log2(kind.size));
+      const int of_block = operand == kScale ? 115 + exponent : 110 + 2 * exponent;
+      stored = odd && one_in(20) ? below(256) : std::min(std::max(of_block, 1), 240) + below(14);
     } else if (operand == kResidual) {
       stored = below(65536);
     } else if (memory.format == Format::float16) {
@@ -71,7 +85,10 @@ void fill(Memory& memory, std::int64_t count, std::uint32_t operand, bool odd) {
       stored = bits >> 16;
     } else if (bytes_of(memory.format) == 1) {
       const bool has_sign = memory.format == Format::e4m3;
-      stored = odd && one_in(100) ? below(256) : has_sign ? below(126) | below(2) << 7 : below(254);
+      const std::uint32_t sign = has_sign ? below(2) << 7 : 0, no_number = has_sign ? 126 : 254;
+      stored = sign | below(no_number);
+      if (odd && one_in(100)) stored = sign | (no_number + below(2));
+      if (kind.sparse && !one_in(3)) stored = has_sign ? below(2) << 7 : 0;
     }
     std::memcpy(bytes + i * bytes_of(memory.format), &stored, bytes_of(memory.format));
   }
@@ -133,19 +150,21 @@ std::string compare(const RecipeKey& key) {
     has_blocks = has_blocks || is_in_blocks(format);
     is_drawn = is_drawn || is_stochastic(format);
   }
+  const bool plain = one_in(2);  // as most steps are: aligned, and without a tail
   const bool odd = one_in(3);
   constexpr std::uint32_t kTensors = 4, kChunk = kCudaChunkLeast;
-  constexpr std::int64_t kSizes[] = {1, 5, 8, 63, 64, 65, 500, 512, kChunk, 2 * kChunk + 77};
+  constexpr std::int64_t kNumels[] = {1, 5, 8, 63, 64, 65, 500, 512, kChunk, 2 * kChunk + 77};
   Tensor tensors[kTensors];
   std::vector<TensorRow> rows[2];
   std::vector<void*> grads[2];
   std::vector<Chunk> chunks[2];
   for (std::uint32_t i = 0; i < kTensors; ++i) {
     Tensor& tensor = tensors[i];
-    tensor.numel = one_of(kSizes);
+    tensor.numel = one_of(kNumels);
     tensor.has_grad = i != 2;
     tensor.step = static_cast<float>(below(3));
-    const bool is_aligned = one_in(2);
+    const bool is_aligned = plain || one_in(2);
+    const Kind kind{odd, one_in(5), one_of(kSizes)};
     TensorRow row{};
     row.numel = tensor.numel;
     row.first = is_aligned ? 64 * below(3) : std::int64_t{1} << below(40);
@@ -161,7 +180,7 @@ std::string compare(const RecipeKey& key) {
       const std::int64_t count = elements_of(k, tensor.numel);
       memory.offset = is_aligned || one_in(2) ? 0 : below(16);
       memory.cpu.resize(((count + memory.offset) * bytes_of(memory.format) + 7) / 8);
-      fill(memory, count, k, odd);
+      fill(memory, count, k, kind);
       memory.cuda = memory.cpu;
     }
     for (int on = 0; on < 2; ++on) {
@@ -189,10 +208,12 @@ std::string compare(const RecipeKey& key) {
   Hyper hypers[2]{};
   for (Hyper& hyper : hypers) {
     const bool sgd = key.rule == RuleId::sgd;
-    const double numbers[kNumbers] = {1e-2, 0.1, 0.9, sgd ? 0.1 : 0.95, sgd ? 1.0 : 1e-8};
+    constexpr double kEpsilons[] = {1e-8, 1e-8, 1e-16, 1e-30, 0, 1e7};
+    const double numbers[kNumbers] = {1e-2, 0.1, 0.9, sgd ? 0.1 : 0.95,
+                                      sgd ? 1.0 : one_of(kEpsilons)};
     for (std::uint32_t k = 0; k < kNumbers; ++k) hyper.numbers[k].value = numbers[k];
     hyper.ema_decay = 0.9;
-    hyper.decay = one_in(2) ? Decay::decoupled : one_of(kDecays);
+    hyper.decay = plain || one_in(2) ? Decay::decoupled : one_of(kDecays);
     hyper.maximize = one_in(4);
   }
   const float grad_scale = 4, found_inf = one_in(3) ? 1.0f : 0.0f;
@@ -201,10 +222,10 @@ std::string compare(const RecipeKey& key) {
   if (one_in(3)) tail.grad_scale = &grad_scale;
   if (one_in(3)) tail.found_inf = &found_inf;
   if (one_in(3)) tail.clip_coef = &clip_coef;
-  const bool has_statistics = one_in(3);
+  const bool has_statistics = !plain && one_in(3);
   constexpr GradsAfter kAfter[] = {GradsAfter::zeroed, GradsAfter::unscaled,
                                    GradsAfter::unscaled_if_taken};
-  if (one_in(3)) tail.grads_after = one_of(kAfter);
+  if (!plain && one_in(3)) tail.grads_after = one_of(kAfter);
   tail.steps_advanced = one_in(5);
   const std::uint64_t seed = std::uint64_t{generator()} << 32 | generator();
 
