@@ -19,13 +19,14 @@ std::uint32_t head_of(const TensorRow& row, const RecipeKey& recipe) {
     if (is_in_blocks(format)) return 0;
     draws |= is_stochastic(format);
   }
-  if (draws) return static_cast<std::uint32_t>(-row.first & 7);
+  if (draws) return static_cast<std::uint32_t>(-row.first & (kDrawn - 1));
   std::uint32_t best = 0, best_votes = 0;
-  for (std::uint32_t head = 0; head < 8; ++head) {
+  constexpr std::uint32_t kMostInVector = kVectorBytes / 2;  // an element has two bytes or more
+  for (std::uint32_t head = 0; head < kMostInVector; ++head) {
     std::uint32_t votes = 0;  // also of what is not there: address 0, and of no bytes
     for (std::uint32_t i = 0; i < kStable; ++i) {
       const auto address = reinterpret_cast<std::uintptr_t>(row.operands[i]);
-      votes += (address + head * bytes_of(recipe.formats[i])) % 16 == 0;
+      votes += (address + head * bytes_of(recipe.formats[i])) % kVectorBytes == 0;
     }
     if (votes > best_votes) {
       best = head;

@@ -49,7 +49,7 @@ void ResidentTables::use(Resident& resident, void* stream, bool capturing) {
 
 std::shared_ptr<ResidentTables::Resident> ResidentTables::find(const Bucket& bucket) {
   for (const std::shared_ptr<Resident>& resident : residents_) {
-    if (resident->device.index == bucket.device.index && resident->recipe == bucket.recipe &&
+    if (resident->device == bucket.device && resident->recipe == bucket.recipe &&
         same_rows(resident->rows, bucket.rows)) {
       resident->used = ++clock_;
       return resident;

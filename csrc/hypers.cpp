@@ -93,20 +93,25 @@ bool is_on_accelerator(PyObject* object, bool& one) {
 
 }  // namespace
 
+bool point_to(Hyper& hyper, std::uint32_t number, const TensorView& view, dlpack::Device device) {
+  const bool is_number = view.known_format && !view.is_complex && view.numel() == 1 &&
+                         (view.format == Format::float32 || view.format == Format::float64);
+  if (device.type == dlpack::cpu || view.device != device || !is_number || view.data == nullptr) {
+    return false;
+  }
+  hyper.numbers[number].address = view.data;
+  hyper.kinds[number] =
+      view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
+  return true;
+}
+
 void set_number(Hyper& hyper, const TensorNumber& number, dlpack::Device device) {
   TensorView view;
-  tensor_reader().read(number.tensor.ptr(), view);
-  const bool addressable = device.type != dlpack::cpu && view.device.type == device.type &&
-                           view.device.index == device.index && view.known_format &&
-                           bytes_of(view.format) >= 4;
-  Scalar& scalar = hyper.numbers[number.number];
-  if (addressable) {
-    scalar.address = view.data;
-    hyper.kinds[number.number] =
-        view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
-  } else {
-    scalar.value = py::float_(number.tensor).cast<double>();
+  if (tensor_reader().read(number.tensor.ptr(), view) &&
+      point_to(hyper, number.number, view, device)) {
+    return;
   }
+  hyper.numbers[number.number].value = py::float_(number.tensor).cast<double>();
 }
 
 BoundGroup::BoundGroup(const py::dict& group, const GroupKeys& keys) {

@@ -32,7 +32,9 @@ struct TensorNumber {
   py::object tensor;
 };
 
-// Puts a tensor's address into `hyper` where kernels on `device` can read it there, else its value.
+// Has `hyper` read a number where a tensor has it, if kernels on `device` can; or returns false.
+bool point_to(Hyper& hyper, std::uint32_t number, const TensorView& view, dlpack::Device device);
+// The same, or else puts the tensor's value there.
 void set_number(Hyper& hyper, const TensorNumber& number, dlpack::Device device);
 
 // One parameter group, as a plan has bound it.

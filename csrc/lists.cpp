@@ -11,17 +11,13 @@
 namespace warpstep {
 namespace {
 
-bool on_device(const TensorView& view, dlpack::Device device) {
-  return view.device.type == device.type && view.device.index == device.index;
-}
-
 // The address of a float32 tensor of one element on `device`; null for None, or false.
 bool read_float(py::handle object, dlpack::Device device, const float*& address) {
   address = nullptr;
   if (object.is_none()) return true;
   TensorView view;
   if (!tensor_reader().read(object.ptr(), view) || !view.known_format || view.is_complex ||
-      view.format != Format::float32 || view.numel() != 1 || !on_device(view, device)) {
+      view.format != Format::float32 || view.numel() != 1 || view.device != device) {
     return false;
   }
   address = static_cast<const float*>(view.data);
@@ -33,14 +29,8 @@ const char* read_lr(py::handle lr, dlpack::Device device, Hyper& hyper) {
   TensorView view;
   if (!PyFloat_Check(lr.ptr()) && !PyLong_Check(lr.ptr()) && tensor_reader().read(lr.ptr(), view) &&
       view.device.type != dlpack::cpu) {
-    if (!on_device(view, device)) return "lr is on another device";
-    if (view.numel() != 1 || view.is_complex || !view.known_format || bytes_of(view.format) < 4 ||
-        view.data == nullptr) {
-      return "lr on a device is not one float32 or float64";
-    }
-    hyper.numbers[kLr].address = view.data;
-    hyper.kinds[kLr] =
-        view.format == Format::float64 ? Scalar::float64_address : Scalar::float32_address;
+    if (view.device != device) return "lr is on another device";
+    if (!point_to(hyper, kLr, view, device)) return "lr on a device is not one float32 or float64";
     return nullptr;
   }
   hyper.numbers[kLr].value = py::float_(py::reinterpret_borrow<py::object>(lr)).cast<double>();
@@ -61,15 +51,6 @@ bool is_worth_letting_go(std::int64_t elements, const std::vector<Bucket>& bucke
 }
 
 std::size_t size_of(PyObject* list) { return static_cast<std::size_t>(PyList_GET_SIZE(list)); }
-
-bool is_contiguous(const TensorView& view) {
-  std::int64_t expected = 1;
-  for (std::int32_t d = view.ndim - 1; d >= 0; --d) {
-    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
-    expected *= view.shape[d];
-  }
-  return true;
-}
 
 // Whether one address is there twice. Those of tensors that were made in turn ascend.
 bool has_same(std::vector<const float*>& addresses) {
@@ -144,19 +125,16 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
         if (view.numel() != 0) return "scales of a moment that has none";
         continue;
       }
-      if (!on_device(view, device)) return "several devices";
+      if (view.device != device) return "several devices";
       if (is_scale) {
-        if (view.is_complex || view.numel() != elements_of(k, numel) || !is_contiguous(view)) {
+        if (view.is_complex || view.numel() != elements_of(k, numel) || !view.is_contiguous()) {
           return "scales that do not fit";
         }
-      } else if (view.ndim != param.ndim || view.is_complex != param.is_complex) {
+      } else if (view.ndim != param.ndim || view.is_complex != param.is_complex ||
+                 !view.has_shape(param.shape)) {
         return "shapes that differ";
-      }
-      for (std::int32_t d = 0; d < param.ndim && !is_scale; ++d) {
-        if (view.shape[d] != param.shape[d]) return "shapes that differ";
-        if (view.strides[d] != param.strides[d] && param.shape[d] != 1 && numel != 0) {
-          return "strides that differ";
-        }
+      } else if (!view.has_strides(param.strides)) {
+        return "strides that differ";
       }
       if (!options.dispatched && is_lazy(object, view, numel)) return "a lazy tensor";
       if (view.data == nullptr && numel != 0) return "memory that was freed";
@@ -174,7 +152,7 @@ const char* ListStepper::gather(const TensorLists& lists, const ListOptions& opt
       if (!readable(PyList_GET_ITEM(lists.state_steps, i), step))
         return "a tensor of a subclass, or without strides";
       if (!step.known_format || step.is_complex || step.format != Format::float32 ||
-          step.numel() != 1 || !on_device(step, device) || step.data == nullptr) {
+          step.numel() != 1 || step.device != device || step.data == nullptr) {
         return "a step that is not one float32 on the device";
       }
       row.step = static_cast<float*>(step.data);

@@ -97,8 +97,7 @@ void Plan::bind_param(py::handle state, const BucketSpec& spec, BoundParam& boun
   const auto bind = [&](PyObject* tensor, Format format, std::int64_t numel) {
     TensorView view;
     if (!read(tensor, view) || !view.known_format || view.format != lies_as(format) ||
-        view.numel() != numel || view.device.type != param.device.type ||
-        view.device.index != param.device.index) {
+        view.numel() != numel || view.device != param.device) {
       throw py::type_error("a parameter or its state does not fit its recipe");
     }
     return view.data;

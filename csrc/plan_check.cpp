@@ -9,31 +9,10 @@
 namespace warpstep {
 namespace {
 
-bool same_shape(const TensorView& view, const std::int64_t* shape) {
-  for (std::int32_t i = 0; i < view.ndim; ++i) {  // a few numbers: no call is worth it
-    if (view.shape[i] != shape[i]) return false;
-  }
-  return true;
-}
-
-// With `exact`, the strides of dimensions of size one count too.
-bool same_layout(const TensorView& view, const std::int64_t* shape, const std::int64_t* strides,
-                 bool exact = false) {
-  for (std::int32_t i = 0; i < view.ndim; ++i) {
-    if (view.strides[i] != strides[i] && (shape[i] != 1 || exact)) return false;
-  }
-  return true;
-}
-
 // Whether a tensor is so many elements in a run of memory.
 bool is_run(const TensorView& view, Format format, std::int64_t numel, dlpack::Device device) {
-  std::int64_t stride = 1;
-  for (std::int32_t i = view.ndim - 1; i >= 0; --i) {
-    if (view.strides[i] != stride && view.shape[i] != 1 && numel != 0) return false;
-    stride *= view.shape[i];
-  }
   return view.known_format && view.format == format && view.numel() == numel &&
-         view.device.type == device.type && view.device.index == device.index;
+         view.device == device && view.is_contiguous();
 }
 
 // Calls check(0) to check(count - 1): see NOTE [checking on several threads].
@@ -239,17 +218,15 @@ void Plan::prefetch_params_after(std::size_t at, Scope scope) const {
 bool Plan::is_like_param(const BoundParam& bound, const TensorView& view, Format format) const {
   const dlpack::Device device = buckets_[bound.assignment].device;
   return view.known_format && view.format == lies_as(format) &&
-         view.is_complex == bound.is_complex && view.device.type == device.type &&
-         view.device.index == device.index && view.ndim == bound.ndim &&
-         same_shape(view, dims_.data() + bound.dims);
+         view.is_complex == bound.is_complex && view.device == device && view.ndim == bound.ndim &&
+         view.has_shape(dims_.data() + bound.dims);
 }
 
 const char* Plan::check_param(const BoundParam& bound, Look look) const {
   if (bound.assignment == no_state) return nullptr;
   const PlanBucket& bucket = buckets_[bound.assignment];
   const TensorRow& row = bucket.rows[bound.row];
-  const std::int64_t* shape = dims_.data() + bound.dims;
-  const std::int64_t* strides = shape + bound.ndim;
+  const std::int64_t* strides = dims_.data() + bound.dims + bound.ndim;
   const TensorReader& reader = tensor_reader();
   TensorView view;
   const auto is_at = [&](PyObject* tensor, const void* address) {
@@ -260,7 +237,7 @@ const char* Plan::check_param(const BoundParam& bound, Look look) const {
   };
   const auto is_operand_at = [&](PyObject* tensor, const void* address, Format format) {
     return is_at(own_part_of(tensor, bound.layout), address) &&
-           is_like_param(bound, view, format) && same_layout(view, shape, strides);
+           is_like_param(bound, view, format) && view.has_strides(strides);
   };
   if (!is_operand_at(bound.stepped(), row.operands[kParam], bucket.recipe.formats[kParam])) {
     return "a parameter's memory changed";
@@ -351,8 +328,7 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   }
   PlanBucket& bucket = buckets_[bound.assignment];
   const std::int64_t numel = bucket.rows[bound.row].numel;
-  const std::int64_t* shape = dims_.data() + bound.dims;
-  const std::int64_t* strides = shape + bound.ndim;
+  const std::int64_t* strides = dims_.data() + bound.dims + bound.ndim;
   void*& slot = bucket.grads[bound.row];
   if (grad == TensorReader::Grad::none) {
     slot = nullptr;
@@ -368,14 +344,14 @@ const char* Plan::gather_grad(const BoundParam& bound, Look look) {
   // What torch makes lazily negated or conjugated is a view of complex numbers: complex itself, or
   // with strides of its own, which a scalar does not have.
   const bool one = numel == 1;
-  if (view.is_complex || (one && view.ndim == 0) || !same_layout(view, shape, strides, one)) {
+  if (view.is_complex || (one && view.ndim == 0) || !view.has_strides(strides, one)) {
     if (look == Look::in_place) return "a copy is needed";
     bucket.copied_from.push_back(grad_of(bound));
     bucket.copied_grads.push_back(
         match_layout_(py::handle(own_part_of(bound.param, bound.layout)),
                       py::handle(own_part_of(bucket.copied_from.back().ptr(), bound.layout))));
     PyObject* const copy = bucket.copied_grads.back().ptr();
-    if (!reader.read(copy, view) || !same_layout(view, shape, strides)) {
+    if (!reader.read(copy, view) || !view.has_strides(strides)) {
       return "a parameter's memory changed";  // the copy has the strides that it has now
     }
   }

@@ -15,10 +15,6 @@ PyObject* type_named(const char* module, const char* name) {
   return py::object(py::module_::import(module).attr(name)).release().ptr();
 }
 
-bool is_at(const TensorView& view, dlpack::Device device) {
-  return view.device.type == device.type && view.device.index == device.index;
-}
-
 }  // namespace
 
 bool is_torchs_own(PyObject* object) {
@@ -57,15 +53,6 @@ bool is_dense(const TensorView& view) {
   return true;
 }
 
-bool has_shape_and_order_of(const TensorView& view, const TensorView& other) {
-  if (view.ndim != other.ndim) return false;
-  for (std::int32_t i = 0; i < view.ndim; ++i) {
-    if (view.shape[i] != other.shape[i]) return false;
-    if (view.strides[i] != other.strides[i] && view.shape[i] != 1) return false;
-  }
-  return true;
-}
-
 py::object survey(py::handle param, const py::dict& state, const py::tuple& keys,
                   py::handle counter) {
   const TensorReader& reader = tensor_reader();
@@ -85,8 +72,8 @@ py::object survey(py::handle param, const py::dict& state, const py::tuple& keys
       if (key.is_none()) continue;
       PyObject* const tensor = PyDict_GetItem(state.ptr(), key.ptr());
       TensorView view;
-      if (!reads(tensor, view) || view.is_complex || !is_at(view, own.device) ||
-          !has_shape_and_order_of(view, own) || is_lazy(tensor, view, view.numel())) {
+      if (!reads(tensor, view) || view.is_complex || view.device != own.device ||
+          !view.has_shape_and_strides_of(own) || is_lazy(tensor, view, view.numel())) {
         return py::none();
       }
       formats[i] = view.format;
@@ -94,7 +81,7 @@ py::object survey(py::handle param, const py::dict& state, const py::tuple& keys
     TensorView step;
     if (!counter.is_none() && (!reads(PyDict_GetItem(state.ptr(), counter.ptr()), step) ||
                                step.format != Format::float32 || step.is_complex ||
-                               step.numel() != 1 || !is_at(step, own.device))) {
+                               step.numel() != 1 || step.device != own.device)) {
       return py::none();
     }
   }
@@ -104,8 +91,8 @@ py::object survey(py::handle param, const py::dict& state, const py::tuple& keys
       formats[kGrad] = own.format;
       break;
     case TensorReader::Grad::readable:
-      if (!grad.known_format || grad.is_complex || !is_at(grad, own.device) ||
-          !has_shape_and_order_of(grad, own) || (grad.data == nullptr && grad.numel() != 0) ||
+      if (!grad.known_format || grad.is_complex || grad.device != own.device ||
+          !grad.has_shape_and_strides_of(own) || (grad.data == nullptr && grad.numel() != 0) ||
           (grad.numel() == 1 && is_lazy(gradient_of(param.ptr()).ptr(), grad, 1))) {
         return py::none();
       }

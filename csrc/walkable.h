@@ -16,8 +16,6 @@ bool is_torchs_own(PyObject* object);
 bool is_lazy(PyObject* object, const TensorView& view, std::int64_t numel);
 // Whether the elements fill a run of memory, in any order of dimensions, none twice.
 bool is_dense(const TensorView& view);
-// Whether two tensors of one shape have their elements in the same order in memory.
-bool has_shape_and_order_of(const TensorView& view, const TensorView& other);
 
 // The names of the formats of a parameter's operands (None for what is not there), in the order of
 // Operand, if kernels can take all as they are: none lazy, of a derived class, elsewhere, of

@@ -1,6 +1,7 @@
 """ema_decay: against torch's AveragedModel, swapped in and out, in checkpoints, and refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -171,6 +172,52 @@ def test_an_average_moved_or_replaced_is_followed(backend):
         torch.testing.assert_close(
             optimizer.state[param]["ema"], param.detach() / 2, rtol=1e-6, atol=1e-8
         )
+
+
+def to_loaded(optimizer, net, schedule):
+    another = warpstep.AdamW(net.parameters(), ema_decay=schedule)
+    another.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return another
+
+
+def to_rolled_back(optimizer, net, schedule):
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, 3)
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
+def schedule(step):
+    return (1 + step) / (10 + step)
+
+
+@pytest.mark.parametrize(
+    "resumed",
+    [
+        to_loaded,
+        to_rolled_back,
+        lambda optimizer, net, schedule: copy.deepcopy(optimizer),
+        lambda optimizer, net, schedule: pickle.loads(pickle.dumps(optimizer)),
+    ],
+    ids=["loaded", "rolled-back", "copied", "unpickled"],
+)
+def test_a_schedule_goes_on_in_what_is_resumed(resumed):
+    """In the groups that have the optimizer's decay; another's is its own, though it is equal."""
+    net = model()
+    own = schedule(2)  # as the third step's
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "ema_decay": own}]
+    optimizer = warpstep.AdamW(groups, ema_decay=schedule)
+    if resumed is to_loaded:
+        optimizer = warpstep.AdamW(net.parameters(), ema_decay=schedule)
+    train(net, optimizer, 3)
+    optimizer = resumed(optimizer, net, schedule)
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        param.grad = torch.ones_like(param)
+    for step in range(3, 6):
+        optimizer.step()
+        first, *others = optimizer.param_groups
+        assert first["ema_decay"] == schedule(step)
+        assert all(group["ema_decay"] == own for group in others)
 
 
 def test_copies_keep_their_averages():

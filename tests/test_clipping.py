@@ -86,6 +86,17 @@ def test_clippings_compose_as_torchs_do(backend, clippings):
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm_type", [2.0, INF, -INF, 1.0], ids=str)
+def test_norms_of_complex_gradients_are_torchs(backend, norm_type):
+    """Of magnitudes, not of real and imaginary parts; beside gradients that are real."""
+    params = [Parameter(torch.zeros(20, dtype=d)) for d in (torch.complex64, torch.float32)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    found = warpstep.AdamW(params, backend=backend).clip_grad_norm_(1.0, norm_type)
+    expected = torch.nn.utils.get_total_norm([p.grad for p in params], norm_type)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_a_second_clipping_finds_the_norm_that_the_first_has_left(backend):
     """Exact numbers: gradients of 10 have norm 20, and are 0.5 once clipped to 1."""
     param = Parameter(torch.zeros(4))

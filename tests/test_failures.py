@@ -81,6 +81,11 @@ def complex_gradient(p):
     p.grad.data = torch.ones(17, dtype=torch.complex64, device=p.device)
 
 
+def float8_parameter(p):
+    p.data = p.data.to(torch.float8_e4m3fn)
+    p.grad = torch.ones_like(p)
+
+
 def complex_parameter_real_gradient(p):
     p.data = p.data.to(torch.complex64)
 
@@ -93,6 +98,7 @@ BAD_GRADIENTS = {
     "shorter-parameter": (shorter_parameter, RuntimeError, r"\(5,\)"),
     "integer-gradient": (integer_gradient, (TypeError, RuntimeError), "int32"),
     "complex-gradient": (complex_gradient, (TypeError, RuntimeError), "complex64"),
+    "float8-parameter": (float8_parameter, (TypeError, RuntimeError), "float8"),
     "complex-parameter": (complex_parameter_real_gradient, (TypeError, RuntimeError), "complex64"),
 }
 

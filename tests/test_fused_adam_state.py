@@ -226,6 +226,21 @@ def test_a_state_dict_is_loaded_in_whole_or_not_at_all(key, value, message):
             assert torch.equal(after["state"][index][name], tensor)
 
 
+def test_a_derived_class_that_cannot_take_the_state_leaves_it():
+    class Strict(warpstep.compat.FusedAdam):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            raise KeyboardInterrupt
+
+    optimizer = Strict([torch.nn.Parameter(torch.zeros(4))], lr=5.0)
+    state, groups = optimizer.state, optimizer.param_groups
+    saved = warpstep.compat.FusedAdam([torch.nn.Parameter(torch.zeros(4))], lr=0.1).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state is state
+    assert optimizer.param_groups is groups
+
+
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -27,17 +28,21 @@ from warpstep.state import (
     wrong_master,
 )
 
+# state_of(name, param, group, saved): the copies of one parameter's saved state.
+StateOf = Callable[[str, Tensor, dict[str, Any], Any], dict[str, Any]]
+
 
 def load(
     optimizer: Averaging,
     rule: Rule,
     state_dict: dict[str, Any],
-    precision: Precision,
+    state_of: StateOf,
+    finish: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> None:
     """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place.
 
-    Moments get the dtype that ``precision`` names, or keep the dtypes that they were saved with:
-    those of 8 bits, and those to be, too, which a step converts.
+    ``finish(groups)`` completes the loaded groups, once all states are there, and returns what else
+    the optimizer remembers.
     """
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -47,48 +52,69 @@ def load(
             raise KeyError(f"{key}: an optimizer's state dict has it, this one {list(state_dict)}")
 
     ids = [list(group["params"]) for group in state_dict["param_groups"]]
-    groups = loaded_groups(optimizer, rule, deepcopy(state_dict["param_groups"]))
+    groups = _loaded_groups(optimizer, rule, deepcopy(state_dict["param_groups"]))
     places = (
-        (param, group, parameter_name(optimizer.param_groups, g, i))
+        (parameter_name(optimizer.param_groups, g, i), param, group)
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     )
     place_of = dict(zip(chain.from_iterable(ids), places, strict=True))
-
-    dtypes = {key: precision.loaded_dtype(which) for which, key in enumerate(rule.moments)}
-    dtypes["ema"] = precision.ema_dtype
     state: dict[Any, Any] = type(optimizer.state)(dict)
-    steps = [0.0]
     for key, value in state_dict["state"].items():
         if key in place_of:
-            param, group, name = place_of[key]
-            state[param] = _loaded_state(name, param, rule, group, value, dtypes)
-            if callable(optimizer.ema_decay) and "step" in state[param]:
-                steps.append(float(state[param]["step"]))
+            name, param, group = place_of[key]
+            state[param] = state_of(name, param, group, value)
         else:
             state[key] = value
 
-    for group in groups:
-        forget_count(group)
-
+    loaded = {"state": state, "param_groups": groups, **finish(groups)}
     before = dict(vars(optimizer))
     try:
-        optimizer.__setstate__({"state": state, "param_groups": groups})
+        optimizer.__setstate__(loaded)
     except BaseException:  # of a derived class's __setstate__, or a signal's
         vars(optimizer).clear()
         vars(optimizer).update(before)
         raise
-    if callable(optimizer.ema_decay):
-        optimizer._ema_steps = int(max(filter(math.isfinite, steps)))
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def load_for_rule(
+    optimizer: Averaging, rule: Rule, state_dict: dict[str, Any], precision: Precision
+) -> None:
+    """`load` for the optimizers that have torch's names and form of state.
+
+    Moments get the dtype that ``precision`` names, or keep the dtypes that they were saved with:
+    those of 8 bits, and those to be, too, which a step converts.
+    """
+    dtypes = {key: precision.loaded_dtype(which) for which, key in enumerate(rule.moments)}
+    dtypes["ema"] = precision.ema_dtype
+    steps = [0.0]
+
+    def state_of(name: str, param: Tensor, group: dict[str, Any], saved: Any) -> dict[str, Any]:
+        state = _loaded_state(name, param, rule, group, saved, dtypes)
+        if callable(optimizer.ema_decay) and "step" in state:
+            steps.append(float(state["step"]))
+        return state
+
+    def finish(groups: list[dict[str, Any]]) -> dict[str, Any]:
+        for group in groups:
+            forget_count(group)
+        if not callable(optimizer.ema_decay):
+            return {}
+        for mine, group in zip(optimizer.param_groups, groups, strict=True):
+            if optimizer._follows_ema_decay(mine) and group.get("ema_decay") is not None:
+                group["ema_decay"] = optimizer.defaults["ema_decay"]
+        return {"_ema_steps": int(max(filter(math.isfinite, steps)))}
+
+    load(optimizer, rule, state_dict, state_of, finish)
 
 
 def _another(rule: Rule) -> str:
     return f"Is it the state dict of another optimizer? Load one of {rule.title}"
 
 
-def loaded_groups(
+def _loaded_groups(
     optimizer: Averaging, rule: Rule, groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The groups of a state dict, with the optimizer's parameters and what a step needs."""

@@ -39,6 +39,9 @@ def norm_of_norms(grads: list[Tensor], norm_type: float) -> Tensor:
 
 def share_of_norm(grad: Tensor, norm_type: float) -> Tensor:
     """One gradient's share of `combined_norm`."""
-    norm = torch.linalg.vector_norm(real_view(grad.detach()), norm_type, dtype=torch.float64)
-    norm = whole(norm)
-    return norm if math.isinf(norm_type) else norm.square()
+    is_largest = math.isinf(norm_type)
+    numbers = grad.detach()
+    if numbers.is_complex():
+        numbers = numbers.abs() if is_largest else real_view(numbers)
+    norm = whole(torch.linalg.vector_norm(numbers, norm_type, dtype=torch.float64))
+    return norm if is_largest else norm.square()

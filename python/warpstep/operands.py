@@ -5,32 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from warpstep.recipes import FORMATS, one_of, real_dtype
 from warpstep.state import describe, is_freed
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
     """Raises where ``grad`` cannot be ``param``'s gradient; ``name`` is the parameter's."""
-    if not (param.is_floating_point() or param.is_complex()):
+    if real_dtype(param.dtype) not in FORMATS:
         raise TypeError(
-            f"{name} is {describe(param)}: only floating point and complex parameters can be "
-            "stepped. Leave it out of the optimizer."
+            f"{name} is {describe(param)}: only parameters of {one_of(FORMATS)}, or complex ones, "
+            "can be stepped. Leave it out of the optimizer."
         )
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
-            f"sparse gradients are not supported (torch.optim.SparseAdam takes them): {name} has a "
-            f"gradient of layout {grad.layout}"
+            "sparse gradients are not supported (torch.optim.SparseAdam and torch.optim.SGD take "
+            f"them): {name} has a gradient of layout {grad.layout}"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
             f"{name} is {describe(param)}, its gradient is {describe(grad)}: shape and device "
             "must be the same"
         )
-    if grad.is_complex() != param.is_complex() or not (
-        grad.is_floating_point() or grad.is_complex()
-    ):
+    if grad.is_complex() != param.is_complex() or real_dtype(grad.dtype) not in FORMATS:
         raise TypeError(
-            f"{name} is {describe(param)}, its gradient is {describe(grad)}: both must be real, or "
-            "both complex, of a floating point dtype"
+            f"{name} is {describe(param)}, its gradient is {describe(grad)}: both must be real, of "
+            f"{one_of(FORMATS)}, or both complex"
         )
     if any(s == 0 and n > 1 for s, n in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(

@@ -102,7 +102,9 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         if decay_form is not None:
             self.defaults["decay_form"] = decay_form
         if ema_decay is not None:
-            self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
+            self.defaults["ema_decay"] = ema_decay
+            if callable(ema_decay):
+                self._set_default_ema_decay(ema_decay(0))
         if master is not None:
             self.defaults["master"] = master
         for index, group in enumerate(self.param_groups):
@@ -267,7 +269,12 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         plan = self.plan
         found = plan.statistics(self) if self.stats and plan is not None else None
         if found is None:
-            raise RuntimeError("no statistics: construct the optimizer with stats=True, then step")
+            missing = (
+                "no step has been taken since the optimizer was made, loaded or copied"
+                if self.stats
+                else "construct the optimizer with stats=True, then step"
+            )
+            raise RuntimeError(f"no statistics: {missing}")
         names = names_of(self.param_groups)
         return replace(found, names=[names[param] for param in found.params])
 
@@ -320,6 +327,10 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self._forget_stale_residuals()
         names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "_copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
+        if callable(self.ema_decay):  # pickle makes an object for each mention of a number
+            ours["_following"] = [
+                i for i, group in enumerate(self.param_groups) if self._follows_ema_decay(group)
+            ]
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -332,6 +343,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)
+        for index in self.__dict__.pop("_following", ()):
+            self.param_groups[index]["ema_decay"] = self.defaults["ema_decay"]
 
     @_disable_dynamo
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
@@ -364,4 +377,4 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         Raises:
             ValueError: something does not fit, or is missing; the message names it.
         """
-        checkpoint.load(self, self.rule, state_dict, self.precision)
+        checkpoint.load_for_rule(self, self.rule, state_dict, self.precision)

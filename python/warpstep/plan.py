@@ -113,6 +113,8 @@ class Plan:
             bucket.bind(self._bound, index, options)
             if of_min and any(entry.group in of_min for entry in bucket.entries):
                 bucket.keep_least()
+        complex_ones = (entry for entry in entries if entry.param.is_complex())
+        self._complex = {assignments[entry.number] for entry in complex_ones}  # buckets with any
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
             entry.param, entry.state, entry.new_state = None, _NOTHING, None
@@ -351,7 +353,8 @@ class Plan:
     def grad_norm(self, optimizer: Optimizer, norm_type: float) -> Tensor:
         """The norm of all gradients as they are, after they were gathered. float64.
 
-        One launch a bucket for the 2-norm and the inf-norm; other norms go through torch.
+        One launch a bucket for the 2-norm and the inf-norm; other norms go through torch, as does
+        the inf-norm of a complex bucket, which kernels see as pairs of real numbers.
         """
         others = [grad for _, _, grad in self.with_grads(optimizer, self.python_only)]
         none = torch.tensor(0.0, dtype=torch.float64, device="cpu")
@@ -361,9 +364,13 @@ class Plan:
             grads = [whole(grad) for grad in (*grads, *others) if grad.numel() > 0]
             return norm_of_norms(grads, norm_type) if grads else none
         shares = []
+        is_largest = math.isinf(norm_type)
         for bucket in self.buckets:
+            if is_largest and bucket.index in self._complex:
+                others += [grad for _, _, grad in self.with_grads(optimizer, bucket.entries)]
+                continue
             bucket.use_on_current_stream()
-            shares.append(bucket.share_of_norm(math.isinf(norm_type)))
+            shares.append(bucket.share_of_norm(is_largest))
         shares += [share_of_norm(grad, norm_type) for grad in others if grad.numel() > 0]
         return combined_norm(shares, norm_type) if shares else none
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from warpstep import checkpoint
 from warpstep.averages import Averaging
-from warpstep.checkpoint import loaded_groups
 from warpstep.compat.counts import count_of
 from warpstep.compat.masters import OWN_KEYS, STATES, Kept
 from warpstep.rules import Rule
-from warpstep.state import parameter_name
 
 # What torch's and warpstep's groups say of how a step is done, and this class's do not.
 _OTHERS_KEYS = (
@@ -70,35 +68,20 @@ class LoadsStates(Averaging):
 @torch.no_grad()
 def load(optimizer: LoadsStates, kept: Kept, state_dict: dict[str, Any]) -> None:
     """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place."""
-    state_dict = state_dict.copy()
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = pre_hook(optimizer, state_dict) or state_dict
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise KeyError(f"{key}: an optimizer's state dict has it, this one {list(state_dict)}")
-    ids = [list(group["params"]) for group in state_dict["param_groups"]]
-    groups = loaded_groups(optimizer, optimizer.rule, deepcopy(state_dict["param_groups"]))
-    places = {
-        key: (param, group, parameter_name(optimizer.param_groups, g, i))
-        for g, group in enumerate(groups)
-        for i, (key, param) in enumerate(zip(ids[g], group["params"], strict=True))
-    }
-    state: dict[Any, Any] = type(optimizer.state)(dict)
-    for key, value in state_dict["state"].items():
-        if key in places:
-            param, group, name = places[key]
-            state[param] = _loaded_state(name, param, group, value, kept)
-        else:
-            state[key] = deepcopy(value)
-    for group in groups:
-        for key in _OTHERS_KEYS:
-            group.pop(key, None)
-        if "step" in group:
-            group["step"] = count_of(group["step"])
-        optimizer.complete_group(group)
-    optimizer.__setstate__({"state": state, "param_groups": groups})
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+
+    def state_of(name: str, param: Tensor, group: dict[str, Any], saved: Any) -> dict[str, Any]:
+        return _loaded_state(name, param, group, saved, kept)
+
+    def finish(groups: list[dict[str, Any]]) -> dict[str, Any]:
+        for group in groups:
+            for key in _OTHERS_KEYS:
+                group.pop(key, None)
+            if "step" in group:
+                group["step"] = count_of(group["step"])
+            optimizer.complete_group(group)
+        return {}
+
+    checkpoint.load(optimizer, optimizer.rule, state_dict, state_of, finish)
 
 
 def _loaded_state(
