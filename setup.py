@@ -11,6 +11,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PACKAGES = ("", ".compat", ".enabling", ".kernels", ".kernels.triton", ".rules")
 # Environment variables for CMakeLists.txt, which explains them.
 SETTINGS = ("WARPSTEP_NATIVE", "WARPSTEP_CUDA", "WARPSTEP_CUDA_ARCHS")
 
@@ -70,7 +71,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=[f"warpstep{p}" for p in ("", ".compat", ".kernels", ".kernels.triton", ".rules")],
+    packages=[f"warpstep{package}" for package in PACKAGES],
     package_dir={"warpstep": "python/warpstep", "warpstep.kernels": "kernels"},
     include_package_data=False,  # which takes the folders of C++ sources for packages
     package_data={"warpstep": ["py.typed", "*.pyi"]},

@@ -103,7 +103,7 @@ class Case:
         return sum(prod(shape) for shape in self.shapes)
 
     @property
-    def streams(self) -> int:
+    def accesses(self) -> int:
         """How many tensors of a parameter's size one step moves, each live byte counted once: it
         reads the parameter, gradient and moments, and writes all back except the gradient."""
         return 3 + 2 * MOMENTS[self.optimizer]
@@ -118,7 +118,7 @@ class Case:
         """Bytes one step cannot do without: for AdamW 28 an element in float32, 14 in bfloat16."""
         if self.recipe:
             return int(self.elements * RECIPES[self.recipe].moved)
-        return self.param_bytes * self.streams
+        return self.param_bytes * self.accesses
 
     @property
     def state_bytes(self) -> int:

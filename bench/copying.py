@@ -47,20 +47,20 @@ class CopyLoop:
         for parameter in self.entry.parameters:
             parameter.grad.zero_()  # With these the loop leaves what it writes as it was.
         operands = self.entry.operands()
-        streams = [views for of_one in operands if (views := as_floats(*of_one))]
-        moved = self.case.streams * sum(views[0].nbytes for views in streams)
+        arrays = [views for of_one in operands if (views := as_floats(*of_one))]
+        moved = self.case.accesses * sum(views[0].nbytes for views in arrays)
         if not self.case.after_backward:
             self.device.rest()
-            self.run(streams)
+            self.run(arrays)
         start = clock()
-        self.run(streams)
+        self.run(arrays)
         taken = clock() - start
         self.entry.drop_gradients()
         return taken * self.case.floor_bytes / moved
 
-    def run(self, streams: list[Tensors]) -> None:
+    def run(self, arrays: list[Tensors]) -> None:
         """Moves all bytes once."""
-        self.touch(streams, torch.get_num_threads())
+        self.touch(arrays, torch.get_num_threads())
 
 
 class OwnCopyLoop(CopyLoop):
@@ -114,7 +114,7 @@ def copy_loop(
     case: Case, entries: Sequence[Entry], device: Cpu
 ) -> CopyLoop | DeviceCopyLoop | None:
     """The copy loop for a case. None where it would say nothing (small tensors, more than a step),
-    where there is no native module, and on a CPU for what has other streams than AdamW.
+    where there is no native module, and on a CPU for other operands than AdamW's.
     """
     ours = next((entry for entry in entries if entry.id == OURS), None)
     if ours is None or not case.moves_the_floor:

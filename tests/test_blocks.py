@@ -1,4 +1,4 @@
-"""8-bit moments on the CPU: blocks in registers (kernels/cpu/eight.h) leave the bits of tiles.
+"""8-bit moments on the CPU: blocks in registers (kernels/cpu/eight_bit.h) leave the bits of tiles.
 
 Statistics change no bit and go through tiles, so an optimizer with them is the other one's oracle.
 """

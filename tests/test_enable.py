@@ -11,8 +11,9 @@ from support.enabling import each_way, go
 from support.environment import EMULATED
 from support.lists import HYPERS, assert_same_lists, clones, flat, streams
 from support.parameters import new_params, set_grads, take_steps
-from warpstep import modes, override, shortcut
+from warpstep import modes
 from warpstep.backends import BackendUnavailableError
+from warpstep.enabling import override, shortcut
 
 SIZES = [(3,), (40, 7), (), (0, 2), (1000,)] * 2
 CLASSES = [torch.optim.AdamW, torch.optim.Adam]

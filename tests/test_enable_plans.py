@@ -21,7 +21,7 @@ from support.bits import assert_same_bits
 from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, step_both, torchs
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
-from warpstep import planned
+from warpstep.enabling import torchs_plan
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -36,7 +36,7 @@ def left_disabled():
 def places():
     """What torch's steps are now, inside their decorators."""
     found = []
-    for kind in planned.KINDS:
+    for kind in torchs_plan.KINDS:
         decorator = kind.step
         while hasattr(decorator.__wrapped__, "__wrapped__"):
             decorator = decorator.__wrapped__
@@ -82,24 +82,24 @@ def test_disable_in_mid_run_leaves_a_plain_torch_optimizer(kind):
 def test_disable_restores_every_function():
     """The very ones; and the classes are not written to at all."""
     torchs("AdamW"), torchs("SGD")
-    before, classes = places(), [dict(vars(kind)) for kind in planned.KINDS]
+    before, classes = places(), [dict(vars(kind)) for kind in torchs_plan.KINDS]
     own = dict(vars(torch.optim.AdamW))
     warpstep.enable()
     assert places() != before
     warpstep.enable(unfused=True)
     with warpstep.enabled():
         take_steps(torchs("AdamW"), range(1))
-    assert [dict(vars(kind)) for kind in planned.KINDS] == classes
+    assert [dict(vars(kind)) for kind in torchs_plan.KINDS] == classes
     warpstep.disable()
     assert all(a is b for a, b in zip(places(), before, strict=True))
-    assert [dict(vars(kind)) for kind in planned.KINDS] == classes
+    assert [dict(vars(kind)) for kind in torchs_plan.KINDS] == classes
     assert dict(vars(torch.optim.AdamW)) == own
 
 
 def test_a_failure_while_enabling_is_undone(monkeypatch):
     before = places()
     broken = functools.partial(pytest.fail, "no place")
-    monkeypatch.setattr(planned, "_place_of_step", lambda kind: broken())
+    monkeypatch.setattr(torchs_plan, "_place_of_step", lambda kind: broken())
     with pytest.raises(pytest.fail.Exception):
         warpstep.enable()
     assert places() == before
@@ -397,7 +397,7 @@ def test_captured_plans_are_kept(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with by_plans(1):
             take_steps(ours, range(1))
-        kept = weakref.ref(planned._all_beside[id(ours)].captured[0])
+        kept = weakref.ref(torchs_plan._all_beside[id(ours)].captured[0])
         loaded(ours)
         with by_plans(0, "a graph capture before"):
             take_steps(ours, range(1))
@@ -525,14 +525,14 @@ def test_a_plan_that_cannot_be_made_is_tried_again_more_and_more_seldom(monkeypa
             raise OSError("no plan today")
 
     ours = torchs()
-    monkeypatch.setattr(planned, "TorchsPlan", Failing)
+    monkeypatch.setattr(torchs_plan, "TorchsPlan", Failing)
     with warpstep.enabled():
         with by_plans(0, "no plan today"):
             take_steps(ours, range(100))
         assert len(made) == 7  # after 1, 2, 4, ... steps
         monkeypatch.undo()
         take_steps(ours, range(100))
-    assert planned._all_beside[id(ours)].plan is not None
+    assert torchs_plan._all_beside[id(ours)].plan is not None
     assert {state["step"].item() for state in ours.state.values()} == {200.0}
 
 
@@ -540,12 +540,12 @@ def test_plans_that_last_for_one_step_are_left(monkeypatch):
     """Who replaces the state at each step does not pay for a plan each time."""
     made = []
 
-    class Counting(planned.TorchsPlan):
+    class Counting(torchs_plan.TorchsPlan):
         def __init__(self, *args):
             made.append(None)
             super().__init__(*args)
 
-    monkeypatch.setattr(planned, "TorchsPlan", Counting)
+    monkeypatch.setattr(torchs_plan, "TorchsPlan", Counting)
     ours, theirs = torchs(), torchs()
     for step in range(60):
         step_both(ours, theirs, [step])
@@ -578,7 +578,7 @@ def test_threads():
 def test_what_is_kept_dies_with_the_optimizer():
     """Also where it is found by the garbage collector; and it keeps nothing alive."""
     gc.collect()
-    before = len(planned._all_beside)
+    before = len(torchs_plan._all_beside)
     with warpstep.enabled():
         first, second = torchs(), torchs()
         second.itself = second
@@ -586,11 +586,11 @@ def test_what_is_kept_dies_with_the_optimizer():
         params = [weakref.ref(p) for p in params_of(first)]
         for optimizer in (first, second):
             take_steps(optimizer, range(2))
-        plans = [weakref.ref(planned._all_beside[id(o)].plan) for o in (first, second)]
-        assert len(planned._all_beside) == before + 2
+        plans = [weakref.ref(torchs_plan._all_beside[id(o)].plan) for o in (first, second)]
+        assert len(torchs_plan._all_beside) == before + 2
         del optimizer, first, second
         gc.collect()
-    assert len(planned._all_beside) == before
+    assert len(torchs_plan._all_beside) == before
     assert not any(reference() for reference in (*optimizers, *params, *plans))
 
 
@@ -599,11 +599,11 @@ def test_plans_outlast_a_scope():
     ours = torchs()
     with warpstep.enabled():
         take_steps(ours, range(1))
-    plan = planned._all_beside[id(ours)].plan
+    plan = torchs_plan._all_beside[id(ours)].plan
     for step in range(1, 3):
         with warpstep.enabled(), by_plans(1):
             take_steps(ours, [step])
-    assert planned._all_beside[id(ours)].plan is plan
+    assert torchs_plan._all_beside[id(ours)].plan is plan
 
 
 def test_modes_see_torchs_operators():
@@ -658,10 +658,10 @@ decorated_otherwise.__wrapped__ = Undecorated.step
 
 def test_another_torch(monkeypatch):
     """Where the place of the step is not as it is known, the operators alone are taken."""
-    assert planned._place_of_step(Undecorated) is None
+    assert torchs_plan._place_of_step(Undecorated) is None
     monkeypatch.setattr(Undecorated, "step", decorated_otherwise)
-    assert planned._place_of_step(Undecorated) is None
-    monkeypatch.setattr(planned, "_place_of_step", lambda kind: None)
+    assert torchs_plan._place_of_step(Undecorated) is None
+    monkeypatch.setattr(torchs_plan, "_place_of_step", lambda kind: None)
     before = places()
     ours, theirs = torchs(), torchs()
     taken = warpstep.status().taken
@@ -673,13 +673,13 @@ def test_another_torch(monkeypatch):
 
 
 def test_the_place_of_the_step_is_known():
-    for kind in planned.KINDS:
-        assert planned._place_of_step(kind) is not None
+    for kind in torchs_plan.KINDS:
+        assert torchs_plan._place_of_step(kind) is not None
 
 
 def test_what_someone_else_puts_there_stays():
     """It may hold ours, which passes on then."""
-    place = planned._place_of_step(torch.optim.AdamW)
+    place = torchs_plan._place_of_step(torch.optim.AdamW)
     torchs_own, calls = place.cell_contents, []
     warpstep.enable()
     ours = place.cell_contents

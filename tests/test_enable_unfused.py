@@ -11,9 +11,9 @@ from support.bits import assert_same_bits
 from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, step_both, torchs
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
-from warpstep import override
-from warpstep.counts import MOST_REASONS, OTHER_REASONS, Counts
-from warpstep.planned import CHOSEN, UNCHOSEN
+from warpstep.enabling import override
+from warpstep.enabling.counts import MOST_REASONS, OTHER_REASONS, Counts
+from warpstep.enabling.torchs_plan import CHOSEN, UNCHOSEN
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -208,10 +208,10 @@ def test_lists_with_hyper_parameters_of_every_value(hypers, way):
         if ours and WAYS[way] is not None:
             WAYS[way](*lists, **values, advance_steps=False)
         else:
-            before = warpstep.override.counts.taken
+            before = warpstep.enabling.override.counts.taken
             with warpstep.enabled() if ours else contextlib.nullcontext():
                 torch._fused_adamw_(*lists, **values, amsgrad=False, maximize=False)
-            assert (warpstep.override.counts.taken > before) == ours
+            assert (warpstep.enabling.override.counts.taken > before) == ours
         results.append((param, exp_avg, exp_avg_sq))
     same = ~torch.tensor(unlike_torch(values, False))
     for found, expected in zip(*([t[same] for t in result] for result in results), strict=True):

@@ -56,7 +56,7 @@ def compiled(functions, isa, folder):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     source, target = folder / "loops.cpp", folder / "loops.s"
-    begin = '#include "cpu/eight.h"\nusing namespace warpstep;\n'
+    begin = '#include "cpu/eight_bit.h"\nusing namespace warpstep;\n'
     source.write_text(begin + "".join(functions))
     text = (ROOT / "CMakeLists.txt").read_text()
     names = ("ARITHMETIC", f"ISA_FLAGS_{isa}")

@@ -1,10 +1,10 @@
 // The CPU kernels, made SIMD by the compiler. Compiled once per instruction set; WARPSTEP_ISA names
 // the copy. launch.cpp chooses one.
-#include "eight.h"
+#include "eight_bit.h"
 #include "grad_norm.h"
 #include "launch.h"
 #include "least_magnitude.h"
-#include "sixteen.h"
+#include "sixteen_bit.h"
 #include "tiles.h"
 #include "touch.h"
 

@@ -5,7 +5,7 @@
 // threads have a block of 64 numbers of 8 bits, whose maximum they find by shuffles.
 #include "../recipes.h"
 #include "block.cuh"
-#include "eight.cuh"
+#include "eight_elements.cuh"
 
 namespace warpstep {
 namespace {

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .arithmetic import device_function
 from .formats import elements
-from .layout import BLOCK as NUMBERS  # that share a scale
+from .layout import BLOCK as IN_BLOCK  # that share a scale
 
 # What the random bits of a tensor at one step are a function of, beside operand and element:
 # `index` is that of the chunk's first element over DRAWN, and `past` what the division leaves.
@@ -137,7 +137,7 @@ def encoded(
     counts = (magnitude if SIGNED else bits) + MAGNITUDE_OF_ZERO
     if not ALIGNED:  # whole blocks are masked, or none
         counts = tl.where(mask, counts, MAGNITUDE_OF_ZERO)
-    largest = tl.max(tl.reshape(counts, (COUNT // NUMBERS, NUMBERS)), 1)
+    largest = tl.max(tl.reshape(counts, (COUNT // IN_BLOCK, IN_BLOCK)), 1)
     exponents = (tl.maximum(largest, MAGNITUDE_OF_ZERO) - MAGNITUDE_OF_ZERO + 0x300000) >> 23
     scales = tl.maximum(exponents, REACH + 1)
     base = (scales - REACH) << 23

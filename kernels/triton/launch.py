@@ -37,7 +37,7 @@ CHUNKS = (2048, 4096, 8192, 16384)
 PROGRAMS = 1024
 # Few warps, so that several programs share a multiprocessor and one loads while another computes.
 NUM_WARPS = 4
-# Elements that a thread takes at a time: a 16-byte access of a 2-byte stream, two of a 4-byte one.
+# Elements that a thread takes at a time: a 16-byte access of a 2-byte operand, two of a 4-byte one.
 THREAD_ELEMENTS = 8
 # Elements of which every format has whole 16-byte vectors.
 GRANULE = 16

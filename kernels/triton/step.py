@@ -15,7 +15,7 @@ from .blocks import DRAWN, Draw, decoded, encoded, joined, rounded, split
 from .decay import hyper_at
 from .formats import elements, load, numbers, pointers
 from .layout import (
-    BLOCK as NUMBERS,
+    BLOCK as IN_BLOCK,
 )
 from .layout import (
     CHUNK_HALVES,
@@ -57,7 +57,7 @@ def address_of(row, OPERAND: tl.constexpr, FORMAT: tl.constexpr):
 @device_function
 def scales_at(at, block, INDEX: tl.constexpr, RECIPE: tl.constexpr):
     """Pointers to the scales of a moment's blocks, which are counted from the chunk's first on."""
-    return pointers(at.scales[INDEX], at.first // NUMBERS, block, RECIPE.moments[INDEX], False)
+    return pointers(at.scales[INDEX], at.first // IN_BLOCK, block, RECIPE.moments[INDEX], False)
 
 
 @device_function
@@ -93,12 +93,12 @@ def step_range(
             before = joined(before, tl.load(residual_at, mask=mask))
         grad = load(grad_at, mask, T)
         moments_at, moments = (), ()
-        block = start // NUMBERS + tl.arange(0, max(COUNT // NUMBERS, 1))
+        block = start // IN_BLOCK + tl.arange(0, max(COUNT // IN_BLOCK, 1))
         for i in tl.static_range(MOMENTS):
             address = at.moments[i]
             moments_at += (pointers(address, at.first, offsets, RECIPE.moments[i], ALIGNED > 0),)
             if RECIPE.moments[i].in_blocks:
-                scales = tl.load(scales_at(at, block, i, RECIPE), mask=block * NUMBERS < end)
+                scales = tl.load(scales_at(at, block, i, RECIPE), mask=block * IN_BLOCK < end)
                 codes = tl.load(moments_at[i], mask=mask)
                 moments += (decoded(codes, scales, RECIPE.moments[i]),)
             else:
@@ -109,7 +109,7 @@ def step_range(
 
         param, moments = stepped(c, before, grad, moments, RECIPE, TAIL)
         written = mask
-        blocks_written = block * NUMBERS < end
+        blocks_written = block * IN_BLOCK < end
         if TAIL.skippable:
             written = tl.where(taken, mask, offsets < 0)
             blocks_written = tl.where(taken, blocks_written, block < 0)

@@ -4,8 +4,8 @@ from warpstep import compat, functional, torch_ops
 from warpstep.adam import Adam
 from warpstep.adamw import AdamW
 from warpstep.backends import BackendUnavailableError, native
-from warpstep.override import disable, enable, enable_if_asked, enabled
-from warpstep.replacement import replace
+from warpstep.enabling.override import disable, enable, enable_if_asked, enabled
+from warpstep.enabling.replacement import replace
 from warpstep.report import status
 from warpstep.sgd import SGD
 from warpstep.version import __version__

@@ -1,5 +1,5 @@
 """``import warpstep.autoenable`` calls ``warpstep.enable()``: one line for an existing program."""
 
-from warpstep.override import enable
+from warpstep.enabling.override import enable
 
 enable()

@@ -39,7 +39,7 @@ def rule(overload: Callable[..., None], operator: Operator) -> Callable[..., Non
 
     def batched(_keys: Any, *lists: list[Tensor], **options: Any) -> None:
         level = _functorch.current_level()
-        streams_of_low = [options.pop(name, None) for name in low]
+        lists_of_low = [options.pop(name, None) for name in low]
 
         def outside(tensor: Tensor) -> Batch:
             value, dim = _functorch._unwrap_batched(tensor, level)
@@ -49,21 +49,21 @@ def rule(overload: Callable[..., None], operator: Operator) -> Callable[..., Non
             given = operator.defaults | options
             used = [
                 *used_lists(operator.rule, given),
-                *(each is not None for each in streams_of_low),
+                *(each is not None for each in lists_of_low),
             ]
-            streams = [
-                [outside(tensor) for tensor in stream] if is_used else []
-                for stream, is_used in zip((*lists, *streams_of_low), used, strict=True)
+            all_lists = [
+                [outside(tensor) for tensor in one] if is_used else []
+                for one, is_used in zip((*lists, *lists_of_low), used, strict=True)
             ]
             scalars = {
                 key: outside(options[key])
                 for key in SCALARS
                 if isinstance(options.get(key), Tensor)
             }
-            for call, numbers in _calls(operator, streams, scalars, given):
+            for call, numbers in _calls(operator, all_lists, scalars, given):
                 if any(call):  # a batch may have no entry
                     of_low = dict(zip(low, call[len(names) :], strict=True))
-                    of_low = {name: stream for name, stream in of_low.items() if stream}
+                    of_low = {name: one for name, one in of_low.items() if one}
                     overload(*call[: len(names)], **{**options, **numbers, **of_low})
 
     return batched
@@ -71,37 +71,41 @@ def rule(overload: Callable[..., None], operator: Operator) -> Callable[..., Non
 
 def _calls(
     operator: Operator,
-    streams: list[list[Batch]],
+    all_lists: list[list[Batch]],
     scalars: dict[str, Batch],
     given: dict[str, Any],
 ) -> list[tuple[list[list[Tensor]], dict[str, Any]]]:
     """The operator's calls that make up one: its lists, and the options that differ.
 
-    ``streams`` has the lists of low precision after the others.
+    ``all_lists`` has the lists of low precision after the others.
     """
     numbers: dict[str, Any] = {key: scalar.tensor for key, scalar in scalars.items()}
     steps = len(list_names(operator.rule)) - 1
     optional = [i for i, k in enumerate(operator.rule.moments, 2) if k in operator.rule.optional]
     optional += [steps] if operator.rule.counted_for is not None else []
-    optional += range(steps + 1, len(streams))
-    needed = [s for s in range(len(streams)) if streams[s] or s not in optional]
-    if any(len(streams[s]) != len(streams[0]) for s in needed):  # which the operator complains of
-        return [([[batch.tensor for batch in stream] for stream in streams], numbers)]
+    optional += range(steps + 1, len(all_lists))
+    needed = [s for s in range(len(all_lists)) if all_lists[s] or s not in optional]
+    if any(
+        len(all_lists[s]) != len(all_lists[0]) for s in needed
+    ):  # which the operator complains of
+        return [([[batch.tensor for batch in one] for one in all_lists], numbers)]
     of_scalars = next((key for key, scalar in scalars.items() if scalar.mapped), "")
-    _check(operator, streams, needed, of_scalars, given)
+    _check(operator, all_lists, needed, of_scalars, given)
     if of_scalars:
         return [
             (
-                [[batch.at(index) for batch in stream] for stream in streams],
+                [[batch.at(index) for batch in one] for one in all_lists],
                 {key: scalar.at(index) for key, scalar in scalars.items()},
             )
             for index in range(len(scalars[of_scalars].tensor))
         ]
-    draws = given["rounding"] not in (None, "nearest") or any(streams[steps + 1 : -2])  # or blocks
-    call: list[list[Tensor]] = [[] for _ in streams]
+    draws = given["rounding"] not in (None, "nearest") or any(
+        all_lists[steps + 1 : -2]
+    )  # or blocks
+    call: list[list[Tensor]] = [[] for _ in all_lists]
     origins: list[int] = []
-    for i, param in enumerate(streams[0]):
-        batches = {s: streams[s][i] for s in needed}
+    for i, param in enumerate(all_lists[0]):
+        batches = {s: all_lists[s][i] for s in needed}
         step = batches.get(steps)
         apart = (step is not None and step.mapped) or (draws and param.mapped)
         size = len(next(b for b in batches.values() if b.mapped).tensor) if apart else 1
@@ -125,7 +129,7 @@ def _calls(
 
 def _check(
     operator: Operator,
-    streams: list[list[Batch]],
+    all_lists: list[list[Batch]],
     needed: list[int],
     of_scalars: str,
     given: dict[str, Any],
@@ -135,13 +139,13 @@ def _check(
     steps = len(names) - 1
     names += low_precision_names(operator.rule.moments)
     unscales = given["unscale_grads"] and given["grad_scale"] is not None
-    for i in range(len(streams[0])):
-        of_lists = (f"{names[s]}[{i}]" for s in needed if streams[s][i].mapped)
+    for i in range(len(all_lists[0])):
+        of_lists = (f"{names[s]}[{i}]" for s in needed if all_lists[s][i].mapped)
         mapped = of_scalars or next(of_lists, "")
         for s in needed if mapped else ():
             written = s != steps or (given["advance_steps"] and of_scalars)
-            written = written and streams[s][i].tensor.numel() > 0
-            if not streams[s][i].mapped and written and (s != 1 or unscales):
+            written = written and all_lists[s][i].tensor.numel() > 0
+            if not all_lists[s][i].mapped and written and (s != 1 or unscales):
                 raise RuntimeError(
                     f"vmap: the step writes to {names[s]}[{i}], of which there is one for the "
                     f"whole batch, while {mapped} is vmapped over. Give each entry of the batch "

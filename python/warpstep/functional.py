@@ -26,8 +26,8 @@ def _call(name: str, given: Sequence[Sequence[Tensor]], backend: str, **options:
     """The step of `OPERATORS[name]`, or of torch's operator of that name where one looks."""
     tensors = [g if isinstance(g, list) else list(g) for g in given]
     for low in _LOW_PRECISION[name]:
-        if (stream := options[low]) is not None and not isinstance(stream, list):
-            options[low] = list(stream)
+        if (entries := options[low]) is not None and not isinstance(entries, list):
+            options[low] = list(entries)
     # Tracers and modes are to see an operator; without a tensor there is none to call.
     if any(tensors) and modes.is_watched():
         # By name: torch would try to read the tensor as a number first.

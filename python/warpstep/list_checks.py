@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warpstep.checks import check_copy, check_gradient
 from warpstep.codecs import BLOCK
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
-from warpstep.operands import check_copy, check_gradient
 from warpstep.recipes import FORMATS, one_of, real_dtype
 from warpstep.state import describe, is_dense, is_freed, is_plain, same_layout
 from warpstep.stored import can_be_8bit

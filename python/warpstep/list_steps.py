@@ -129,7 +129,7 @@ def _precision_of(options: Options) -> Precision:
 
 def _has_kernel(backend: str, lists: Lists, options: Options, i: int) -> bool:
     """Whether a kernel takes a tensor's entries, the gradient in the parameter's layout."""
-    param, grad, *moments = (stream[i] for stream in lists.tensors[:-1])
+    param, grad, *moments = (one[i] for one in lists.tensors[:-1])
     step = lists.tensors[-1][i] if lists.tensors[-1] else None
     of = {name: tensors[i] for name, tensors in lists.low_precision.items()}
     residual, copy, precision = of.get(RESIDUALS), of.get(COPIES), _precision_of(options)
@@ -165,7 +165,7 @@ def _has_kernel(backend: str, lists: Lists, options: Options, i: int) -> bool:
 def _compute(lists: Lists, options: Options, i: int) -> reference.Computed:
     """One tensor's step by the reference, not yet stored."""
     rule, low = lists.rule, lists.low_precision
-    param, grad, *moments = (stream[i] for stream in lists.tensors[:-1])
+    param, grad, *moments = (one[i] for one in lists.tensors[:-1])
     named = dict(zip(lists.moments, moments, strict=True))
     state = {moment_key(key, moment.dtype): moment for key, moment in named.items()}
     state |= {scale_of(key): low[scales_of(key)][i] for key in named if scales_of(key) in low}

@@ -49,9 +49,9 @@ class Lists(NamedTuple):
 
     def chosen(self, indices: Sequence[int], grads: Sequence[Tensor]) -> Lists:
         """Some of the tensors, with gradients of these in place of their own."""
-        tensors = [[stream[i] for i in indices] if stream else [] for stream in self.tensors]
+        tensors = [[one[i] for i in indices] if one else [] for one in self.tensors]
         tensors[1] = [grads[i] for i in indices]
-        low = {name: [stream[i] for i in indices] for name, stream in self.low_precision.items()}
+        low = {name: [one[i] for i in indices] for name, one in self.low_precision.items()}
         return self._replace(tensors=tensors, low_precision=low)
 
     def for_kernels(self) -> tuple[list[Tensor] | None, ...] | None:

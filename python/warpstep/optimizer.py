@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 
-from warpstep import checkpoint, foreign_states, modes, signals, watched
+from warpstep import checkpoint, foreign_states, modes, operator_plan, signals
 from warpstep.averages import EmaDecay
 from warpstep.backends import BackendName, requested_backend
 from warpstep.clip_grad_norm import ClipsGradNorm
@@ -150,7 +150,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             reason = self._run(plan, tail, capturing)
         if reason is None:
             return
-        kind = watched.WatchedPlan if is_watched else Plan
+        kind = operator_plan.OperatorPlan if is_watched else Plan
         for _ in range(_ATTEMPTS):
             plan = self._new_plan(reason, "step" if capturing else None, kind)
             if plan is None:

@@ -19,12 +19,12 @@ from warpstep import backends, reference
 from warpstep.binding import NO_STATE, PYTHON_ONLY, bound
 from warpstep.buckets import BUCKETS, Bucket, TailTensors, TritonBucket
 from warpstep.by_reference import Versions, compute
+from warpstep.checks import check_copy, check_gradient
 from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.collector import without_collections
 from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
-from warpstep.operands import check_copy, check_gradient
 from warpstep.options import Options
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import RESIDUAL, Recipe, real_dtype

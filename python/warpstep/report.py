@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from warpstep import backends, override
+from warpstep import backends
+from warpstep.enabling import override
 from warpstep.version import __version__
 
 _NONE = "none"

@@ -1,4 +1,4 @@
-// Steps tensors by AVX-512's groups (cpu/eight.h and sixteen.h), on stand-ins for its intrinsics
+// Steps tensors by AVX-512's groups (cpu/eight_bit.h and sixteen_bit.h), on stand-ins for its intrinsics
 // (avx512/immintrin.h), and by tiles, and compares all bits. Numbers, options, and now
 // and then what is no number, at random. Prints how many tensors differ, and how many were stepped
 // by vectors.
@@ -15,8 +15,8 @@
 #include "cpu/launch.h"
 #undef WARPSTEP_KNOWS_AVX512_BF16
 
-#include "cpu/eight.h"
-#include "cpu/sixteen.h"
+#include "cpu/eight_bit.h"
+#include "cpu/sixteen_bit.h"
 
 namespace warpstep {
 namespace {

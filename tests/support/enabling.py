@@ -9,7 +9,7 @@ import warpstep
 from support import sgd_pairs
 from support.parameters import new_params, params_of, set_grads
 from support.tolerance import bound
-from warpstep import planned, shortcut
+from warpstep.enabling import shortcut, torchs_plan
 
 LR = 0.01
 KINDS = {
@@ -23,7 +23,7 @@ SHAPES = [(5, 3), (), (17,), (0, 2), (40, 7)]
 def go(way, monkeypatch):
     """Has enable() take torch's steps one way only: by plans, the shortcut or the operators."""
     if way != "plans":
-        monkeypatch.setattr(planned, "_place_of_step", lambda kind: None)
+        monkeypatch.setattr(torchs_plan, "_place_of_step", lambda kind: None)
     if way == "operators":
         monkeypatch.setattr(shortcut, "KNOWN", [])
 

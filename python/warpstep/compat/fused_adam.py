@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from warpstep import signals
 from warpstep.backends import BackendName
-from warpstep.compat.counts import Counts, advance, put_on_devices
+from warpstep.compat.counters import Counters, advance, put_on_devices
 from warpstep.compat.masters import FUSED_ADAM, OWN_KEYS, FusedOptions, Kept
 from warpstep.compat.refused import check_options
 from warpstep.compat.state_dicts import LoadsStates, load, saved
@@ -349,7 +349,7 @@ class FusedAdam(Optimizer, LoadsStates):
         if self.capturable:
             put_on_devices(self.param_groups)
         self._planned_for = self._asked()
-        kept, counts = self._kept(), Counts(self.param_groups)
+        kept, counts = self._kept(), Counters(self.param_groups)
         return FusedOptions(
             self.rule,
             self.backend,

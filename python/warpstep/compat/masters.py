@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from warpstep.codecs import joined, split
-from warpstep.compat.counts import Counts
+from warpstep.compat.counters import Counters
 from warpstep.options import Options, Stepped
 from warpstep.recipes import RESIDUAL
 from warpstep.rules import ADAMW
@@ -173,7 +173,7 @@ class FusedOptions(Options):
     """What a FusedAdam asks of its plans."""
 
     kept: Kept | None = None
-    counts: Counts = field(default_factory=lambda: Counts([]))
+    counts: Counters = field(default_factory=lambda: Counters([]))
     capturable: bool = False
     begins_all: bool = True
     watches_masters: bool = False

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from warpstep import checkpoint
 from warpstep.averages import Averaging
-from warpstep.compat.counts import count_of
+from warpstep.compat.counters import count_of
 from warpstep.compat.masters import OWN_KEYS, STATES, Kept
 from warpstep.rules import Rule
 

@@ -15,7 +15,7 @@ Group = dict[str, Any]
 _LONG_AGO, _APART = 2.0**23, 2.0**40
 
 
-class Counts:
+class Counters:
     """Counters for kernels, in no state: filled from the groups' ``step`` before each step.
 
     Attributes:
@@ -97,7 +97,7 @@ def put_on_devices(groups: list[Group]) -> None:
 
 
 def advance(groups: list[Group], found_inf: Tensor | None) -> None:
-    """Counts a step, of groups without parameters, too; one that was skipped for an inf, not."""
+    """Counters a step, of groups without parameters, too; one that was skipped for an inf, not."""
     taken: Any = None
     seen: set[int] = set()
     for group in groups:

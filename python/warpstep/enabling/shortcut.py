@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warpstep import backends, modes
-from warpstep.counts import Counts
+from warpstep.enabling.counts import Counts
 from warpstep.lists import Options, lists_of, stepper
 from warpstep.rules import ADAMW
 

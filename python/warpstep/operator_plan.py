@@ -30,7 +30,7 @@ OF_FORM = {(o.rule, "coupled" if o.coupled else "decoupled"): o for o in OPERATO
 Tensors = dict[str, Tensor]  # one parameter's: param, grad and its state
 
 
-class WatchedPlan(Plan):
+class OperatorPlan(Plan):
     """How one step is taken while `modes.are_active`: a launch would go past them.
 
     docs/design.md, NOTE [watched steps].
@@ -130,7 +130,7 @@ def _call_operator(
 ) -> None:
     """One call for tensors of one group on one device."""
 
-    def stream(key: str) -> list[Tensor]:
+    def of_each(key: str) -> list[Tensor]:
         return [of_param[key] for of_param in tensors]
 
     operator = OF_FORM[rule, decay_form(group)]
@@ -141,10 +141,10 @@ def _call_operator(
     grad_scale, found_inf, _ = tail.on(device)
     with torch.no_grad():
         getattr(functional, operator.name)(
-            stream("param"),
-            stream("grad"),
-            *(stream(key) if key in moments else [] for key in rule.moments),
-            stream("step") if rule.counts_steps(group) else [],
+            of_each("param"),
+            of_each("grad"),
+            *(of_each(key) if key in moments else [] for key in rule.moments),
+            of_each("step") if rule.counts_steps(group) else [],
             lr=group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"]),
             **own,
             maximize=bool(group["maximize"]),

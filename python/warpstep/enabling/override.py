@@ -1,6 +1,6 @@
 """``warpstep.enable()``: warpstep's kernels under torch's own optimizers.
 
-Their steps go by plans (planned.py). For steps that no plan takes, and for other callers,
+Their steps go by plans (torchs_plan.py). For steps that no plan takes, and for other callers,
 ``aten::_fused_adamw_``, ``_fused_adam_`` and ``_fused_sgd_`` (and their ``tensor_lr`` overloads)
 get another kernel on the CPU and on CUDA. What it does not take goes to the kernel that was there
 before.
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from warpstep import backends, planned, shortcut
-from warpstep.counts import Counts
-from warpstep.fused_operators import OPERATORS
+from warpstep import backends
+from warpstep.enabling import shortcut, torchs_plan
+from warpstep.enabling.counts import Counts
+from warpstep.enabling.fused_operators import OPERATORS
 
 ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 # Of the one warning that torch gives, once a process, when a kernel is overridden from Python.
@@ -91,7 +92,7 @@ def _put_on() -> None:
     _library, _keys = library, keys
     try:
         _remove_shortcut = shortcut.put_on(counts)
-        _remove_plans = planned.put_on(counts, _takes_unfused)
+        _remove_plans = torchs_plan.put_on(counts, _takes_unfused)
     except BaseException:
         _take_off()
         raise

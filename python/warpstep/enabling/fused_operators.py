@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warpstep import backends
-from warpstep.counts import Counts
+from warpstep.enabling.counts import Counts
 from warpstep.lists import Lists, Options, lists_of, stepper
 from warpstep.rules import ADAMW, SGD
 

@@ -26,7 +26,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import SGD as TorchSGD  # noqa: N811 - not torch.optim's, where ours may be
 
 from warpstep import modes, signals
-from warpstep.counts import Counts
+from warpstep.enabling.counts import Counts
 from warpstep.entries import Entry
 from warpstep.options import Options
 from warpstep.plan import Plan
