@@ -80,108 +80,149 @@ Format stored_as(std::uint32_t operand, Format format, const TensorLists& lists,
   return at_random ? Format::bfloat16_stochastic : format;
 }
 
-}  // namespace
+// Reads the tensors of lists into the rows of buckets, one after the other. Each function returns
+// null, or why kernels cannot take the lists as they are.
+class Gathering {
+ public:
+  Gathering(const TensorLists& lists, const ListOptions& options, std::vector<Bucket>& buckets)
+      : lists_(lists),
+        options_(options),
+        buckets_(buckets),
+        count_(size_of(lists.of[kParam])),
+        // SGD, whose steps are alike but for a first one with dampening, does without counters.
+        counts_(size_of(lists.state_steps) != 0 || options.rule != RuleId::sgd) {}
 
-const char* ListStepper::gather(const TensorLists& lists, const ListOptions& options,
-                                std::vector<Bucket>& buckets) const {
-  const auto count = static_cast<std::size_t>(PyList_GET_SIZE(lists.of[kParam]));
-  bool same = true;
-  for (PyObject* list : lists.of) same &= list == nullptr || size_of(list) == count;
-  same &= options.param_indices.empty() || options.param_indices.size() == count;
-  same &= options.first_elements.empty() || options.first_elements.size() == count;
-  // SGD, whose steps are alike but for a first one with dampening, does without counters.
-  const bool counts = size_of(lists.state_steps) != 0 || options.rule != RuleId::sgd;
-  if (!same || (counts && size_of(lists.state_steps) != count)) return "lists of different lengths";
-  const TensorReader& reader = tensor_reader();
-  const auto readable = [&](PyObject* object, TensorView& view) {
-    return (options.dispatched || is_torchs_own(object)) && reader.read(object, view);
-  };
-  static std::uint64_t nothing;  // what a tensor without elements has as its gradient
-  std::size_t last = 0;          // the bucket of the tensor before
-  std::vector<const float*> counters;
-  dlpack::Device device{};  // the first tensor's
-  for (std::size_t i = 0; i < count; ++i) {
-    TensorView param;
-    if (!readable(PyList_GET_ITEM(lists.of[kParam], i), param))
-      return "a tensor of a subclass, or without strides";
-    if (i == 0) device = param.device;
-    const std::int64_t numel = param.numel();
-    if (!is_dense(param)) return "gaps in memory";
-
-    TensorRow row{};
-    void* grad = nullptr;
-    RecipeKey recipe{options.rule, {}};
-    bool draws = false, in_blocks = false;
-    for (std::uint32_t k = 0; k < kOperands; ++k) {
-      if (lists.of[k] == nullptr) continue;
-      PyObject* const object = PyList_GET_ITEM(lists.of[k], i);
-      TensorView view = param;
-      if (k != kParam && !readable(object, view)) {
-        return "a tensor of a subclass, or without strides";
+  const char* run() {
+    if (!are_of_one_length()) return "lists of different lengths";
+    static std::uint64_t nothing;  // what a tensor without elements has as its gradient
+    for (std::size_t i = 0; i < count_; ++i) {
+      Entry entry{{}, nullptr, {options_.rule, {}}, false, false};
+      if (const char* why = read_operands(i, entry)) return why;
+      if (const char* why = counts_ ? read_counter(i, entry.row) : nullptr) return why;
+      if (entry.draws && !counts_) {
+        return "random bits, which are a function of the step, without steps";
       }
-      if (!view.known_format) return "no kernel for the dtypes";
-      const bool is_scale = k >= kScale && k < kScaleEnd;
-      if (is_scale && !is_in_blocks(recipe.formats[k - kScale + kMoment])) {
-        if (view.numel() != 0) return "scales of a moment that has none";
-        continue;
-      }
-      if (view.device != device) return "several devices";
-      if (is_scale) {
-        if (view.is_complex || view.numel() != elements_of(k, numel) || !view.is_contiguous()) {
-          return "scales that do not fit";
-        }
-      } else if (view.ndim != param.ndim || view.is_complex != param.is_complex ||
-                 !view.has_shape(param.shape)) {
-        return "shapes that differ";
-      } else if (!view.has_strides(param.strides)) {
-        return "strides that differ";
-      }
-      if (!options.dispatched && is_lazy(object, view, numel)) return "a lazy tensor";
-      if (view.data == nullptr && numel != 0) return "memory that was freed";
-      const Format format = stored_as(k, view.format, lists, options);
-      if (k == kCopy && param.format != Format::float32) return "no kernel for the dtypes";
-      if (format != view.format) {
-        draws |= is_stochastic(format);
-        in_blocks |= is_in_blocks(format);
-      }
-      recipe.formats[k] = format;
-      (k == kGrad ? grad : row.operands[k]) = view.data;
+      const auto& numbers = options_.param_indices;
+      entry.row.number = numbers.empty() ? static_cast<std::uint32_t>(i) : numbers[i];
+      entry.row.first = options_.first_elements.empty() ? 0 : options_.first_elements[i];
+      if (entry.in_blocks && entry.row.first % kBlock != 0) return "a range that begins in a block";
+      Bucket* const bucket = bucket_for(entry.recipe, count_ - i);
+      if (bucket == nullptr) return "no kernel for the dtypes";
+      bucket->add(entry.row, entry.row.numel == 0 ? &nothing : entry.grad);
     }
-    if (counts) {
-      TensorView step;
-      if (!readable(PyList_GET_ITEM(lists.state_steps, i), step))
-        return "a tensor of a subclass, or without strides";
-      if (!step.known_format || step.is_complex || step.format != Format::float32 ||
-          step.numel() != 1 || step.device != device || step.data == nullptr) {
-        return "a step that is not one float32 on the device";
-      }
-      row.step = static_cast<float*>(step.data);
-      if (options.advance_steps) counters.push_back(row.step);
-    }
-    if (draws && !counts) return "random bits, which are a function of the step, without steps";
-    row.numel = numel;
-    row.number =
-        options.param_indices.empty() ? static_cast<std::uint32_t>(i) : options.param_indices[i];
-    row.first = options.first_elements.empty() ? 0 : options.first_elements[i];
-    if (in_blocks && row.first % kBlock != 0) return "a range that begins within a block";
-
-    while (last < buckets.size() && !(buckets[last].recipe == recipe)) ++last;
-    if (last == buckets.size()) {
-      last = 0;
-      while (last < buckets.size() && !(buckets[last].recipe == recipe)) ++last;
-    }
-    if (last == buckets.size()) {
-      if (!has_cpu_recipe(recipe)) return "no kernel for the dtypes";
-      buckets.emplace_back().recipe = recipe;
-      buckets.back().device = device;
-      buckets.back().seed = options.seed;
-      buckets.back().rows.reserve(count - i);
-      buckets.back().grads.reserve(count - i);
-    }
-    buckets[last].add(row, numel == 0 ? &nothing : grad);
+    return has_same(counters_) ? "a step that several tensors share" : nullptr;
   }
-  return has_same(counters) ? "a step that several tensors share" : nullptr;
-}
+
+ private:
+  // What one tensor has.
+  struct Entry {
+    TensorRow row;
+    void* grad;
+    RecipeKey recipe;
+    bool draws, in_blocks;  // whether any operand does, or is
+  };
+
+  bool are_of_one_length() const {
+    bool same = !counts_ || size_of(lists_.state_steps) == count_;
+    for (PyObject* list : lists_.of) same &= list == nullptr || size_of(list) == count_;
+    same &= options_.param_indices.empty() || options_.param_indices.size() == count_;
+    return same && (options_.first_elements.empty() || options_.first_elements.size() == count_);
+  }
+
+  const char* read(PyObject* object, TensorView& view) const {
+    const bool readable =
+        (options_.dispatched || is_torchs_own(object)) && tensor_reader().read(object, view);
+    return readable ? nullptr : "a tensor of a subclass, or without strides";
+  }
+
+  const char* read_operands(std::size_t i, Entry& entry) {
+    TensorView param;
+    if (const char* why = read(PyList_GET_ITEM(lists_.of[kParam], i), param)) return why;
+    if (i == 0) device_ = param.device;
+    if (!is_dense(param)) return "gaps in memory";
+    entry.row.numel = param.numel();
+    for (std::uint32_t k = 0; k < kOperands; ++k) {
+      if (lists_.of[k] == nullptr) continue;
+      PyObject* const object = PyList_GET_ITEM(lists_.of[k], i);
+      TensorView view = param;
+      if (const char* why = k == kParam ? nullptr : read(object, view)) return why;
+      if (const char* why = take_operand(k, object, view, param, entry)) return why;
+    }
+    return nullptr;
+  }
+
+  const char* take_operand(std::uint32_t k, PyObject* object, const TensorView& view,
+                           const TensorView& param, Entry& entry) const {
+    if (!view.known_format) return "no kernel for the dtypes";
+    const bool is_scale = k >= kScale && k < kScaleEnd;
+    if (is_scale && !is_in_blocks(entry.recipe.formats[k - kScale + kMoment])) {
+      return view.numel() != 0 ? "scales of a moment that has none" : nullptr;
+    }
+    if (view.device != device_) return "several devices";
+    const std::int64_t numel = entry.row.numel;
+    if (is_scale) {
+      if (view.is_complex || view.numel() != elements_of(k, numel) || !view.is_contiguous()) {
+        return "scales that do not fit";
+      }
+    } else if (view.ndim != param.ndim || view.is_complex != param.is_complex ||
+               !view.has_shape(param.shape)) {
+      return "shapes that differ";
+    } else if (!view.has_strides(param.strides)) {
+      return "strides that differ";
+    }
+    if (!options_.dispatched && is_lazy(object, view, numel)) return "a lazy tensor";
+    if (view.data == nullptr && numel != 0) return "memory that was freed";
+    if (k == kCopy && param.format != Format::float32) return "no kernel for the dtypes";
+    const Format format = stored_as(k, view.format, lists_, options_);
+    if (format != view.format) {
+      entry.draws |= is_stochastic(format);
+      entry.in_blocks |= is_in_blocks(format);
+    }
+    entry.recipe.formats[k] = format;
+    (k == kGrad ? entry.grad : entry.row.operands[k]) = view.data;
+    return nullptr;
+  }
+
+  const char* read_counter(std::size_t i, TensorRow& row) {
+    TensorView step;
+    if (const char* why = read(PyList_GET_ITEM(lists_.state_steps, i), step)) return why;
+    if (!step.known_format || step.is_complex || step.format != Format::float32 ||
+        step.numel() != 1 || step.device != device_ || step.data == nullptr) {
+      return "a step that is not one float32 on the device";
+    }
+    row.step = static_cast<float*>(step.data);
+    if (options_.advance_steps) counters_.push_back(row.step);
+    return nullptr;
+  }
+
+  // The bucket of a recipe, with room for `room` tensors where it is new; null without a kernel.
+  Bucket* bucket_for(const RecipeKey& recipe, std::size_t room) {
+    const auto is_it = [&](const Bucket& bucket) { return bucket.recipe == recipe; };
+    if (last_ < buckets_.size() && is_it(buckets_[last_])) return &buckets_[last_];
+    const auto found = std::find_if(buckets_.begin(), buckets_.end(), is_it);
+    last_ = static_cast<std::size_t>(found - buckets_.begin());
+    if (found != buckets_.end()) return &*found;
+    if (!has_cpu_recipe(recipe)) return nullptr;
+    Bucket& bucket = buckets_.emplace_back();
+    bucket.recipe = recipe;
+    bucket.device = device_;
+    bucket.seed = options_.seed;
+    bucket.rows.reserve(room);
+    bucket.grads.reserve(room);
+    return &bucket;
+  }
+
+  const TensorLists& lists_;
+  const ListOptions& options_;
+  std::vector<Bucket>& buckets_;
+  const std::size_t count_;
+  const bool counts_;
+  std::size_t last_ = 0;     // the bucket of the tensor before
+  dlpack::Device device_{};  // the first tensor's
+  std::vector<const float*> counters_;
+};
+
+}  // namespace
 
 // Tells autograd what will be written.
 void ListStepper::count_writes(const TensorLists& lists, const ListOptions& options,
@@ -201,7 +242,7 @@ void ListStepper::count_writes(const TensorLists& lists, const ListOptions& opti
 const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handle grad_scale,
                               py::handle found_inf, ListOptions& options) {
   std::vector<Bucket> buckets;
-  if (const char* why = gather(lists, options, buckets)) return why;
+  if (const char* why = Gathering(lists, options, buckets).run()) return why;
   if (buckets.empty()) return nullptr;
   const dlpack::Device device = buckets.front().device;
   // The tests' build runs the CUDA source on the CPU.

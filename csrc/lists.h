@@ -51,8 +51,6 @@ class ListStepper {
                    py::handle found_inf, ListOptions& options);
 
  private:
-  const char* gather(const TensorLists& lists, const ListOptions& options,
-                     std::vector<Bucket>& buckets) const;
   static void count_writes(const TensorLists& lists, const ListOptions& options, const Tail& tail);
   const char* launch_cuda(const TensorLists& lists, const std::vector<Bucket>& buckets,
                           const ListOptions& options, const Tail& tail);

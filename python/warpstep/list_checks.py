@@ -11,6 +11,7 @@ from torch import Tensor
 from warpstep.checks import check_copy, check_gradient
 from warpstep.codecs import BLOCK
 from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
+from warpstep.precision import check_seed
 from warpstep.recipes import FORMATS, one_of, real_dtype
 from warpstep.state import describe, is_dense, is_freed, is_plain, same_layout
 from warpstep.stored import can_be_8bit
@@ -46,10 +47,7 @@ def _check_rounding(lists: Lists, options: Options) -> None:
     choices = ("nearest", "stochastic", *squares)
     if options.rounding not in (None, *choices):
         raise ValueError(f"Invalid rounding: {options.rounding!r}. Choose {one_of(choices)}.")
-    if isinstance(options.seed, bool) or not isinstance(options.seed, int):
-        raise TypeError(f"seed should be an integer, but got {options.seed!r}")
-    if not 0 <= options.seed < 2**64:
-        raise ValueError(f"Invalid seed: {options.seed} is not in [0, 2**64)")
+    check_seed(options.seed)
 
 
 def goes_uncounted(lists: Lists) -> bool:

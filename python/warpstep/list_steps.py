@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from warpstep import backends, reference, signals
-from warpstep import lists as native_lists
 from warpstep.hypers import check_group
 from warpstep.list_checks import STOCHASTIC_SQUARES, check, check_options
-from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of
+from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of, stepper
 from warpstep.precision import Precision
 from warpstep.recipes import RESIDUAL, Recipe, moment_key, one_of, real_dtype, scale_of
 from warpstep.rules import Rule
@@ -45,7 +44,7 @@ def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool 
 
 def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> str | None:
     """Runs the native kernels on everything; or says why not, and then nothing is changed."""
-    reason: str | None = native_lists.stepper().step(
+    reason: str | None = stepper().step(
         lists.rule.name,
         lists.tensors,
         options,

@@ -1,4 +1,4 @@
-"""Lists of tensors to the native kernels: the one way in for functional, torch_ops and override."""
+"""Lists of tensors as the native kernels take them, whoever calls: functions, operators, torch."""
 
 from __future__ import annotations
 

@@ -33,6 +33,14 @@ Copies = Mapping[Tensor, Tensor] | Iterable[Tensor]
 _LEAST, _LEAST_FLAT = 4096, 65536
 
 
+def check_seed(seed: int) -> None:
+    """Raises TypeError or ValueError for what is no seed of random bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed should be an integer, but got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"Invalid seed: {seed} is not in [0, 2**64)")
+
+
 @dataclass(frozen=True)
 class Precision:
     """What an optimizer asks of the precision of its states.
@@ -78,10 +86,7 @@ class Precision:
                 f"Invalid rounding: {self.rounding!r}. Choose {one_of(get_args(Rounding))}, or "
                 "None for what is right for the recipe."
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed should be an integer, but got {self.seed!r}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"Invalid seed: {self.seed} is not in [0, 2**64)")
+        check_seed(self.seed)
 
     def loaded_dtype(self, which: int) -> torch.dtype | None:
         """The dtype of a moment that is loaded; None for its own."""
