@@ -18,11 +18,11 @@ bool is_run(const TensorView& view, Format format, std::int64_t numel, dlpack::D
 // Calls check(0) to check(count - 1): see NOTE [checking on several threads].
 template <class Function>
 void check_on_threads(int threads, std::size_t count, const Function& check) {
-  constexpr std::size_t kRun = 64, kWorthThreads = 128;
-  const auto runs = static_cast<std::uint32_t>((count + kRun - 1) / kRun);
+  constexpr std::size_t kPiece = 64, kWorthThreads = 128;
+  const auto pieces = static_cast<std::uint32_t>((count + kPiece - 1) / kPiece);
   static Sharing sharing;
-  run_on_threads(count < kWorthThreads ? 1 : threads, runs, sharing, [&](std::uint32_t run) {
-    for (std::size_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) check(i);
+  run_on_threads(count < kWorthThreads ? 1 : threads, pieces, sharing, [&](std::uint32_t piece) {
+    for (std::size_t i = piece * kPiece; i < std::min(count, (piece + 1) * kPiece); ++i) check(i);
   });
 }
 

@@ -34,7 +34,7 @@ def program(tmp_path_factory):
     units = {
         EMULATION / "cuda_runtime.cpp": [],
         EMULATION / "tiles.cpp": [],
-        kernels / "cpu" / "kernels.cpp": ["-DWARPSTEP_ISA=baseline"],
+        kernels / "cpu" / "kernels.cpp": ["-DWARPSTEP_COPY=baseline"],
         kernels / "cuda" / "step.cu": OF_CUDA,
         kernels / "cuda" / "tiles.cu": OF_CUDA,
     }

@@ -1,5 +1,5 @@
-// The CPU kernels, made SIMD by the compiler. Compiled once per instruction set; WARPSTEP_ISA names
-// the copy. launch.cpp chooses one.
+// The CPU kernels, made SIMD by the compiler. Compiled once per instruction set; WARPSTEP_COPY
+// names the copy. launch.cpp chooses one.
 #include "eight_bit.h"
 #include "grad_norm.h"
 #include "launch.h"
@@ -10,7 +10,7 @@
 
 namespace warpstep {
 
-CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_ISA)(const Processor& processor) {
+CpuKernels WARPSTEP_CPU_KERNELS(WARPSTEP_COPY)(const Processor& processor) {
   light_loops_ask = processor.gains_by_asking;
 #ifdef WARPSTEP_AVX512_BF16
   rounds_by_instruction = processor.has_bf16;

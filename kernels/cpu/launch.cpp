@@ -66,11 +66,11 @@ const CpuKernels& kernels() {
 template <class Of>
 void each_chunk(const Launch& launch, double* results, int threads, Sharing& sharing, Of&& of) {
   // As many elements as a batch of the step has at most.
-  constexpr std::uint32_t kRun = kCpuBatchMax / kCpuChunk;
-  const std::uint32_t runs = (launch.chunk_count + kRun - 1) / kRun;
-  run_on_threads(threads, runs, sharing, [&](std::uint32_t run) {
-    const std::uint32_t last = std::min((run + 1) * kRun, launch.chunk_count);
-    for (std::uint32_t i = run * kRun; i < last; ++i) results[i] = of(i);
+  constexpr std::uint32_t kPiece = kCpuBatchMax / kCpuChunk;
+  const std::uint32_t pieces = (launch.chunk_count + kPiece - 1) / kPiece;
+  run_on_threads(threads, pieces, sharing, [&](std::uint32_t piece) {
+    const std::uint32_t last = std::min((piece + 1) * kPiece, launch.chunk_count);
+    for (std::uint32_t i = piece * kPiece; i < last; ++i) results[i] = of(i);
   });
 }
 

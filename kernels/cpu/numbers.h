@@ -63,22 +63,22 @@ template <class T>
 double sum_of_squares(const T* numbers, std::int64_t count, std::int64_t left) {
   constexpr std::int64_t kWidth = 8;
   constexpr std::int64_t kVectors = 4;
-  typedef double Sums __attribute__((vector_size(kWidth * sizeof(double))));
+  typedef double Wide __attribute__((vector_size(kWidth * sizeof(double))));
   typedef T Numbers __attribute__((vector_size(kWidth * sizeof(T))));
-  Sums sums[kVectors] = {};
+  Wide sums[kVectors] = {};
   std::int64_t i = 0;
   for (; i + kVectors * kWidth <= count; i += kVectors * kWidth) {
     ask_ahead<kVectors * kWidth>(i, left, numbers);
     for (std::int64_t k = 0; k < kVectors; ++k) {
       Numbers narrow;
       std::memcpy(&narrow, numbers + i + k * kWidth, sizeof(narrow));
-      const Sums wide = __builtin_convertvector(narrow, Sums);
+      const Wide wide = __builtin_convertvector(narrow, Wide);
       sums[k] += wide * wide;
     }
   }
   double total = 0;
   for (; i < count; ++i) total += static_cast<double>(numbers[i]) * numbers[i];
-  const Sums all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const Wide all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   for (std::int64_t k = 0; k < kWidth; ++k) total += all[k];
   return total;
 }

@@ -159,11 +159,11 @@ void step_from(std::int64_t first, const Constants<Rule, float> c, std::int64_t 
 bool rounds_by_instruction = false;
 
 constexpr std::int64_t kInVector = 16;
-constexpr std::int64_t kInRun = 2 * kInVector;
-typedef float Run[2][kInVector];  // the even elements, and the odd ones
+constexpr std::int64_t kTwoVectors = 2 * kInVector;
+typedef float EvenOdd[2][kInVector];  // the even elements, and the odd ones
 
 template <class Operand>
-WARPSTEP_FN void load_run(const Operand& from, std::int64_t at, Run& x) {
+WARPSTEP_FN void load_even_odd(const Operand& from, std::int64_t at, EvenOdd& x) {
   for (std::int64_t k = 0; k < kInVector; ++k) {
     float pair[2];
     from.load(at + 2 * k, pair);
@@ -172,39 +172,40 @@ WARPSTEP_FN void load_run(const Operand& from, std::int64_t at, Run& x) {
 }
 
 template <class Operand>
-WARPSTEP_FN void store_run(const Run& x, const Operand& to, std::int64_t at) {
+WARPSTEP_FN void store_even_odd(const EvenOdd& x, const Operand& to, std::int64_t at) {
   for (std::int64_t k = 0; k < kInVector; ++k) {
     const float pair[] = {x[0][k], x[1][k]};
     to.store(pair, at + 2 * k);
   }
 }
-WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_run(const Run& x, const Halves& to, std::int64_t at) {
+WARPSTEP_AVX512_BF16 WARPSTEP_FN void store_even_odd(const EvenOdd& x, const Halves& to,
+                                                     std::int64_t at) {
   constexpr int kNanOrSubnormal = 0x01 | 0x80 | 0x20;
   const __m512 even = _mm512_loadu_ps(x[0]), odd = _mm512_loadu_ps(x[1]);
   if (__builtin_expect(_mm512_fpclass_ps_mask(even, kNanOrSubnormal) |
                            _mm512_fpclass_ps_mask(odd, kNanOrSubnormal),
                        false)) {
-    return store_run<Halves>(x, to, at);
+    return store_even_odd<Halves>(x, to, at);
   }
   const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
   _mm512_storeu_si512(to.at + at, interleaved(rounded));
 }
 
-// As many elements as there are in whole runs; returns how many.
+// As many elements as there are in whole pairs of vectors; returns how many.
 template <class Rule, Part kPart, class Param, class... Moment>
-WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std::int64_t count,
-                                            std::int64_t left, const Param param, const Halves grad,
-                                            const Moment... moments) {
+WARPSTEP_AVX512_BF16 std::int64_t step_even_odd(const Constants<Rule, float> c, std::int64_t count,
+                                                std::int64_t left, const Param param,
+                                                const Halves grad, const Moment... moments) {
   constexpr std::uint32_t kMoments = sizeof...(Moment);
   [[maybe_unused]] std::uint32_t next;
   std::int64_t i = 0;
-  for (; i + kInRun <= count; i += kInRun) {
-    if (light_loops_ask) ask_ahead<kInRun>(i, left, param, grad, moments...);
-    Run p, g, m[kMoments + 1];
-    load_run(param, i, p);
-    load_run(grad, i, g);
+  for (; i + kTwoVectors <= count; i += kTwoVectors) {
+    if (light_loops_ask) ask_ahead<kTwoVectors>(i, left, param, grad, moments...);
+    EvenOdd p, g, m[kMoments + 1];
+    load_even_odd(param, i, p);
+    load_even_odd(grad, i, g);
     next = 0;
-    (load_run(moments, i, m[next++]), ...);
+    (load_even_odd(moments, i, m[next++]), ...);
     const auto step_half = [&](int half) __attribute__((always_inline)) {
       for (std::int64_t k = 0; k < kInVector; ++k) {
         float numbers[kMoments + 1];
@@ -214,9 +215,9 @@ WARPSTEP_AVX512_BF16 std::int64_t step_runs(const Constants<Rule, float> c, std:
       }
     };
     step_half(0), step_half(1);
-    store_run(p, param, i);
+    store_even_odd(p, param, i);
     next = 0;
-    (store_run(m[next++], moments, i), ...);
+    (store_even_odd(m[next++], moments, i), ...);
   }
   return i;
 }
@@ -230,7 +231,7 @@ void step_pairs(const Constants<Rule, float>& c, std::int64_t count, std::int64_
 #ifdef WARPSTEP_AVX512_BF16
   constexpr unsigned kReadsSubnormalsAsZero = 0x40;
   if (rounds_by_instruction && !(_mm_getcsr() & kReadsSubnormalsAsZero)) {
-    done = step_runs<Rule, kPart>(c, count, left, param, grad, moments...);
+    done = step_even_odd<Rule, kPart>(c, count, left, param, grad, moments...);
   }
 #endif
   if (done < count) step_from<Rule, kPart>(done, c, count, left, param, grad, moments...);

@@ -215,14 +215,12 @@ __global__ void __launch_bounds__(kCudaThreads, resident_blocks<Recipe, kTail>()
         const Aligned aligned = stepper.alignment_at(body);
         if (aligned.all()) {
           constexpr Aligned kAll = all_aligned();
-#pragma unroll 1  // not two turns at once: registers are for warps
-          for (std::uint32_t i = threadIdx.x; i < vectors; i += kCudaThreads) {
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
             stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
                                              kAll, sums);
           }
         } else {
-#pragma unroll 1
-          for (std::uint32_t i = threadIdx.x; i < vectors; i += kCudaThreads) {
+          for (std::uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
             stepper.template step<kElements>(constants, tail, chunk.taken, body + i * kElements,
                                              aligned, sums);
           }
