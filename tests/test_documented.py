@@ -47,6 +47,44 @@ def test_every_field_of_a_report_is_described(kind):
         assert f"\n        {field.name}: " in kind.__doc__, field.name
 
 
+def reference_lines(params, twice=False, **options):
+    """What `print(optimizer.plan)` says of the parameters that the reference steps."""
+    optimizer = warpstep.AdamW(params, **options)
+    stepped = optimizer.param_groups[0]["params"]
+    for p in stepped:
+        p.grad = torch.ones_like(p)
+    if twice:
+        stepped += stepped
+    optimizer.step()
+    lines = str(optimizer.plan).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("reference: "))
+    return lines[at:]
+
+
+def test_a_plan_tells_what_the_reference_steps_and_why():
+    plain = torch.nn.Parameter(torch.ones(3))
+    gaps = torch.ones(4, 2)[:, 0].requires_grad_()
+    assert reference_lines([("plain", plain), ("gaps", gaps)], backend="cpu") == [
+        "reference: 1 tensors",
+        "  parameter 1 of group 0 ('gaps'): its memory has gaps: strides (2,) for shape (4,)",
+    ]
+    assert reference_lines([plain], state_dtype=torch.float64, backend="cpu") == [
+        "reference: 1 tensors",
+        "  parameter 0 of group 0: the cpu backend has no kernel for float32, float32 gradients, "
+        "float64 moments",
+    ]
+    assert reference_lines([plain], twice=True, backend="cpu") == [
+        "reference: 1 tensors",
+        "  parameter 1 of group 0: the optimizer has it a second time, which is stepped after the "
+        "first",
+    ]
+    many = [torch.nn.Parameter(torch.ones(1)) for _ in range(10)]
+    count, line = reference_lines(many, backend="reference")
+    assert count == "reference: 10 tensors"
+    assert line.startswith("  parameter 0 of group 0, parameter 1 of group 0, ")
+    assert line.endswith("parameter 7 of group 0 and 2 more: backend='reference' was asked for")
+
+
 def test_every_form_of_decay_has_its_formula():
     for form in hypers.DECAY_FORMS:
         assert f'* ``"{form}"``' in warpstep.AdamW.__doc__, form

@@ -26,6 +26,8 @@ class Entry:
     number: int = 0  # of the parameter among the optimizer's
     backend: str = "reference"
     recipe: Recipe | None = None
+    name: str = ""  # as messages have it; and why the reference steps it, where it does
+    reason: str = ""
     new_state: dict[str, Any] | None = None  # to be merged into the state
 
 

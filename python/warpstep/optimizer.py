@@ -51,7 +51,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         precision: what was asked for: the dtypes of states, and how they are rounded.
         plan: how the last step was run, or None before the first. ``print(optimizer.plan)`` has a
             line for each bucket, the tensors that one kernel launch steps: their backend, number,
-            device and dtypes; and one for those that the reference steps.
+            device and dtypes; and says which parameters the reference steps, and why.
     """
 
     rule: Rule

@@ -7,6 +7,7 @@ The native module compares a plan with the optimizer at each step and says when 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -29,13 +30,14 @@ from warpstep.options import Options
 from warpstep.python_plan import PythonPlan
 from warpstep.recipes import RESIDUAL, Recipe, real_dtype
 from warpstep.shards import layout_of, own_part, whole
-from warpstep.state import completed, is_walkable, parameter_name
+from warpstep.state import completed, parameter_name, unwalkable_reason
 from warpstep.statistics import Statistics, statistics_of
 from warpstep.stored import moments_in
 from warpstep.survey import Survey
 from warpstep.tail import Tail
 
 _NOTHING: dict[str, Any] = {}
+_NAMED = 8  # parameters in a line of `print(plan)`: the reference may step a whole model's
 
 
 class Plan:
@@ -144,7 +146,7 @@ class Plan:
 
     def _prepare(self, optimizer: Optimizer, entry: Entry, repeated: bool = False) -> None:
         """Checks one parameter, chooses its backend, and works out what its state lacks."""
-        name = parameter_name(optimizer.param_groups, entry.group, entry.index)
+        entry.name = name = parameter_name(optimizer.param_groups, entry.group, entry.index)
         param, group = entry.param, optimizer.param_groups[entry.group]
         grad = self.options.grad_of(param)
         grad = param if grad is None else grad
@@ -168,7 +170,15 @@ class Plan:
         )
         entry.new_state = {**new_state, **(changes or {})} or None
         check_copy(name, stepped, copy)
-        if repeated or chosen == "reference":
+        if repeated:
+            entry.reason = "the optimizer has it a second time, which is stepped after the first"
+            return
+        if chosen == "reference":
+            entry.reason = (
+                "backend='reference' was asked for"
+                if self.options.backend == chosen
+                else f"no other backend runs on {param.device}: see `python -m warpstep`"
+            )
             return
         state = {**state, **(changes or {})}
         moments = moments_in(state, rule.moments_of(group))
@@ -187,9 +197,11 @@ class Plan:
             stepped is not param,
         )
         residual = state[RESIDUAL] if has_master else None
-        others = (operand for operand in (stepped, ema, residual, copy) if operand is not None)
-        walkable = is_walkable(param, grad, [*moments.values(), *others], step)
-        if walkable and backends.has_kernel(chosen, recipe):
+        others = {**moments, "master": stepped, "ema": ema, RESIDUAL: residual, "copy": copy}
+        entry.reason = unwalkable_reason(param, grad, others, step)
+        if not entry.reason and not backends.has_kernel(chosen, recipe):
+            entry.reason = f"the {chosen} backend has no kernel for {recipe.in_words}"
+        if not entry.reason:
             entry.backend, entry.recipe = chosen, recipe
 
     def _bucket_of(self, entry: Entry) -> int:
@@ -403,7 +415,14 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [str(bucket) for bucket in self.buckets]
-        by_reference = len(self.python_only) + len(self.repeated)
+        by_reference = [*self.python_only, *self.repeated]
         if by_reference:
-            lines.append(f"reference: {by_reference} tensors")
+            lines.append(f"reference: {len(by_reference)} tensors")
+        names = defaultdict(list)
+        for entry in by_reference:
+            names[entry.reason].append(entry.name)
+        for reason, of_reason in names.items():
+            more = len(of_reason) - _NAMED
+            named = ", ".join(of_reason[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            lines.append(f"  {named}: {reason}")
         return "\n".join(lines)

@@ -91,7 +91,9 @@ class Recipe(NamedTuple):
             for name, found in zip(names, self.formats(), strict=True)
         )
 
-    def __str__(self) -> str:
+    @property
+    def in_words(self) -> str:
+        """The formats, without what they cost."""
         param, grad = format_name(self.param), dtype_name(self.grad)
         param += " with a residual" if self.has_master else ""
         moments = list(dict.fromkeys(format_name(f) for f in self.moments))
@@ -104,7 +106,10 @@ class Recipe(NamedTuple):
             text += f", {optional[key]}" if key in optional else ""
         text += f", {dtype_name(self.ema)} average" if self.ema is not None else ""
         text += f", {dtype_name(self.copy)} copy" if self.copy is not None else ""
-        return text + f": {self.state_bytes:.3g} bytes of state an element"
+        return text
+
+    def __str__(self) -> str:
+        return f"{self.in_words}: {self.state_bytes:.3g} bytes of state an element"
 
 
 # What a state calls a parameter's residual, or its float32 master: Transformer Engine's name.

@@ -64,9 +64,14 @@ def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is one of torch's own kind with memory that kernels can walk.
+    """Whether the tensor is one of torch's own kind with memory that kernels can walk."""
+    return not oddity_of(tensor)
 
-    Subclasses that intercept operations (DTensor, FakeTensor, quantised weights) are not, nor are
+
+def oddity_of(tensor: Tensor) -> str:
+    """What the tensor is, if kernels cannot walk its memory; empty if they can.
+
+    They cannot walk subclasses that intercept operations (DTensor, FakeTensor, quantised weights),
     tensors inside a transform of torch.func, or lazily negated or conjugated ones, whose memory
     holds other numbers.
     """
@@ -75,11 +80,15 @@ def is_plain(tensor: Tensor) -> bool:
         kind in (Tensor, torch.nn.Parameter)
         or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl  # a mere subclass
     )
-    if not plain or tensor.layout != torch.strided or tensor.is_meta:
-        return False
+    if not plain:
+        return f"a {kind.__name__}, which intercepts operations"
+    if tensor.layout != torch.strided:
+        return f"of the layout {tensor.layout}"
+    if tensor.is_meta:
+        return "on the meta device"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return not (tensor.is_neg() or tensor.is_conj())
+        return "inside a transform of torch.func"
+    return "lazily negated or conjugated" if tensor.is_neg() or tensor.is_conj() else ""
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -108,18 +117,35 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def is_walkable(param: Tensor, grad: Tensor, moments: list[Tensor], step: Tensor | None) -> bool:
-    """Whether kernels can walk a parameter's tensors side by side, or this process's shards.
+def unwalkable_reason(
+    param: Tensor, grad: Tensor, others: dict[str, Tensor | None], step: Tensor | None
+) -> str:
+    """Why kernels cannot walk a parameter's tensors (or this process's shards) side by side.
 
+    Empty if they can. ``others`` are its moments and the like, by name; None for what is not there.
     A gradient may have other strides: it is copied.
     """
-    parts = [own_part(t) for t in (param, grad, *moments)] + ([] if step is None else [step])
-    if not all(is_plain(part) for part in parts):
-        return False
+    there = {name: tensor for name, tensor in others.items() if tensor is not None}
+    tensors = {"gradient": grad, **there}
     layout, own = layout_of(param), own_part(param)
-    if not holds_values(layout) or any(layout_of(t) != layout for t in (grad, *moments)):
-        return False
-    return is_dense(own) and all(same_layout(own_part(t), own) for t in moments)
+    if oddity := oddity_of(own):
+        return f"it is {oddity}"
+    for name, tensor in tensors.items():
+        if oddity := oddity_of(own_part(tensor)):
+            return f"its {name} is {oddity}"
+    if step is not None and (oddity := oddity_of(step)):
+        return f"its step counter is {oddity}"
+    if not holds_values(layout):
+        return "its shards are summands of its values"
+    for name, tensor in tensors.items():
+        if layout_of(tensor) != layout:
+            return f"its {name} is laid out over processes otherwise than it is"
+    if not is_dense(own):
+        return f"its memory has gaps: strides {own.stride()} for shape {tuple(own.shape)}"
+    for name, tensor in there.items():
+        if not same_layout(own_part(tensor), own):
+            return f"its {name} has other strides than it has"
+    return ""
 
 
 def match_layout(param: Tensor, tensor: Tensor) -> Tensor:
