@@ -1,7 +1,10 @@
 """What types and docstrings promise of options, reports and statistics."""
 
+import ast
 import dataclasses
+import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,38 @@ def test_statistics_have_names(backend):
         id(bias): "parameter 1 of group 1",
         id(odd): "parameter 0 of group 2",
     }
+
+
+def arguments_in_stub(function):
+    """The names of a function's arguments in a stub; `self` apart."""
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return [argument.arg for argument in arguments if argument.arg != "self"]
+
+
+def arguments_in_module(function):
+    """The same of the module's, from pybind11's docstring, where `arg0` stands for no name."""
+    (listed,) = re.findall(r"^\w+\((.*)\) -> ", function.__doc__, re.MULTILINE)
+    return [name for name in re.findall(r"(\w+): ", listed) if name != "self"]
+
+
+def assert_stub_is_of(found, body, where):
+    """The names of `body` are those that a module or class has, and functions' arguments agree."""
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    values = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in vars(found) if name == "__init__" or not name.startswith("_")}
+    assert {*functions, *classes, *values} == public, where
+    for name, node in functions.items():
+        expected = arguments_in_module(getattr(found, name))
+        stated = arguments_in_stub(node)
+        assert len(stated) == len(expected), (where, name)
+        for one, other in zip(stated, expected, strict=True):
+            assert one == other or re.fullmatch(r"arg\d+", other), (where, name)
+    for name, node in classes.items():
+        assert_stub_is_of(getattr(found, name), node.body, name)
+
+
+def test_the_stub_is_the_native_modules():
+    module, _ = backends.native()
+    stub = Path(warpstep.__file__).with_name("_native.pyi")
+    assert_stub_is_of(module, ast.parse(stub.read_text()).body, "_native")

@@ -47,6 +47,19 @@ class GroupKeys:
         decoupled: str | None,
     ) -> None: ...
 
+class PlanOptions:
+    def __init__(
+        self,
+        *,
+        seed: int,
+        firsts: dict[Tensor, int],
+        copies: dict[Tensor, Tensor],
+        counters: dict[Tensor, Tensor],
+        grad_name: str | None,
+        watches_masters: bool,
+        as_fused: bool,
+    ) -> None: ...
+
 class Plan:
     def __init__(
         self,
@@ -57,7 +70,10 @@ class Plan:
         assignments: list[int],
         buckets: list[BucketSpec],
         match_layout: Callable[[Tensor, Tensor], Tensor],
+        options: PlanOptions,
     ) -> None: ...
+    def written_params(self, param_groups: Any) -> list[Tensor]: ...
+    def note_versions(self, param_groups: Any) -> None: ...
     def step(
         self,
         state: Any,
@@ -91,6 +107,8 @@ class Plan:
     def forget_grads(self) -> None: ...
     def host_tables(self, bucket: int) -> dict[str, bytes]: ...
     def set_device_tables(self, bucket: int, *, rows: int, chunks: int, arrivals: int) -> None: ...
+    def set_least(self, bucket: int, *, least: int, shared: bool) -> None: ...
+    def find_least(self, bucket: int, *, threads: int) -> None: ...
     def grad_table(self, bucket: int) -> bytes: ...
     def hyper_table(self, bucket: int) -> bytes: ...
 
