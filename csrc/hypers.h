@@ -16,7 +16,7 @@ namespace warpstep {
 
 namespace py = pybind11;
 
-// What an optimizer's rule has in its groups (python/warpstep/rules.py).
+// What an optimizer's rule has in its groups (python/warpstep/rules/rule.py).
 struct GroupKeys {
   // In the order of Hyper::numbers: a key, and which number of a pair it is, or -1.
   std::vector<std::pair<py::str, int>> numbers;

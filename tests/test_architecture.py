@@ -12,6 +12,10 @@ NATIVE = [p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".h", ".cpp",
 CSRC = list((ROOT / "csrc").iterdir())
 TESTS = list((ROOT / "tests").rglob("*.py"))
 PYTHON = [*(ROOT / "python").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+SUFFIXES = r"(?:cpp|cuh|cu|h|pyi|py)"
+# Other projects' headers that comments name.
+OTHERS = {"Python.h", "torch/csrc/inductor/aoti_torch/c/shim.h"}
 
 
 def includes(path):
@@ -77,3 +81,47 @@ def test_imports_have_no_circles():
     imports = {name: imported_modules(p) for p, name in names.items() if name[0] != "_"}
     assert imports["optimizer"] >= {"plan", "checkpoint"}  # they are found
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def files_in(folder):
+    """Source files below a folder, relative to the repository."""
+    found = (p for p in (ROOT / folder).rglob("*") if re.fullmatch(r"\." + SUFFIXES, p.suffix))
+    return {str(p.relative_to(ROOT)) for p in found}
+
+
+def listed_files():
+    """The source files that docs/design.md lists, of each folder that it has a line for."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    listing = re.search(r"## Where things are\n+```\n(.*?)```", text, re.DOTALL)[1]
+    folders = {}
+    for line in listing.splitlines():
+        if not line.startswith(" "):
+            root = folder = line.split()[0]
+        elif not line.startswith("   "):
+            entry = line.split()[0]
+            folder = root + entry if entry.endswith("/") else root
+        names = folders.setdefault(folder, set())
+        for stem, suffixes in re.findall(rf"(\w+)((?:,? ?\.{SUFFIXES}\b)+)", line):
+            names |= {folder + stem + suffix for suffix in re.findall(r"\.\w+", suffixes)}
+    return folders
+
+
+def test_the_design_lists_every_file():
+    folders = listed_files()
+    for folder in ("kernels/", "csrc/", "python/warpstep/"):
+        listed = set().union(*(names for at, names in folders.items() if at.startswith(folder)))
+        there = {path for path in files_in(folder) if Path(path).name != "__init__.py"}
+        assert there - listed == set()
+
+
+def test_files_that_are_named_exist():
+    """In comments, docstrings and pages: by their path, or the end of it."""
+    known = OTHERS | {path.name for path in ROOT.glob("*.py")}
+    for folder in ("bench", "csrc", "docs", "examples", "kernels", "python", "tests"):
+        for parts in (path.split("/") for path in files_in(folder)):
+            known |= {"/".join(parts[i:]) for i in range(len(parts))}
+    for path in {*NATIVE, *CSRC, *PYTHON, *PAGES}:
+        text = re.sub(r"(?m)^\s*#\s*include.*", "", path.read_text())
+        named = re.findall(rf"(?<![\w/.{{}}-])((?:[\w.-]+/)*[\w-]+\.{SUFFIXES})\b(?![\w/(])", text)
+        missing = {re.sub(r"^(\.\./)+", "", name) for name in named} - known
+        assert not missing, path

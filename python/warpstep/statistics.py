@@ -34,7 +34,7 @@ class Statistics:
 
 
 def statistics_of(params: list[Tensor | None], tables: list[Tensor]) -> Statistics:
-    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/tables.h).
+    """From tables float64[tensors, 4] of sums, as kernels leave them (kernels/layout.h).
 
     Rows of parameters that are no more (None) are left out.
     """
