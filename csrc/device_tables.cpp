@@ -7,7 +7,9 @@
 namespace warpstep {
 namespace {
 
-constexpr std::uint32_t kPatience = 64;  // see NOTE [device tables of lists]
+// Calls in a row whose lists are all new: NOTE [device tables of lists]. More than the lists that
+// most steps have (one for each group, dtype and device): at the first step all are new.
+constexpr std::uint32_t kPatience = 64;
 
 bool same_rows(const std::vector<TensorRow>& a, const std::vector<TensorRow>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(TensorRow)) == 0;

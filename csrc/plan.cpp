@@ -161,6 +161,7 @@ const char* Plan::step(py::handle state, py::handle param_groups, int threads, p
 }
 
 void Plan::keep_seen_alive(Scope scope) {
+  // Of each: the parameter, two moments and a counter, and two more (a residual, an average).
   keeper_.reserve(6 * params_.size(), params_.size());
   for (const BoundParam& bound : params_) {
     if (bound.assignment < 0) continue;

@@ -163,7 +163,8 @@ class Plan {
     std::int32_t ndim = 0;
     std::size_t dims = 0;  // where in dims_ its shape and then its strides are
     // Of the state; null for what is not there. Alive while check_state() finds them in their
-    // place. The first is a master of other dtype in the parameter's place, whose copy that is.
+    // place. operands[kParam] is null, unless the rule steps a master of another dtype that is in
+    // the state: then it is that master, and the parameter is its copy.
     PyObject* operands[kStable] = {};
     PyObject* counter = nullptr;
     std::int64_t version = 0;  // of one with a residual: after the last step

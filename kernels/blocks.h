@@ -212,8 +212,9 @@ WARPSTEP_FN float decoded(std::uint8_t from, std::int32_t base) {
   return bits_as<float>(decoded_bits<C, kAllNumbers, std::int32_t>(from, base));
 }
 
-// To nearest, ties away from zero, or (ue5m3) by 16 random bits for the 20 that are cut off and the
-// middle of what else they might be. With `kAllNumbers` every magnitude_of() the block is positive.
+// Rounded to nearest, ties away from zero; or (ue5m3) at random. Of the 20 bits that are cut off
+// then, the upper 16 get random bits added, and the lower four about the mean of what random bits
+// would add to them. With `kAllNumbers` every magnitude_of() the block is positive.
 constexpr std::int32_t kHalfOfCode = 0x80000, kHalfOfRandom = 8;
 template <class C>
 WARPSTEP_FN std::int32_t rounded_to_code(std::int32_t magnitude, std::int32_t base,

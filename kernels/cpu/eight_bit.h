@@ -187,8 +187,8 @@ class InBlocks {
     return param;
   }
 
-  // What tells whether all that was read, and the parameters after the step, are numbers. An
-  // infinite parameter counts where Part::finite steps it right.
+  // What tells whether all codes that were read, and the parameters after the step, are numbers.
+  // An infinity in a parameter passes for a number here, since Part::finite steps it right.
   struct Seen {
     Vector largest_codes{};
     Flags nan{};

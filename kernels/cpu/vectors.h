@@ -117,7 +117,8 @@ WARPSTEP_FN Flags are_nan(Floats x, Floats y) {
 #endif
 }
 
-// x, and y more where x has a bit of `mask`, which has not the uppermost; in lanes of 16 bits.
+// In lanes of 16 bits: x + y where x has a bit of `mask`, else x. The mask must be without the
+// uppermost bit, which AVX2's instruction takes for a sign.
 WARPSTEP_FN Vector added_where_any(Vector x, Vector mask, Vector y) {
 #ifdef __AVX512BW__
   return _mm512_mask_add_epi16(x, _mm512_test_epi16_mask(x, mask), x, y);

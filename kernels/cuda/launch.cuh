@@ -176,8 +176,9 @@ __device__ __forceinline__ T share_of(const F* at, std::uint32_t size, T share, 
   return share;
 }
 
-// The same of numbers in the whole run, `none` where there are none: eight loads under way at a
-// time, since each waits for memory. In the same order whatever their number.
+// Combines `count` numbers, met by the block's threads together, and gives the result to all of
+// them: `none` if there are no numbers. A thread has eight loads under way at a time, since each
+// waits for memory; the order of the combinations is the same as with one at a time.
 template <class Combine>
 __device__ __forceinline__ double combined(const double* numbers, std::uint32_t count, double none,
                                            Combine&& combine) {

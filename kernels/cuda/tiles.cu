@@ -351,6 +351,8 @@ class TileStepper {
   volatile Shared<kTail>& shared_;
 };
 
+// Three blocks share a multiprocessor, or two, as in resident_blocks() of step.cu: 80 registers do
+// where formats are constants; with room for any format a thread needs up to 128.
 template <class Rule, class Formats, bool kTail>
 __global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
     tile_kernel(const __grid_constant__ KernelArguments args) {

@@ -27,12 +27,15 @@ namespace {
 
 // How much of a step a kernel can do; what it leaves out would be computed to no effect.
 enum class Part {
-  in_range,  // `finite`, where the rule's InRange says so of what came out
-  finite,    // `usual`, where `decay` is finite, and NaNs in the result are noticed, and moments
-             // that are not finite where they could not be stored: what was not finite is right or
-             // becomes one of these
-  usual,     // where is_usual() of DecayConstants and of the rule's constants
-  uniform,   // where the decay is none that is_selective()
+  // As `finite`. The caller asks the rule's InRange about what came out, and steps again by another
+  // part where the answer is no.
+  in_range,
+  // As `usual`, for inputs that are all finite and a finite `decay`: no check keeps infinities
+  // apart. An input that is not finite yields a right result, a NaN in the parameter, or a moment
+  // that the caller finds unstorable. In the last two cases the caller steps again by another part.
+  finite,
+  usual,    // where is_usual() of DecayConstants and of the rule's constants
+  uniform,  // where the decay is none that is_selective()
   whole
 };
 WARPSTEP_FN constexpr bool is_usual(Part part) {
