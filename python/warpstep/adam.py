@@ -21,11 +21,31 @@ Betas = tuple[float | Tensor, float | Tensor]
 class Adam(Optimizer, TorchAdam):
     """Adam (weight decay coupled: added to the gradient) in one kernel launch.
 
-    A drop-in for :class:`torch.optim.Adam`: as :class:`AdamW`, but with ``g + weight_decay * p`` in
-    place of g and no other decay, unless ``decoupled_weight_decay=True``. Arguments, dtypes and
-    errors are those of :class:`AdamW`, which is derived from it, as torch's is from torch's.
+    A drop-in for :class:`torch.optim.Adam`. With gradient g, and t counting from 1::
 
-    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980).
+        g <- g + weight_decay * p
+        m <- beta1 * m + (1 - beta1) * g
+        v <- beta2 * v + (1 - beta2) * g^2
+        p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    ``decoupled_weight_decay=True`` leaves the first line out, and takes ``lr * weight_decay * p``
+    from p, as :class:`AdamW` does. AdamW is derived from this class, as torch's is from torch's.
+
+    Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980); amsgrad: Reddi et al.
+    (https://arxiv.org/abs/1904.09237).
+
+    Args:
+        params: parameters, named parameters, or dicts of groups, as torch takes them.
+        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+        decoupled_weight_decay: torch's, with the meanings that :class:`AdamW` tells.
+        backend, state_dtype, master, rounding, seed, copies, decay_form, ema_decay, ema_dtype,
+        stats, unscale_grads: as :class:`AdamW` has them; ``decay_form`` is ``"coupled"`` by
+            default, or ``"decoupled"`` with ``decoupled_weight_decay=True``.
+
+    Raises:
+        ValueError: a value is out of its range, names no choice, or does not go with another.
+        RuntimeError: ``fused`` goes with neither ``foreach`` nor ``differentiable``, as in torch.
+        TypeError: an argument is of a wrong type: ``params``, a number, ``seed`` or ``copies``.
     """
 
     rule = ADAMW

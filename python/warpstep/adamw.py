@@ -88,7 +88,9 @@ class AdamW(Adam, TorchAdamW):
             a backend has no kernel for are stepped by the reference.
 
     Raises:
-        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
+        ValueError: a value is out of its range, names no choice, or does not go with another.
+        RuntimeError: ``fused`` goes with neither ``foreach`` nor ``differentiable``, as in torch.
+        TypeError: an argument is of a wrong type: ``params``, a number, ``seed`` or ``copies``.
     """
 
     def __init__(

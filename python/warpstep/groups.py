@@ -1,8 +1,8 @@
-"""Many parameter groups: torch adds one in time linear in those there are; here, while constructed.
+"""Constructs optimizers of many parameter groups in time linear in their number.
 
 torch's ``add_param_group`` looks a new group's parameters up in a set that it makes anew, of all
 groups before: 100,000 groups of one parameter each take hours. While an optimizer is constructed
-nobody else edits its groups, so one set will do.
+nobody else edits its groups, so here one set is kept and added to.
 """
 
 from __future__ import annotations

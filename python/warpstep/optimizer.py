@@ -37,7 +37,8 @@ from warpstep.state import names_of
 from warpstep.statistics import Statistics
 from warpstep.tail import Tail
 
-# How often a plan is made where another thread changes what is stepped while that is looked at.
+# How often a plan is made for one step. It is stale at once only where another thread changed what
+# is stepped meanwhile: that may happen once or twice, and so often in a row only if it goes on.
 _ATTEMPTS = 5
 _CHANGING = "step() found that {} while it looked: no other thread may change what is stepped"
 
@@ -260,8 +261,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
     def statistics(self) -> Statistics:
         """What the last step saw of each parameter: norms and counts, from its own pass.
 
-        Nothing waits for the device. The same bits each time. GPUs sum in float64; CPUs in runs of
-        1,024 elements in float32, and the runs' sums in float64.
+        Nothing waits for the device. The bits are the same each time; a CPU's last ones may differ
+        from a GPU's (docs/concepts/numerics.md says how either sums).
 
         Raises:
             RuntimeError: ``stats=True`` was not asked for, or no step has been taken since.
@@ -312,9 +313,13 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             What ``closure`` returned, or None.
 
         Raises:
+            BackendUnavailableError: ``backend`` names one that cannot run here; the message says
+                why.
             RuntimeError, TypeError, ValueError: a gradient or a state is invalid, or a
-                hyper-parameter no number; the message names it. No parameter and no state has been
-                changed then. A number is taken whatever it is, as torch does.
+                hyper-parameter no number; the message names it. A number is taken whatever it is,
+                as torch does.
+
+        No parameter and no state has been changed then.
         """
         loss = None
         if closure is not None:
@@ -375,6 +380,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         to the parameter's), or get ``state_dtype`` where one was given.
 
         Raises:
+            KeyError: there is no ``"state"`` or no ``"param_groups"``: it is no optimizer's.
             ValueError: something does not fit, or is missing; the message names it.
         """
         checkpoint.load_for_rule(self, self.rule, state_dict, self.precision)

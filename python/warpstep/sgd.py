@@ -49,7 +49,9 @@ class SGD(Optimizer, TorchSGD):
             default, and ``rounding`` is of parameters: momentum_buffer is rounded to nearest.
 
     Raises:
-        ValueError: a hyper-parameter, ``state_dtype`` or ``backend`` is invalid.
+        ValueError: a value is out of its range, names no choice, or does not go with another.
+        RuntimeError: ``fused`` goes with neither ``foreach`` nor ``differentiable``, as in torch.
+        TypeError: an argument is of a wrong type: ``params``, a number, ``seed`` or ``copies``.
     """
 
     rule = RULE

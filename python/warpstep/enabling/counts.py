@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+# Reasons that are told apart: some have values in them, of which there is no end. A process has a
+# few as a rule, and more than these nobody reads.
 MOST_REASONS, OTHER_REASONS = 64, "for other reasons"
 
 

@@ -127,7 +127,9 @@ def _sgd_kernel(original: Any, cuda: bool, counts: Counts) -> _Kernel:
             True,
             grad_scale,
             found_inf,
-            advance_steps=not is_first_step,  # without counters: this is the second step, or first
+            # Without counters kernels take every counter for 1 (kUncounted in kernels/tail.h). So
+            # this is step 2; or 1, if they are told that the caller has advanced the counters.
+            advance_steps=not is_first_step,
             unscale_grads=True,
         )
         lists = lists_of(SGD, (params, grads, buffers, []), {"momentum": buffers})

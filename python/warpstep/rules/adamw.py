@@ -27,7 +27,9 @@ class AdamWRule(Rule):
     """::
 
         m <- m + (1 - beta1) * (g - m);  v <- (v - (1 - beta2) * v) + (1 - beta2) * g * g
-        u <- step_size * m / (sqrt(v) + eps_hat)
+        u <- step_size * m / (sqrt(v) * root_scale + eps_hat)
+
+    where root_scale is 1, unless eps_hat would be subnormal (kernels/rules/adamw.h).
 
     Source: Kingma and Ba, Adam (https://arxiv.org/abs/1412.6980); amsgrad: Reddi et al.
     (https://arxiv.org/abs/1904.09237).
