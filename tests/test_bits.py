@@ -60,7 +60,7 @@ def test_grouping(backend, device):
 
 @pytest.mark.parametrize("cut", [1, 3, 1000, 16384, 25000])
 def test_a_tensor_in_two_pieces(backend, device, cut):
-    """Pieces begin at other alignments and have other chunks, heads and tails."""
+    """Pieces begin at other alignments and have other chunks, heads and rests."""
     generator = torch.Generator().manual_seed(0)
     size = 40_000
     start, *grads = (make(size, torch.float32, device, generator) for _ in range(4))

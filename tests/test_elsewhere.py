@@ -1,6 +1,6 @@
 """The suite again in processes where another backend can run, or another CPU kernel is chosen.
 
-* The CUDA source compiled for the host, under the address sanitizer: tables, heads and tails, chunk
+* The CUDA source compiled for the host, under the address sanitizer: tables, heads and rests, chunk
   edges and counters are executed, and the bits must be the CPU kernel's.
 * Triton's kernel in Triton's interpreter.
 * The CPU's kernel with tensors read through DLPack, as where torch's own functions are not found.
