@@ -285,7 +285,8 @@ def bad_state(what):
 
 
 SPOILT = {
-    "sparse": (lambda o, p: bad_gradient(p), "sparse gradients"),
+    # Without statistics the step is torch's own.
+    "sparse": (lambda o, p: bad_gradient(p) or setattr(o, "stats", True), "sparse gradients"),
     "shape": (bad_state(torch.zeros(4)), "momentum_buffer.*shape"),
     "no-tensor": (bad_state(7), "momentum_buffer.*7"),
     "integers": (bad_state(torch.zeros(5, dtype=torch.int64)), "momentum_buffer.*int64"),

@@ -55,6 +55,51 @@ def test_defaults_groups_and_state_have_torchs_keys(options):
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["constructed", "replaced"])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_sparse_gradients_are_torchs(momentum, is_replaced):
+    """In turn with steps by kernels, which the first and the third are."""
+    ours, theirs = (
+        cls([torch.nn.Parameter(random((6, 2), 1))], lr=LR, momentum=momentum)
+        for cls in (torch.optim.SGD if is_replaced else warpstep.SGD, torch.optim.SGD)
+    )
+    if is_replaced:
+        warpstep.replace(ours)
+    for step in range(4):
+        for optimizer in (ours, theirs):
+            (param,) = params_of(optimizer)
+            param.grad = random((6, 2), step)
+            param.grad = param.grad.to_sparse() if step % 2 else param.grad
+            optimizer.step()
+    torch.testing.assert_close(params_of(ours), params_of(theirs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stats": True},
+        {"ema_decay": 0.9},
+        {"decay_form": "decoupled"},
+        {"state_dtype": torch.bfloat16, "momentum": 0.9},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_sparse_gradients_are_refused_where_torchs_step_does_not_do(options):
+    param = torch.nn.Parameter(random((6, 2), 1))
+    param.grad = random((6, 2), 2).to_sparse()
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="so does SGD, without options of warpstep's own"):
+        warpstep.SGD([param], lr=LR, **options).step()
+    assert torch.equal(param, before)
+
+
+def test_sparse_gradients_are_not_zeroed_or_clipped_in_the_pass():
+    param = torch.nn.Parameter(random((6, 2), 1))
+    param.grad = random((6, 2), 2).to_sparse()
+    with pytest.raises(RuntimeError, match=r"zero_grads=True.*nor with sparse gradients"):
+        warpstep.SGD([param], lr=LR).step(zero_grads=True)
+
+
 INVALID = [
     {"lr": -1.0},
     {"lr": torch.zeros(2)},
@@ -352,7 +397,7 @@ def test_grad_scaler(bad, options, fused, unscale):
 def test_an_optimizer_that_waits_for_its_gradients_steps_wholly_or_not_at_all():
     """A sparse gradient among others: nothing is stepped, and the message names it."""
     params = new_params()
-    optimizer = warpstep.SGD(params, lr=LR, momentum=0.9)
+    optimizer = warpstep.SGD(params, lr=LR, momentum=0.9, stats=True)  # else the step is torch's
     set_grads(params)
     params[2].grad = params[2].grad.to_sparse()
     before = [p.detach().clone() for p in params]

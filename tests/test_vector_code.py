@@ -84,7 +84,9 @@ extern "C" long run(const Constants<AdamW<false>, float>& c, long count, bfloat1
                                               Halves{v});
 }"""
     (code,) = (
-        code for name, code in compiled([whole], "avx512", tmp_path).items() if "step_even_odd" in name
+        code
+        for name, code in compiled([whole], "avx512", tmp_path).items()
+        if "step_even_odd" in name
     )
     assert len(re.findall("vcvtne2ps2bf16", code)) == 3
     # By the instruction, and where there are subnormal numbers.

@@ -165,7 +165,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             if zero_grads or self._clipping is not None:
                 raise RuntimeError(
                     "step(zero_grads=True) and clip_grad_norm_() are not supported with "
-                    "`differentiable`: use zero_grad() and torch.nn.utils.clip_grad_norm_()"
+                    "`differentiable`, nor with sparse gradients: use zero_grad() and "
+                    "torch.nn.utils.clip_grad_norm_()"
                 )
             self._torch_step()
             return
@@ -182,7 +183,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         return self.precision.ema_dtype
 
     def _torch_step(self) -> None:
-        """torch's own step, for ``differentiable=True``: autograd goes through its operations."""
+        """torch's own step, through whose operations autograd goes, and which has sparse ones."""
         step: Any = super().step
         if getattr(step, "hooked", False):  # the hooks have been called for warpstep's step
             step = functools.partial(step.__wrapped__, self)
@@ -225,7 +226,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
 
         ``captured``: the method that a graph is being captured of, if one is.
         """
-        if any(group.get("differentiable") for group in self.param_groups):
+        if self._is_torchs():
             return None
         if captured is not None:
             raise RuntimeError(
@@ -236,6 +237,24 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.plan = None  # never a stale one, should the next line raise
         self.plan = kind(self, self._plan_options())
         return self.plan
+
+    def _is_torchs(self) -> bool:
+        """Whether the step is torch's own: a differentiable one, or, where torch's optimizer takes
+        them and nothing else is asked for, one of sparse gradients.
+        """
+        if any(group.get("differentiable") for group in self.param_groups):
+            return True
+        more = self.stats or self._copies or self.precision != Precision(seed=self.precision.seed)
+        more = more or any(
+            group.get(key) is not None
+            for group in self.param_groups
+            for key in ("decay_form", "ema_decay", "master")
+        )
+        if more or not self.rule.takes_sparse:
+            return False
+        params = (param for group in self.param_groups for param in group["params"])
+        grads = (param.grad for param in params if isinstance(param, Tensor))
+        return any(grad is not None and grad.is_sparse for grad in grads)
 
     @property
     def copies(self) -> Mapping[Tensor, Tensor]:

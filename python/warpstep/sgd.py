@@ -28,7 +28,7 @@ class SGD(Optimizer, TorchSGD):
     and without momentum ``p <- p - lr * g``. ``decay_form="decoupled"`` makes it SGDW: the first
     line is left out, and ``lr * weight_decay * p`` is taken from p. Arithmetic is in float32
     (float64 for float64 parameters), and each stored value is rounded once. Complex parameters are
-    stepped as pairs of real numbers.
+    stepped as pairs of real numbers. A step with sparse gradients is torch's own.
 
     The state has ``momentum_buffer`` where there is momentum, as torch's; and ``step``, a count of
     steps, only with dampened momentum or ``ema_decay``, whose first step is another. A buffer that

@@ -50,6 +50,7 @@ class Rule:
         counted_for: the keys of a group with which the rule counts steps, where none of them is
             zero; None where it always does.
         is_whole: whether a state that has anything of it has all.
+        takes_sparse: whether torch's optimizer steps sparse gradients.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Rule:
     squares: frozenset[str] = frozenset()
     counted_for: tuple[str, ...] | None = None
     is_whole: bool = True
+    takes_sparse: bool = False
 
     def moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The moments of a group's parameters."""

@@ -73,4 +73,5 @@ SGD: Rule = SgdRule(
     optional={"momentum_buffer": "momentum"},
     counted_for=("momentum", "dampening"),
     is_whole=False,
+    takes_sparse=True,
 )
