@@ -88,7 +88,7 @@ def test_sparse_gradients_are_refused_where_torchs_step_does_not_do(options):
     param = torch.nn.Parameter(random((6, 2), 1))
     param.grad = random((6, 2), 2).to_sparse()
     before = param.detach().clone()
-    with pytest.raises(RuntimeError, match="so does SGD without options of warpstep's own"):
+    with pytest.raises(RuntimeError, match="SGD does, without options of warpstep's own"):
         warpstep.SGD([param], lr=LR, **options).step()
     assert torch.equal(param, before)
 

@@ -162,7 +162,7 @@ __device__ __forceinline__ std::uint32_t placed(std::uint32_t code, std::uint32_
 #endif
 }
 
-// The numbers of eight codes, and zero if that is what they stand for: none for what is no number.
+// Decodes eight codes as numbers. Returns zero if they are, and none stands for what is no number.
 template <class C>
 __device__ __forceinline__ std::uint32_t decode_usual_codes(const Bits& bits, Eight& x) {
   const auto base = static_cast<std::uint32_t>(base_of<C>(bits.words[kScaleWord]));
@@ -230,7 +230,9 @@ __device__ __forceinline__ void set_codes_of_numbers(const Eight& x, std::int32_
       rounded[i] = rounded_to_code<C>(C::kSigned ? number & 0x7fffffff : number, base,
                                       C::kSigned ? 0 : drawn(random, k + i));
       // No positive number becomes zero where there is no sign.
-      const std::int32_t least = kUsual ? min_of(number, kLeastUsual) : min_of(number, 1) << 20;
+      const std::int32_t least = kUsual       ? min_of(number, kLeastUsual)
+                                 : number > 0 ? kLeastUsual
+                                              : 0;
       rounded[i] = max_of(rounded[i], C::kSigned ? 0 : least);
     }
     pairs[k / 2] = upper_halves(rounded[0], rounded[1]) >> 4;
@@ -289,7 +291,7 @@ __device__ __forceinline__ void encode_codes(const Eight& x, Which<kAll> which,
   if (!are_numbers) set_codes<C>(x, base, random, bits);
 }
 
-// With `kUsual` it is up to the caller that codes stand for numbers: zero if they do.
+// With `kUsual` codes are taken for numbers, and the result is zero if they are.
 template <bool kUsual = false>
 __device__ __forceinline__ std::uint32_t decode(FormatOf format, bool has_residual,
                                                 const Bits& bits, Eight& x) {

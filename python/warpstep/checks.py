@@ -18,7 +18,7 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if grad.is_sparse or grad.layout != torch.strided:
         raise RuntimeError(
-            "sparse gradients are not supported (torch.optim.SparseAdam takes them, and so does SGD "
+            "sparse gradients are not supported (torch.optim.SparseAdam takes them, and SGD does, "
             f"without options of warpstep's own): {name} has a gradient of layout {grad.layout}"
         )
     if grad.shape != param.shape or grad.device != param.device:
