@@ -121,6 +121,7 @@ def test_cuda_source_on_the_host(emulated_module):
             "test_functional.py",
             "test_functional_sgd.py",
             "test_functional_low_precision.py",
+            "test_functional_low_precision_errors.py",
             "test_device_tables.py",
             "test_capture.py",
             "test_asked_devices.py",

@@ -1,4 +1,4 @@
-"""Low precision in warpstep.functional: the class's bits; ranges of a parameter; every error."""
+"""Low precision in warpstep.functional: the class's bits; ranges of a parameter; operators."""
 
 import sys
 import threading
@@ -9,15 +9,22 @@ import pytest
 import torch
 
 import warpstep
-from support.low_precision import BF16, RECIPES, key_in, moments_of, new_params
+from support.lists import HYPERS
+from support.low_precision import BF16, RECIPES
+from support.low_precision_lists import (
+    CLASS,
+    SHAPES,
+    give_grads,
+    grads_of,
+    lists_of,
+    operator_arguments,
+    rounding_of,
+    stepped,
+)
 from support.modes import Dispatched
 from support.parameters import random
-from support.recipes import set_grad
 from warpstep.functional import adam_, adamw_, sgd_
 
-HYPERS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
-CLASS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-8, "seed": 2**63 + 5}
-SHAPES = [(64, 64), (65, 128), (17,), (0,), ()]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
@@ -26,56 +33,6 @@ def lists_backend(backend):
     if backend == "triton":
         pytest.skip("Triton takes no lists")
     return backend
-
-
-def stepped(kind, backend, device, steps=2, shapes=SHAPES, dtype=BF16, copies=None, **options):
-    """An optimizer that has taken some steps."""
-    params = new_params(dtype, shapes, device)
-    to = None if copies is None else [torch.zeros_like(p, dtype=copies) for p in params]
-    optimizer = kind(params, **options, copies=to, backend=backend)
-    for step in range(steps):
-        give_grads(optimizer, step)
-        optimizer.step()
-    return optimizer
-
-
-def params_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def give_grads(optimizer, step, dtype=None):
-    for i, p in enumerate(params_of(optimizer)):
-        p.grad = None
-        set_grad(p, random(p.shape, 100 * step + i, p.device).to(dtype or p.dtype))
-
-
-def lists_of(optimizer):
-    """Clones of what an optimizer has, as arguments by name; gradients apart."""
-    params, moments = params_of(optimizer), {}
-    states = [optimizer.state[p] for p in params]
-    for key in moments_of(states[0]):
-        moments[f"{key}s"] = [s[key_in(s, key)].clone() for s in states]
-        if any(f"{key}_scale" in s for s in states):  # else nothing has 8 bits
-            none = torch.zeros(0, device=params[0].device)
-            moments[f"{key}_scales"] = [s.get(f"{key}_scale", none).clone() for s in states]
-    found = {"params": [p.detach().clone() for p in params], **moments}
-    found["state_steps"] = [s["step"].clone() for s in states if "step" in s]
-    if "master_param" in states[0]:
-        found["residuals"] = [s["master_param"].clone() for s in states]
-    if optimizer.copies:
-        found["copies"] = [optimizer.copies[p].clone() for p in params]
-    return found
-
-
-def grads_of(optimizer):
-    return [p.grad.clone() for p in params_of(optimizer)]
-
-
-def rounding_of(recipe, has_squares=True):
-    """What an optimizer's options round: see warpstep.functional.adamw_."""
-    if recipe.get("rounding") is None and recipe.get("state_dtype") and has_squares:
-        return "stochastic_exp_avg_sq"
-    return recipe.get("rounding")
 
 
 def assert_same(found, expected):
@@ -311,17 +268,6 @@ def test_another_thread_runs_while_kernels_do(elements):
 # ---- Operators of torch
 
 
-def operator_arguments(recipe="residual-8bit"):
-    optimizer = stepped(
-        warpstep.AdamW, "cpu", "cpu", steps=1, shapes=[(64, 64), (3,)], **CLASS, **RECIPES[recipe]
-    )
-    lists, grads = lists_of(optimizer), grads_of(optimizer)
-    names = ("params", "exp_avgs", "exp_avg_sqs", "state_steps")
-    params, exp_avgs, exp_avg_sqs, steps = (lists.pop(name) for name in names)
-    options = {"rounding": rounding_of(RECIPES[recipe]), "seed": 7, "param_indices": [4, 9]}
-    return (params, grads, exp_avgs, exp_avg_sqs, [], steps), {**HYPERS, **lists, **options}
-
-
 def test_opcheck():
     """Schema, fake implementation, autograd registration and AOT dispatch hold."""
     lists, options = operator_arguments()
@@ -395,135 +341,3 @@ def test_vmap(recipe, steps):
                 assert torch.equal(t[b] if t.dim() > e.dim() else t, e)
         for name, expected in of_low.items():
             assert all(torch.equal(t[b], e) for t, e in zip(low[name], expected, strict=True))
-
-
-# ---- Errors
-
-
-def change(name, index, tensor):
-    return lambda lists: lists[name].__setitem__(index, tensor)
-
-
-BAD = {
-    "too few residuals": (
-        lambda ls: ls["residuals"].pop(),
-        ValueError,
-        r"residuals has 1 tensors and params 2",
-    ),
-    "residual's dtype": (
-        change("residuals", 1, torch.zeros(3)),
-        TypeError,
-        r"residuals\[1\] is float32.*residuals are int16, of bfloat16 parameters",
-    ),
-    "residual's shape": (
-        change("residuals", 1, torch.zeros(4, dtype=torch.int16)),
-        RuntimeError,
-        r"params\[1\].*residuals\[1\] is int16 of shape \(4,\)",
-    ),
-    "residual's parameter": (
-        change("params", 1, torch.zeros(3)),
-        TypeError,
-        r"params\[1\] is float32.*of bfloat16 parameters",
-    ),
-    "no scales": (
-        lambda ls: ls.pop("exp_avg_scales"),
-        TypeError,
-        r"exp_avgs\[0\] is uint8.*exp_avg_scales\[0\] is None, expected a contiguous uint8 of 64",
-    ),
-    "another block size": (
-        change("exp_avg_sq_scales", 0, torch.zeros(32, dtype=torch.uint8)),
-        TypeError,
-        r"exp_avg_sq_scales\[0\] is uint8 of shape \(32,\) on cpu, expected .* 64 elements",
-    ),
-    "scales in another order": (
-        change("exp_avg_sq_scales", 0, torch.zeros((8, 8), dtype=torch.uint8).t()),
-        TypeError,
-        r"exp_avg_sq_scales\[0\] is uint8 of shape \(8, 8\) on cpu, expected a contiguous",
-    ),
-    "scales of what has none": (
-        change("exp_avg_scales", 1, torch.zeros(1, dtype=torch.uint8)),
-        TypeError,
-        r"exp_avgs\[1\] is float32 .*exp_avg_scales\[1\] is uint8.*expected an empty tensor",
-    ),
-    "codes in another order": (
-        change("exp_avgs", 0, torch.zeros((64, 64), dtype=torch.uint8).t()),
-        RuntimeError,
-        r"params\[0\] has strides \(64, 1\), exp_avgs\[0\] \(1, 64\)",
-    ),
-    "a copy of 16 bits": (
-        lambda ls: ls.update(copies=[torch.zeros_like(p) for p in ls["params"]]),
-        TypeError,
-        r"params\[0\] is bfloat16.*copies of float32 parameters",
-    ),
-    "no tensor": (
-        change("residuals", 1, 3),
-        TypeError,
-        r"residuals\[1\] is of type int",
-    ),
-    "a rounding": (
-        lambda ls: ls.update(rounding="up"),
-        ValueError,
-        r"Invalid rounding: 'up'. Choose one of 'nearest', 'stochastic' and",
-    ),
-    "a seed": (lambda ls: ls.update(seed=1.5), TypeError, "seed should be an integer"),
-    "a large seed": (lambda ls: ls.update(seed=2**64), ValueError, "Invalid seed"),
-    "an index": (
-        lambda ls: ls.update(param_indices=[0, -1]),
-        ValueError,
-        r"param_indices\[1\] is -1",
-    ),
-    "too few indices": (
-        lambda ls: ls.update(param_indices=[0]),
-        ValueError,
-        r"param_indices has 1 numbers and params 2 tensors",
-    ),
-    "an element": (
-        lambda ls: ls.update(first_elements=["0", 0]),
-        TypeError,
-        r"first_elements\[0\] is '0', expected an integer",
-    ),
-    "within a block": (
-        lambda ls: ls.update(first_elements=[32, 0]),
-        ValueError,
-        r"first_elements\[0\] is 32.*a multiple of 64",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_errors_name_the_tensor_and_change_nothing(lists_backend, device, name):
-    if device != "cpu":
-        pytest.skip("the cases are tensors of the CPU")
-    spoil, kind, message = BAD[name]
-    lists, options = operator_arguments()
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
-    arguments = {**dict(zip(names, lists, strict=True)), **options, "backend": lists_backend}
-    spoil(arguments)
-    tensors = [t for v in arguments.values() if isinstance(v, list) for t in v]
-    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
-    before = [t.clone() for t in tensors]
-    with pytest.raises(kind, match=message):
-        adamw_(**arguments)
-    assert all(map(torch.equal, tensors, before))
-
-
-def test_random_bits_need_counters():
-    """Which SGD does without otherwise."""
-    param = torch.ones(3, dtype=BF16)
-    options = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0}
-    with pytest.raises(ValueError, match=r"params\[0\].*state_steps is empty.*'stochastic' needs"):
-        sgd_([param], [param], [], [], **options, rounding="stochastic")
-    assert torch.equal(param, torch.ones(3, dtype=BF16))
-
-
-def test_float64_has_no_8_bits():
-    lists = [[torch.ones(64, dtype=torch.float64)] for _ in range(2)]
-    lists += [[torch.zeros(64, dtype=torch.uint8)] for _ in range(2)]
-    scales = [torch.zeros(1, dtype=torch.uint8)]
-    with pytest.raises(TypeError, match=r"params\[0\] is float64.*exp_avgs\[0\] of 8 bits"):
-        adamw_(
-            *(*lists, [], [torch.zeros(())]),
-            **HYPERS,
-            exp_avg_scales=scales,
-            exp_avg_sq_scales=scales,
-        )
