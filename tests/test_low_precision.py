@@ -139,9 +139,12 @@ def test_a_master_is_a_float32_models_run_for_a_thousand_steps(backend, device):
                     assert torch.equal(optimizer.state[mine][key], exact.state[other][key])
 
 
-def test_what_is_written_to_a_parameter_wins_over_its_residual(backend, device):
+@pytest.mark.parametrize("then", ["nothing", "another-master-set", "averages-swapped"])
+def test_what_is_written_to_a_parameter_wins_over_its_residual(then, backend, device):
+    """Also where something else writes to parameters before the residual is looked at."""
     params = new_params(BF16, [(100,), (100,)], device)
-    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend)
+    options = {"ema_decay": 0.9} if then == "averages-swapped" else {}
+    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend, **options)
     for p in params:
         p.grad = random(p.shape, 7, device).to(BF16)
     optimizer.step()
@@ -150,7 +153,15 @@ def test_what_is_written_to_a_parameter_wins_over_its_residual(backend, device):
     written = random((100,), 8, device).to(BF16)
     with torch.no_grad():
         params[0].copy_(written)
-    assert torch.equal(optimizer.master_parameters()[params[0]], written.float())
+    if then == "another-master-set":
+        kept = random((100,), 9, device)
+        optimizer.set_master_parameters({params[1]: kept})
+    elif then == "averages-swapped":
+        with optimizer.swap_ema():
+            pass
+    masters = optimizer.master_parameters()
+    assert torch.equal(masters[params[0]], written.float())
+    assert torch.equal(masters[params[1]], kept)
     for p in params:
         p.grad.zero_()
     for group in optimizer.param_groups:
@@ -173,6 +184,15 @@ def test_masters_are_written_in_float32(backend, device):
     for p, master in masters.items():
         assert torch.equal(optimizer.master_parameters()[p], master)
         assert torch.equal(p.detach().cpu(), codecs.split(master.cpu())[0])
+
+
+@pytest.mark.parametrize(("dtype", "master"), [(BF16, "residual"), (torch.float32, None)], ids=str)
+def test_masters_are_read_as_copies(dtype, master):
+    (param,) = new_params(dtype, [(100,)])
+    optimizer = warpstep.AdamW([param], master=master)
+    before = param.detach().clone()
+    optimizer.master_parameters()[param].fill_(7)
+    assert torch.equal(param, before)
 
 
 def test_averages_are_of_the_master(backend, device):
@@ -288,12 +308,13 @@ def test_nan_and_infinity_reach_what_float32_lets_them_reach(recipe, value, back
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
-def test_copies_are_the_parameters_after_the_step(dtype, grad_dtype, backend, device):
+@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
+def test_copies_are_the_parameters_after_the_step(stats, dtype, grad_dtype, backend, device):
     shapes = [(100, 3), (16_384 + 5,), (), (0,)]
     params = new_params(torch.float32, shapes, device)
     alone = new_params(torch.float32, shapes, device)
     copies = [torch.full_like(p, 7, dtype=dtype) for p in params]
-    optimizer = warpstep.AdamW(params, lr=1e-2, copies=copies, backend=backend)
+    optimizer = warpstep.AdamW(params, lr=1e-2, copies=copies, stats=stats, backend=backend)
     other = warpstep.AdamW(alone, lr=1e-2, backend=backend)
     for step in range(3):
         for p, q, grad in zip(params, alone, grads_of(params, step, grad_dtype), strict=True):
