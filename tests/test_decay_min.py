@@ -162,15 +162,19 @@ def test_a_skipped_step_changes_nothing_and_the_next_is_right(backend, device, s
 
 
 def test_the_form_can_come_and_go(backend, device):
-    """A group's form is edited, and its weight decay, between steps of one optimizer."""
+    """A group's form is edited, and its weight decay, between steps of one optimizer; it goes."""
     params, _ = model_of(device)
     optimizer = optimizer_for(
         params, dataclasses.replace(MIN, decay_form=None), (F32,) * 3, backend
     )
     before = [zeros_of(p, False) for p in params]
     changes = [("decoupled", 0.3), ("min", 0.3), ("min", 0.0), ("min", 0.1), ("l1", 0.1)]
+    changes += [(None, 0.1)]
     for t, (form, weight_decay) in enumerate(changes, 1):
-        optimizer.param_groups[0].update(decay_form=form, weight_decay=weight_decay)
+        group = optimizer.param_groups[0]
+        group.update(decay_form=form, weight_decay=weight_decay)
+        if form is None:
+            del group["decay_form"]
         options = dataclasses.replace(MIN, decay_form=form, weight_decay=weight_decay)
         grads = [p.grad for p in params]
         assert_step(optimizer, params, t, lambda _, o=options: o, grads, before)

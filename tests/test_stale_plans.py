@@ -17,7 +17,7 @@ from support.parameters import new_params, params_of, random, set_grads
 from support.tolerance import bound
 
 LR = 0.01
-SHAPES = [(5, 3), (), (17,), (4, 4), (0, 2)]
+SHAPES = [(5, 3), (), (17,), (4, 4), (4, 4), (0, 2)]
 STEPS = 4
 
 
@@ -178,6 +178,15 @@ def move_one_state_to_another_parameter(opt, step):
         }
 
 
+def exchange_states_of_two(opt, step):
+    """Each has the other's, and the states are in the order that they were in."""
+    third, fourth = params_of(opt)[3:5]
+    others = {third: fourth, fourth: third}
+    states = [(others.get(param, param), state) for param, state in opt.state.items()]
+    opt.state.clear()
+    opt.state.update(states)
+
+
 def load_own_state(opt, step):
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
 
@@ -298,6 +307,7 @@ CHANGES = [
     replace_whole_state,
     reorder_state,
     move_one_state_to_another_parameter,
+    exchange_states_of_two,
     load_own_state,
     rewrite_groups,
     replace_list,

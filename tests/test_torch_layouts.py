@@ -140,16 +140,18 @@ def test_layout_of_gradient(kind, layout, device):
 
 @on_each_device
 @pytest.mark.parametrize("layout", ["transposed", "gap-columns", "odd-1d"])
-def test_lazily_conjugated_gradient(layout, device):
+@pytest.mark.parametrize("first", [True, False], ids=["lazy-first", "lazy-later"])
+def test_lazily_conjugated_gradient(first, layout, device):
     dtype = torch.complex64
     ours, theirs = leaf(layout, device, dtype), leaf(layout, device, dtype)
     a = warpstep.AdamW([ours], lr=LR)
     b = torch.optim.AdamW([theirs], lr=LR, foreach=False)
     for step in range(STEPS):
         grad = away_from_zero(ours.shape, 10 + step, dtype, device)
-        ours.grad = grad.conj() if step % 2 == 0 else grad
-        theirs.grad = grad.conj().resolve_conj() if step % 2 == 0 else grad
-        assert ours.grad.is_conj() == (step % 2 == 0)
+        is_lazy = (step % 2 == 0) == first
+        ours.grad = grad.conj() if is_lazy else grad
+        theirs.grad = ours.grad.resolve_conj()
+        assert ours.grad.is_conj() == is_lazy
         a.step()
         b.step()
     assert_close(ours, theirs, bound(STEPS, LR, theirs, torch.float32))
@@ -157,15 +159,18 @@ def test_lazily_conjugated_gradient(layout, device):
 
 @on_each_device
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-def test_lazily_negated_gradient_of_one_element(shape, device):
+@pytest.mark.parametrize("first", [True, False], ids=["lazy-first", "lazy-later"])
+def test_lazily_negated_gradient_of_one_element(first, shape, device):
     # Strides of one element say nothing: only the negative bit tells it from an ordinary gradient.
     ours, theirs = (away_from_zero(shape, 0, device=device).requires_grad_() for _ in range(2))
     a = warpstep.AdamW([ours], lr=LR)
     b = torch.optim.AdamW([theirs], lr=LR, foreach=False)
     for step in range(STEPS):
-        ours.grad = with_negative_bit(away_from_zero(shape, 10 + step, device=device))
+        grad = away_from_zero(shape, 10 + step, device=device)
+        is_lazy = step > 0 or first
+        ours.grad = with_negative_bit(grad) if is_lazy else grad
         theirs.grad = ours.grad.resolve_neg()
-        assert ours.grad.is_neg()
+        assert ours.grad.is_neg() == is_lazy
         a.step()
         b.step()
     assert_close(ours, theirs, bound(STEPS, LR, theirs))
