@@ -95,6 +95,16 @@ def test_advanced_steps(lists_backend, device):
     assert_same_lists(lists, advanced)
 
 
+def test_counters_in_float64(lists_backend, device):
+    """As torch makes them where that is its default dtype."""
+    lists = streams(device=device)
+    lists[5] = [step.double() for step in lists[5]]
+    before = clones(lists)
+    adamw_(*lists, **HYPERS, backend=lists_backend)
+    assert_within_bounds(lists, before, 5)
+    assert all(step.dtype == torch.float64 and step == 5 for step in lists[5])
+
+
 def test_shared_counter(lists_backend, device):
     """One counter for all tensors is fine if the caller advances it, and an error if not."""
     lists = streams(device=device, step=5.0)
@@ -133,8 +143,9 @@ def test_a_counter_of_tensors_far_apart(gaps, lists_backend, device):
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scale(lists_backend, device, unscale):
-    """Gradients are divided by it in registers, and in memory if asked for."""
+    """Gradients are divided by it in registers, and in memory if asked for, in any order."""
     lists = streams(device=device)
+    lists[1][1] = lists[1][1].t().contiguous().t()
     before = clones(lists)
     scale = torch.tensor(8.0, device=device)
     options = {"unscale_grads": unscale, "backend": lists_backend}

@@ -146,6 +146,24 @@ def test_gaps_in_memory(lists_backend, device, recipe):
     assert torch.equal(wide[:, 1::2], kept)
 
 
+def test_behind_gaps_a_parameter_keeps_its_number(lists_backend, device):
+    """Random bits are those of its place, also where a kernel takes it and not the one before."""
+    wide = random((9, 2), 0, device).to(BF16)
+    params = [wide[:, 0], random((64,), 1, device).to(BF16)]
+    lists = {
+        "params": params,
+        "exp_avgs": [torch.zeros_like(p) for p in params],
+        "exp_avg_sqs": [torch.zeros_like(p) for p in params],
+        "state_steps": [torch.zeros((), device=device) for _ in params],
+    }
+    alone = {name: [tensors[1].clone()] for name, tensors in lists.items()}
+    grads = [random(p.shape, 5, device).to(BF16) for p in params]
+    options = {**HYPERS, "rounding": "stochastic", "seed": 3, "backend": lists_backend}
+    call(adamw_, lists, grads, **options)
+    call(adamw_, alone, grads[1:], **options, param_indices=[1])
+    assert_same({name: tensors[1:] for name, tensors in lists.items()}, alone)
+
+
 # ---- Ranges of a parameter, as offloaders step them
 
 RANGES = [(0, 64), (64, 20_032), (20_032, 66_000)]
@@ -162,8 +180,8 @@ def flat_recipe(recipe, backend, device, numel=66_000):
     return optimizer, lists_of(optimizer), grads_of(optimizer)[0]
 
 
-def step_range(lists, grad, begin, end, recipe, **options):
-    """One range of a flat parameter, whose step has been counted."""
+def step_range(lists, grad, begin, end, recipe, first=0, **options):
+    """One range of a flat parameter, whose step has been counted; `first` is its own first."""
     some = {}
     for name, (tensor,) in lists.items():
         if name == "state_steps":
@@ -179,7 +197,7 @@ def step_range(lists, grad, begin, end, recipe, **options):
         **HYPERS,
         rounding=rounding_of(RECIPES.get(recipe, {})),
         seed=CLASS["seed"],
-        first_elements=[begin],
+        first_elements=[first + begin],
         advance_steps=False,
         **options,
     )
@@ -204,6 +222,19 @@ def test_ranges_of_no_blocks_begin_anywhere(lists_backend, device):
         step_range(lists, grad, begin, end, "stochastic", backend=lists_backend)
     optimizer.step()
     assert_same(lists, lists_of(optimizer))
+
+
+@pytest.mark.parametrize("recipe", ["stochastic", "stochastic-8bit"])
+def test_a_range_in_which_the_numbers_of_draws_pass_32_bits(lists_backend, device, recipe):
+    """Eight elements draw together: at element 2^35. As two ranges, neither of which passes it."""
+    _, lists, grad = flat_recipe(recipe, lists_backend, device)
+    parted = {name: [t.clone() for t in tensors] for name, tensors in lists.items()}
+    middle, end = 33_024, 66_000
+    of = {"recipe": recipe, "first": 2**35 - middle, "backend": lists_backend}
+    step_range(lists, grad, 0, end, **of)
+    step_range(parted, grad, 0, middle, **of)
+    step_range(parted, grad, middle, end, **of)
+    assert_same(lists, parted)
 
 
 @pytest.mark.parametrize("recipe", ["copies", "stochastic-8bit"])

@@ -88,6 +88,11 @@ BAD = {
         ValueError,
         r"param_indices\[1\] is -1",
     ),
+    "a large index": (
+        lambda ls: ls.update(param_indices=[0, 2**32]),
+        ValueError,
+        r"param_indices\[1\] is 4294967296",
+    ),
     "too few indices": (
         lambda ls: ls.update(param_indices=[0]),
         ValueError,

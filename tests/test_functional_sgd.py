@@ -176,6 +176,9 @@ def test_advanced_steps_and_the_tail(lists_backend, device, function):
     function(*lists, **options)
     function(*advanced, **options, advance_steps=False)
     assert_same(lists, advanced)
+    for uncounted, advances in ((lists, True), (advanced, False)):
+        function(*uncounted[:3], [], **options, advance_steps=advances)
+    assert_same(lists, advanced)  # the first says nothing of the second
 
     scale, inf = torch.tensor(8.0, device=device), torch.ones((), device=device)
     scaled = clones(lists)
