@@ -63,6 +63,18 @@ def test_steps_are_the_formulas(kind, decoupled_decay, corrected, backend):
     assert ("reference" in str(optimizer.plan)) == (backend == "reference")
 
 
+def test_a_form_of_decay_that_is_set_counts_from_then_on(kind, backend):
+    dtype, options = kind
+    params = params_of(dtype)
+    optimizer = fused_adam(params, use_decoupled_grad=True, backend=backend, **options)
+    truth = Truth(params)
+    for step, decoupled in enumerate((True, False, True)):
+        optimizer.adam_w_mode = truth.decoupled = decoupled
+        truth.step(grads_of(params, step), step + 1)
+        take_steps(optimizer, 1, first=step)
+    assert_near_truth(optimizer, truth, 3)
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_masters_are_a_float32_models(kind, capturable):
     """Bit for bit what warpstep.AdamW makes of float32 parameters with the same gradients."""
@@ -151,19 +163,21 @@ def test_parameters_without_a_gradient_get_a_state(kind):
     assert optimizer.param_groups[0]["step"] == 1
 
 
-def test_a_float32_parameter_is_its_own_master():
-    param = Parameter(torch.randn(9))
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+def test_a_parameter_of_more_than_16_bits_is_its_own_master(dtype):
+    param = Parameter(torch.randn(9, dtype=dtype))
     optimizer = fused_adam([param], master_weights=True)
     optimizer.initialize_state(param)
     assert optimizer.state[param]["master_param"].data_ptr() == param.data_ptr()
-    param.data = torch.randn(9)  # which counts
+    param.data = torch.randn(9, dtype=dtype)  # which counts
     value = param.detach().clone()
-    param.grad = torch.zeros(9)
+    param.grad = torch.zeros(9, dtype=dtype)
     optimizer.step()
     assert torch.equal(param, value * (1 - LR * DECAY)) or torch.allclose(
         param, value * (1 - LR * DECAY), rtol=2**-23, atol=0
     )
     assert optimizer.state[param]["master_param"].data_ptr() == param.data_ptr()
+    assert torch.equal(optimizer.get_unscaled_state(param, "master_param"), param)
 
 
 @pytest.mark.parametrize("kind_name", ["bfloat16-master", "bfloat16-remainder"])
@@ -237,6 +251,30 @@ def test_a_count_that_is_set_counts():
     take_steps(optimizer, 1, first=1)
     torch.testing.assert_close(params[0].double(), truth.p[0], rtol=0, atol=bound_of(truth.p, 2))
     assert optimizer.param_groups[0]["step"] == 10
+
+
+def test_groups_may_count_apart(kind):
+    dtype, options = kind
+    params, others = params_of(dtype), params_of(dtype)
+    options = {"use_decoupled_grad": True, **options}
+    optimizer = fused_adam([{"params": [p]} for p in params], **options)
+    alone = [fused_adam([p], **options) for p in others]
+    for index, one in enumerate(alone):
+        optimizer.param_groups[index]["step"] = one.param_groups[0]["step"] = 3 * index
+        one.param_groups[0]["params"][0].decoupled_grad = grads_of(params, 0)[index]
+        one.step()
+    take_steps(optimizer, 1)
+    assert all(map(torch.equal, params, others))
+    assert [group["step"] for group in optimizer.param_groups] == [1, 4, 7, 10, 13, 16]
+
+
+def test_capturable_may_be_set_after_a_step():
+    optimizer = fused_adam(params_of(F32, ((6,),)))
+    take_steps(optimizer, 1)
+    optimizer.capturable = True
+    take_steps(optimizer, 1, first=1)
+    step = optimizer.param_groups[0]["step"]
+    assert (step.dtype, step.tolist()) == (torch.int32, [2])
 
 
 def test_capturable_counts_on_the_device():

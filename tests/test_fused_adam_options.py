@@ -72,9 +72,10 @@ def test_zero_grad_resets_what_the_step_reads():
     param = Parameter(torch.zeros(3))
     optimizer = fused_adam([param], use_decoupled_grad=True)
     optimizer.zero_grad(set_to_none=False)  # there is none
-    param.decoupled_grad = torch.ones(3)
-    optimizer.zero_grad(set_to_none=False)
-    assert param.decoupled_grad.tolist() == [0, 0, 0]
+    for requires_grad in (False, True):
+        param.decoupled_grad = torch.ones(3, requires_grad=requires_grad)
+        optimizer.zero_grad(set_to_none=False)
+        assert param.decoupled_grad.tolist() == [0, 0, 0]
     optimizer.zero_grad()
     assert param.decoupled_grad is None
     with pytest.warns(DeprecationWarning, match="set_to_none"):
@@ -93,8 +94,10 @@ def test_gradients_are_zeroed_in_the_steps_pass():
     grads = [p.decoupled_grad for p in params]
     for grad in grads:
         grad.fill_(1)
+    versions = [grad._version for grad in grads]
     optimizer.step(zero_grads=True)
     assert all(not grad.any() for grad in grads)
+    assert all(grad._version > v for grad, v in zip(grads, versions, strict=True))
 
 
 def test_decoupled_gradients_are_clipped(backend):
@@ -109,6 +112,24 @@ def test_decoupled_gradients_are_clipped(backend):
         optimizer.step()
         expected.step()
     assert all(map(torch.equal, params, others))
+
+
+def test_zero_grad_in_place_forgets_a_clipping_of_decoupled_gradients(backend):
+    params, others = params_of(F32, ((30,), (5,))), params_of(F32, ((30,), (5,)))
+    optimizer = fused_adam(params, use_decoupled_grad=True, backend=backend)
+    plain = fused_adam(others, use_decoupled_grad=True, backend=backend)
+    for param in params:
+        param.decoupled_grad = torch.ones_like(param)
+    optimizer.clip_grad_norm_(0.1)
+    optimizer.zero_grad(set_to_none=False)
+    for param, other, grad in zip(params, others, grads_of(params, 0), strict=True):
+        param.decoupled_grad.add_(grad)
+        other.decoupled_grad = grad
+    for one in (optimizer, plain):
+        one.step()
+    assert all(map(torch.equal, params, others))
+    for param, other in zip(params, others, strict=True):
+        assert torch.equal(optimizer.state[param]["exp_avg"], plain.state[other]["exp_avg"])
 
 
 def test_a_grad_scaler_is_applied_in_the_steps_pass():
@@ -156,6 +177,21 @@ def test_a_grad_scaler_that_has_unscaled_is_not_applied_again():
     optimizer.step(grad_scaler=scaler)
     expected.step()
     assert torch.equal(param, other)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_a_step_that_raises_leaves_no_scale_to_the_next():
+    param = Parameter(torch.ones(8))
+    optimizer = fused_adam([param])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(RuntimeError, match="found no gradients: step after backward"):
+        optimizer.step(grad_scaler=scaler)
+    param.grad = torch.ones(8)
+    optimizer.param_groups[0]["lr"] = "high"
+    with pytest.raises(ValueError, match="high"):
+        optimizer.step(grad_scaler=scaler)
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
 
@@ -257,6 +293,8 @@ def test_options_that_megatron_sets_count():
     assert (param > 0).all()
     assert list(optimizer.state[param]) == ["exp_avg", "exp_avg_sq"]
     optimizer.use_decoupled_grad = False
+    param.grad = torch.full((3,), 2.0)
+    assert optimizer.clip_grad_norm_(torch.inf).item() == pytest.approx(12**0.5)
     for _ in range(30):
         optimizer.step()
     assert (param < 0).all()

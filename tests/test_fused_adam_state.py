@@ -65,6 +65,9 @@ def test_moments_in_bfloat16_are_read_in_float32():
     optimizer.set_scaled_state(params[0], "exp_avg", value)
     assert optimizer.state[params[0]]["exp_avg"] is stored
     assert torch.equal(stored, value.to(BF16))
+    optimizer.exp_avg_dtype = F32  # as Megatron sets attributes
+    optimizer.set_scaled_state(params[0], "exp_avg", value)
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], value)
 
 
 def test_remainders_are_read_and_written_as_they_are():
@@ -166,6 +169,7 @@ def test_torchs_states_are_loaded_and_made():
     ours = fused_adam([Parameter(p.detach().clone()) for p in params])
     ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["step"] == 3
+    assert ours.param_groups[0].keys() == fused_adam(params).param_groups[0].keys() | {"step"}
     back = torch.optim.AdamW(ours.param_groups[0]["params"], **options)
     back.load_state_dict(ours.state_dict(portable=True))
     for param, other in zip(params, ours.param_groups[0]["params"], strict=True):
@@ -256,6 +260,33 @@ def test_an_optimizer_is_copied(kind, duplicate):
     assert other.use_decoupled_grad
 
 
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
+)
+def test_copies_unscale_in_the_steps_pass_as_well(duplicate):
+    optimizer = duplicate(fused_adam([Parameter(torch.ones(8))], capturable=True))
+    (param,) = optimizer.param_groups[0]["params"]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    param.grad = torch.full((8,), 1024.0)
+    scaler.step(optimizer)
+    assert param.grad.eq(1024).all()
+    assert optimizer.state[param]["exp_avg"].eq(torch.tensor(0.1)).all()
+
+
+def test_a_float64_master_of_a_remainder_is_split_as_a_float32_one():
+    options = KINDS["bfloat16-remainder"][1]
+    found = []
+    for wide in (F32, torch.float64):
+        optimizer, params = stepped(BF16, **options)
+        for param, master in optimizer.master_parameters().items():
+            optimizer.state[param]["master_param"] = master.to(wide) + 2.0**-12
+        take_steps(optimizer, 1, first=2)
+        assert all(optimizer.state[p]["master_param"].dtype == torch.int16 for p in params)
+        found.append(optimizer.master_parameters().values())
+    assert all(map(torch.equal, *found))
+
+
 def test_a_misfit_in_the_state_is_told():
     optimizer, params = stepped(F16, master_weights=True)
     optimizer.state[params[1]]["master_param"] = torch.zeros(3)
@@ -263,4 +294,8 @@ def test_a_misfit_in_the_state_is_told():
         optimizer.step()
     optimizer.master_weights = False
     with pytest.raises(RuntimeError, match="master_weights is False"):
+        optimizer.step()
+    optimizer, params = stepped(F32)
+    del optimizer.state[params[1]]["exp_avg"]
+    with pytest.raises(RuntimeError, match="'exp_avg'"):
         optimizer.step()
