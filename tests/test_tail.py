@@ -198,6 +198,7 @@ def test_statistics_agree_with_the_oracle(backend, device, recipe):
 def test_statistics_of_a_skipped_step(backend, device):
     """What made it skip is what one wants to see."""
     params, _ = model((F32, F32, F32), device)
+    params[3].data.flatten()[0] = float("inf")  # which changes by nothing too
     optimizer = warpstep.AdamW(params, stats=True, backend=backend)
     params[4].grad[10:20] = float("nan")
     optimizer.grad_scale = torch.tensor(2.0, device=device)
@@ -243,14 +244,17 @@ def test_gradients_are_left_zero(backend, device, recipe):
 
 @pytest.mark.parametrize("taken", [True, False])
 def test_gradients_of_other_strides_and_of_skipped_steps_are_left_zero(backend, device, taken):
-    param = Parameter(torch.randn(6, 10, device=device))
-    param.grad = torch.randn(10, 6, device=device).t()
-    kept = raw_bits(param)
-    optimizer = warpstep.AdamW([param], backend=backend)
+    params = [Parameter(torch.randn(*shape, device=device)) for shape in ((6, 10), (300,), (3,))]
+    params[0].grad = torch.randn(10, 6, device=device).t()
+    for param in params[1:]:
+        param.grad = torch.randn_like(param)
+    kept = [raw_bits(param) for param in params]
+    optimizer = warpstep.AdamW(params, backend=backend)
     optimizer.found_inf = torch.tensor(float(not taken), device=device)
     optimizer.step(zero_grads=True)
-    assert param.grad.eq(0).all()
-    assert torch.equal(raw_bits(param), kept) != taken
+    for param, before in zip(params, kept, strict=True):
+        assert param.grad.eq(0).all()
+        assert torch.equal(raw_bits(param), before) != taken
 
 
 def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
@@ -281,18 +285,21 @@ def test_everything_at_once_is_the_sum_of_its_parts(backend, device):
         before = [streams_of(optimizer, p) for p in params]
 
 
+@pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("form", DECAY_FORMS)
-def test_forms_of_decay_by_group(backend, device, form):
+def test_forms_of_decay_by_group(backend, device, form, place):
     """Each group has its own; Adam and AdamW take any."""
     params = [Parameter(torch.randn(40, device=device)) for _ in range(2)]
     for param in params:
         param.grad = torch.randn_like(param)
-    groups = [{"params": [params[0]], "decay_form": form}, {"params": [params[1]]}]
+    groups = [{"params": [param]} for param in params]
+    groups[place]["decay_form"] = form
     optimizer = warpstep.AdamW(groups, lr=0.1, weight_decay=0.2, backend=backend)
     before = [zeros_of(p, False) for p in params]
     with_form = Options(lr=0.1, weight_decay=0.2, decay_form=form, base_lr=0.1)
-    options = [with_form, Options(lr=0.1, weight_decay=0.2)]
+    options = [Options(lr=0.1, weight_decay=0.2)] * 2
+    options[place] = with_form
     grads = [p.grad for p in params]
     assert_step(optimizer, params, 1, options.__getitem__, grads, before)
     if form == "independent":  # the schedule's multiple, and not lr, scales the decay
-        assert optimizer.param_groups[0]["base_lr"] == 0.1
+        assert optimizer.param_groups[place]["base_lr"] == 0.1

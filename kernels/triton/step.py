@@ -146,7 +146,7 @@ def step_range(
             left = elements(grad * c.tail.grad_left, RECIPE.grad)
             tl.store(grad_at, left, mask=mask)
         if TAIL.statistics:
-            sums = counted(sums, before, grad, after, mask)
+            sums = counted(sums, before, grad, after, mask, written)
         start += COUNT
     return sums
 

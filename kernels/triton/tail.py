@@ -89,14 +89,14 @@ def sum_of_squares(x, mask):
 
 
 @device_function
-def counted(sums, before, grad, after, mask):
-    """`sums` with what the elements of a block add to them."""
+def counted(sums, before, grad, after, mask, written):
+    """`sums` with what the elements of a block add to them; only what is written has changed."""
     change = after.to(tl.float64) - before.to(tl.float64)
     not_finite = tl.where(mask & (is_finite(grad) == 0), 1.0, 0.0).to(tl.float64)
     return Sums(
         sums.grad + sum_of_squares(grad, mask),
         sums.param + sum_of_squares(after, mask),
-        sums.change + sum_of_squares(change, mask),
+        sums.change + sum_of_squares(change, written),
         sums.not_finite + tl.sum(not_finite, 0),
     )
 

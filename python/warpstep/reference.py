@@ -209,7 +209,7 @@ def computed(
     sums = [
         sum_of_squares(raw) * (1 if scale is None else (1 / scale.to(raw.device).double()) ** 2),
         sum_of_squares(after),
-        sum_of_squares(after.double() - p),
+        sum_of_squares(chosen(after.double() - p, torch.zeros_like(after, dtype=torch.float64))),
         (~raw.isfinite()).sum(),
     ]
     return Computed(param, stores, torch.stack([s.double() for s in sums]))
