@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -63,10 +64,35 @@ def test_a_decay_by_the_step(backend):
         torch.testing.assert_close(average.double(), expected[param], rtol=1e-6, atol=1e-7)
 
     resumed = warpstep.AdamW(net.parameters(), ema_decay=decay, backend=backend)
-    resumed.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    saved["state"][3] = {**saved["state"][3], "step": torch.tensor(2.0)}  # its gradient came later
+    resumed.load_state_dict(saved)
     seen.clear()
     train(net, resumed, 1)
     assert seen == [5]
+
+
+def test_a_decay_is_asked_for_in_a_steps_turn():
+    """A step of another thread waits until this one has been taken, and has the next number."""
+    seen, others = [], []
+
+    def decay(step):
+        seen.append(step)
+        if step == 1 and not others:
+            others.append(threading.Thread(target=optimizer.step))
+            others[0].start()
+            others[0].join(0.1)
+        return 0.9
+
+    param = nn.Parameter(torch.ones(8))
+    optimizer = warpstep.AdamW([param], ema_decay=decay)
+    seen.clear()
+    param.grad = torch.ones(8)
+    for _ in range(2):
+        optimizer.step()
+    others[0].join()
+    assert seen == [0, 1, 2]
+    assert optimizer.state[param]["step"] == 3
 
 
 def test_swapped_in_and_back_exactly(backend):
@@ -256,7 +282,10 @@ def test_an_average_has_at_least_the_parameters_precision():
     net = model()
     optimizer = warpstep.AdamW(net.parameters(), ema_decay=0.9, ema_dtype=torch.float16)
     train(net, optimizer, 1)
+    before = [average.clone() for average in optimizer.ema_parameters().values()]
+    optimizer.load_state_dict(optimizer.state_dict())
     assert {s["ema"].dtype for s in optimizer.state.values()} == {torch.float32}
+    assert all(map(torch.equal, optimizer.ema_parameters().values(), before))
     with pytest.raises(ValueError, match="Invalid ema_dtype"):
         warpstep.AdamW(net.parameters(), ema_dtype=torch.int32)
 

@@ -51,6 +51,7 @@ def test_torch_loads_it_and_steps(kind, recipe):
     optimizer, theirs, options = stepped(kind, recipe)
     before = copy.deepcopy(optimizer.state_dict())
     saved = optimizer.state_dict(portable=True)
+    assert "master" not in saved["param_groups"][0]
     for index, param in enumerate(params_of(optimizer)):
         state, numbers = saved["state"][index], numbers_of(param, optimizer.state[param])
         assert state.keys() <= {"step", *moments_of(state)}
@@ -93,6 +94,18 @@ def test_what_torch_had_is_left_alone():
         assert portable["param_groups"] == native["param_groups"]
         for key, value in native["state"][0].items():
             assert portable["state"][0][key] is value
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_moments_of_16_bits_are_saved_in_float32(dtype):
+    """Where no dtype rounds a moment that is stepped on elsewhere, beside a master or without."""
+    optimizer = warpstep.AdamW(new_params(dtype, [(5,)]))
+    take_steps(optimizer, range(2))
+    (own,) = optimizer.state.values()
+    (saved,) = optimizer.state_dict(portable=True)["state"].values()
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert own[key].dtype == dtype
+        assert_same(saved[key], own[key].float())
 
 
 def test_hooks_are_called_as_ever():

@@ -13,7 +13,7 @@ from support.parameters import take_steps
 
 def stepped(backend):
     generator = torch.Generator().manual_seed(0)
-    shapes = [("first", (6, 5)), ("victim", (4, 3)), ("last", (7,))]
+    shapes = [("first", (6, 5)), ("victim", (4, 4)), ("last", (7,))]
     named = [(n, nn.Parameter(torch.randn(s, generator=generator))) for n, s in shapes]
     optimizer = warpstep.AdamW(named, lr=0.1, ema_decay=0.9, backend=backend)
     take_steps(optimizer, range(3))
