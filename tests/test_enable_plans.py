@@ -237,12 +237,21 @@ def state_laid_out_otherwise(params):
     return optimizer
 
 
+def counters_in_float64(params):
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    take_steps(optimizer, range(1))
+    for state in optimizer.state.values():
+        state["step"] = state["step"].double()
+    return optimizer
+
+
 UNPLANNED = {
     "twice": (twice, "there twice"),
     "gaps": (gaps, "no kernel can step"),
     "mixed": (mixed_groups, "fused=True was not asked for"),
     "own key": (own_key, "a key that warpstep's own"),
     "state": (state_laid_out_otherwise, "a state whose 'exp_avg'"),
+    "counters": (counters_in_float64, "a state whose 'step'"),
     "dampening": (
         lambda params: torch.optim.SGD(params, LR, momentum=0.9, dampening=0.5, fused=True),
         "dampened momentum",

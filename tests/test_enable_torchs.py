@@ -180,6 +180,16 @@ def test_derived_classes(kind, reasons):
     assert_near(ours, theirs, 4)
 
 
+def test_an_optimizer_that_gets_another_class():
+    """Goes on as that one does."""
+    ours, theirs = torchs(), torchs()
+    with by_plans(2, "'_init_group' of its own"):
+        step_both(ours, theirs, range(2))
+        ours.__class__ = theirs.__class__ = Beginning
+        step_both(ours, theirs, range(2, 4))
+    assert_near(ours, theirs, 4)
+
+
 def test_hooks():
     """In torch's order, with torch's arguments; the profiler finds torch's name."""
     seen = []

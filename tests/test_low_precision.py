@@ -15,6 +15,8 @@ from support.low_precision import (
     Float32,
     assert_step_is_float32s,
     flat,
+    key_in,
+    moments_of,
     new_params,
     numbers_of,
 )
@@ -328,6 +330,16 @@ def test_copies_are_the_parameters_after_the_step(stats, dtype, grad_dtype, back
 
 
 # ---- What is kept in what
+
+
+@pytest.mark.parametrize(("numel", "dtype"), [(65_535, BF16), (65_536, torch.uint8)])
+def test_a_vector_has_8_bits_from_65536_elements_on(numel, dtype):
+    param = torch.nn.Parameter(torch.ones(numel))
+    optimizer = warpstep.AdamW([param], state_dtype="8bit")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert {state[key_in(state, moment)].dtype for moment in moments_of(state)} == {dtype}
 
 
 def test_bytes_of_state(backend, device):

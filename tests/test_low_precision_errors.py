@@ -156,6 +156,21 @@ WRONG = {
     "state_dtype-half-8": ({"state_dtype": ("8bit", BF16)}, ValueError, "'8bit' is for both"),
     "rounding": ({"rounding": "up"}, ValueError, "Invalid rounding: 'up'.*'stochastic'"),
     "master": ({"master": "float32"}, ValueError, "Invalid master: 'float32'.*'residual'"),
+    "master-min": (
+        {"master": "residual", "decay_form": "min"},
+        ValueError,
+        "Invalid decay_form: 'min'.*is not supported with a master",
+    ),
+    "master-differentiable": (
+        {"master": "residual", "differentiable": True},
+        ValueError,
+        "`master` is not supported with `differentiable`",
+    ),
+    "copies-differentiable": (
+        {"copies": [torch.zeros(2, dtype=BF16)], "differentiable": True},
+        ValueError,
+        "`copies` is not supported with `differentiable`",
+    ),
     "seed-float": ({"seed": 1.5}, TypeError, "seed should be an integer, but got 1.5"),
     "seed-bool": ({"seed": True}, TypeError, "seed should be an integer"),
     "seed-negative": ({"seed": -1}, ValueError, "Invalid seed: -1"),

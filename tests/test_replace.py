@@ -299,6 +299,14 @@ CANNOT = {
         lambda: with_state(exp_avg=torch.ones(4, 5, dtype=torch.complex64)),
         "'exp_avg' is complex64",
     ),
+    "device": (
+        lambda: with_state(exp_avg=torch.ones(4, 5, device="meta")),
+        "parameter 1 of group 0.*'exp_avg' .*on meta",
+    ),
+    "layout": (
+        lambda: with_state(exp_avg=torch.ones(4, 5).to_sparse()),
+        "parameter 1 of group 0.*'exp_avg' .*expected a dense tensor",
+    ),
     "ours, SGD": (lambda: warpstep.SGD(new_params(SIZES)), "warpstep's already"),
     "SGD's shape": (
         lambda: sgd_with_state(momentum_buffer=torch.ones(2)),

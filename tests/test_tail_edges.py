@@ -222,6 +222,19 @@ def test_statistics_of_parameters_without_gradient(backend, device):
         assert norm[:2].eq(0).all()
 
 
+def test_statistics_leave_out_a_parameter_that_has_left(backend, device):
+    params = [Parameter(torch.ones(n, device=device)) for n in (9, 4)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = warpstep.AdamW(params, stats=True, backend=backend)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    found = optimizer.statistics()
+    assert [p is params[0] for p in found.params] == [True]
+    assert found.grad_norm.tolist() == [3.0]
+    assert len(found.names) == len(found.param_norm) == len(found.nonfinite) == 1
+
+
 def test_cautious_decay_where_there_is_no_update(backend, device):
     param = Parameter(torch.ones(40, device=device))
     param.grad = torch.zeros_like(param)
