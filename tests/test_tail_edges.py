@@ -222,16 +222,17 @@ def test_statistics_of_parameters_without_gradient(backend, device):
         assert norm[:2].eq(0).all()
 
 
-def test_statistics_leave_out_a_parameter_that_has_left(backend, device):
+@pytest.mark.parametrize(("left", "norm"), [(1, 3.0), (0, 2.0)], ids=["last", "first"])
+def test_statistics_leave_out_a_parameter_that_has_left(left, norm, backend, device):
     params = [Parameter(torch.ones(n, device=device)) for n in (9, 4)]
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = warpstep.AdamW(params, stats=True, backend=backend)
     optimizer.step()
-    optimizer.param_groups[0]["params"].pop()
+    del optimizer.param_groups[0]["params"][left]
     found = optimizer.statistics()
-    assert [p is params[0] for p in found.params] == [True]
-    assert found.grad_norm.tolist() == [3.0]
+    assert [p is params[1 - left] for p in found.params] == [True]
+    assert found.grad_norm.tolist() == [norm]
     assert len(found.names) == len(found.param_norm) == len(found.nonfinite) == 1
 
 

@@ -29,6 +29,7 @@ class Entry:
     name: str = ""  # as messages have it; and why the reference steps it, where it does
     reason: str = ""
     new_state: dict[str, Any] | None = None  # to be merged into the state
+    identity: int = 0  # the parameter's id(), once the plan is made
 
 
 WithGrad = tuple[Entry, Tensor, Tensor]  # an entry, its parameter and the parameter's gradient

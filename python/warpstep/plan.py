@@ -23,7 +23,7 @@ from warpstep.by_reference import Versions, compute
 from warpstep.checks import check_copy, check_gradient
 from warpstep.clipping import Clipping, RememberedGrad
 from warpstep.collector import without_collections
-from warpstep.entries import Entry, WithGrad, place_of, publish, with_grads
+from warpstep.entries import Entry, WithGrad, publish, with_grads
 from warpstep.hypers import check_group, decay_form
 from warpstep.norms import combined_norm, norm_of_norms, share_of_norm
 from warpstep.options import Options
@@ -119,6 +119,7 @@ class Plan:
         self._complex = {assignments[entry.number] for entry in complex_ones}  # buckets with any
         # Not to keep alive what a framework moves away or a program lets go of.
         for entry in entries:
+            entry.identity = id(entry.param)
             entry.param, entry.state, entry.new_state = None, _NOTHING, None
         self._by_python = [b for b in self.buckets if isinstance(b, TritonBucket)]
         self._finding_least = [b for b in self.buckets if b.finds_least_apart]
@@ -350,14 +351,15 @@ class Plan:
         """What the last step saw; None where no step has been taken with statistics."""
         if not self._has_statistics:
             return None
+        there = {id(param): param for group in optimizer.param_groups for param in group["params"]}
         params: list[Tensor | None] = []
         tables: list[Tensor] = []
         for bucket in self.buckets:
             if bucket.statistics is not None:
-                params += [place_of(optimizer, entry) for entry in bucket.entries]
+                params += [there.get(entry.identity) for entry in bucket.entries]
                 tables.append(bucket.sums_of_statistics())
         for entry in self.python_only:
-            params.append(place_of(optimizer, entry))
+            params.append(there.get(entry.identity))
             none = torch.tensor([0.0, 0.0, 0.0, -1.0], dtype=torch.float64, device="cpu")
             tables.append(whole(self._reference_sums.get(entry, none))[None])
         return statistics_of(params, tables) if tables else None
