@@ -73,7 +73,7 @@ WARPSTEP_FN float about_reciprocal_root(float a) {
 // The root of 0, or of a number of at least kLeastRooted.
 constexpr float kLeastRooted = 0x1p-100f;
 WARPSTEP_FN float square_root_in_range(float a) {
-  const float r = about_reciprocal_root(a > kLeastRooted ? a : kLeastRooted);  // of 0 none
+  const float r = about_reciprocal_root(a > kLeastRooted ? a : kLeastRooted);  // 0 has none
   const float root = a * r;
   return fma_of(fma_of(-root, root, a), r * 0.5f, root);
 }
