@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from support.lists import HYPERS, assert_same_lists, clones, streams
+from warpstep import list_steps
 from warpstep import lists as native_lists
 from warpstep.functional import adamw_
 from warpstep.rules import ADAMW
+
+
+def use_stepper(monkeypatch, upload):
+    """A stepper of the test's own."""
+    module, _ = native_lists.backends.native()
+    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
+    for caller in (native_lists, list_steps):
+        monkeypatch.setattr(caller, "stepper", lambda: stepper)
 
 
 @pytest.fixture
@@ -14,15 +23,13 @@ def uploads(backend, monkeypatch):
     """A stepper of its own, and the uploads that it makes."""
     if backend != "cuda":
         pytest.skip("of the CUDA backend")
-    module, _ = native_lists.backends.native()
     made = []
 
     def upload(device, *tables):
         made.append(sum(map(len, tables)))
         return native_lists._upload(device, *tables)
 
-    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
-    monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
+    use_stepper(monkeypatch, upload)
     return made
 
 
@@ -120,13 +127,11 @@ def test_addresses_that_never_come_twice(uploads, device):
 
 def test_failed_upload_changes_nothing(uploads, device, monkeypatch):
     """Out of memory is an error before anything is written."""
-    module, _ = native_lists.backends.native()
 
     def upload(*_):
         raise MemoryError("no room")
 
-    stepper = module.ListStepper(upload=upload, use=native_lists._use, resident_bytes=3000)
-    monkeypatch.setattr(native_lists, "stepper", lambda: stepper)
+    use_stepper(monkeypatch, upload)
     lists = streams(device=device)
     before = clones(lists)
     with pytest.raises(MemoryError, match="no room"):
