@@ -71,7 +71,7 @@ WARPSTEP_FN float about_reciprocal_root(float a) {
 #endif
 
 // The root of 0, or of a number of at least kLeastRooted.
-constexpr float kLeastRooted = 0x1p-100f;
+constexpr float kLeastRooted = 0x1p-102f;
 WARPSTEP_FN float square_root_in_range(float a) {
   const float r = about_reciprocal_root(a > kLeastRooted ? a : kLeastRooted);  // 0 has none
   const float root = a * r;

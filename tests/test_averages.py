@@ -246,6 +246,30 @@ def test_a_schedule_goes_on_in_what_is_resumed(resumed):
         assert all(group["ema_decay"] == own for group in others)
 
 
+def test_a_decay_written_into_a_group_is_its_own_as_saved():
+    net = model()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters()}]
+    optimizer = warpstep.AdamW(groups, ema_decay=schedule)
+    train(net, optimizer, 2)
+    scheduled = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[1]["ema_decay"] = 0.5
+    train(net, optimizer, 1)
+    edited = copy.deepcopy(optimizer.state_dict())
+    for saved, step, expected in ((edited, 3, 0.5), (scheduled, 2, schedule(2))):
+        another = warpstep.AdamW(copy.deepcopy(groups_of(optimizer)), ema_decay=schedule)
+        for resumed in (another, optimizer):
+            resumed.load_state_dict(copy.deepcopy(saved))
+            for param in (p for group in resumed.param_groups for p in group["params"]):
+                param.grad = torch.ones_like(param)
+            resumed.step()
+            found = [group["ema_decay"] for group in resumed.param_groups]
+            assert found == [schedule(step), expected]
+
+
+def groups_of(optimizer):
+    return [{"params": group["params"]} for group in optimizer.param_groups]
+
+
 def test_copies_keep_their_averages():
     net = model()
     optimizer = warpstep.AdamW(net.parameters(), ema_decay=0.9)

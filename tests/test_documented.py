@@ -85,7 +85,9 @@ def test_a_plan_tells_what_the_reference_steps_and_why():
     count, line = reference_lines(many, backend="reference")
     assert count == "reference: 10 tensors"
     assert line.startswith("  parameter 0 of group 0, parameter 1 of group 0, ")
-    assert line.endswith("parameter 7 of group 0 and 2 more: backend='reference' was asked for")
+    assert line.endswith(
+        "parameter 7 of group 0 and 2 more: the reference backend was asked for (backend=, or WARPSTEP_BACKEND)"
+    )
 
 
 def test_every_form_of_decay_has_its_formula():

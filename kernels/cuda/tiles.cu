@@ -235,7 +235,7 @@ class TileStepper {
         typename Rule::InRange in_range;
 #pragma unroll
         for (std::uint32_t k = 0; k < kEight; ++k) in_range.add(p[k], m[k]);
-        const bool are_usual = unusual == 0 && in_range.are();
+        const bool are_usual = unusual == 0 && in_range.are(c_.rule.eps_hat);
         // A block of 64 goes one way together.
         if (!(has_blocks() ? __all_sync(~0u, are_usual) : are_usual)) return false;
       }
@@ -363,8 +363,8 @@ __global__ void __launch_bounds__(kCudaThreads, Formats::kAreConstants ? 3 : 2)
         if constexpr (kTail) {
           for (std::uint32_t k = 0; k < kStatistics; ++k) shared.sums[k][threadIdx.x] = 0;
         }
-        const bool is_idle = threadIdx.x == kWarp;  // while the first warp finds the constants
-        if (is_idle) {
+        const bool looks_up = threadIdx.x == kWarp;  // while the first warp finds the constants
+        if (looks_up) {
 #pragma unroll
           for (std::uint32_t k = 0; k < kOperands; ++k) {
             const bool is_scale = k >= kScale && k < kScaleEnd;

@@ -54,8 +54,15 @@ struct AdamW {
   };
 
   // Whether Part::in_range did several elements right: asked once for all of them.
+  //
+  // Below kLeastRooted the root of v may be wrong, by less than it is. That is no matter for a v
+  // below half of that where eps_hat is kRootsEnd or more: the root is less than half a unit of
+  // eps_hat then, right or wrong. Without gradients an exp_avg_sq of 8 bits ends at 2^-126.
   struct InRange {
+    static constexpr float kRootsEnd = 0x1p-27f, kLeastNormal = 0x1p-126f;
+    static constexpr std::uint32_t kOctave = 1u << 23;
     std::uint32_t least_m = ~0u, least_v = ~0u;  // of the bits, less 1: 0 counts for nothing
+    std::uint32_t above_v = ~0u;                 // of the bits, less those of half of kLeastRooted
     std::uint32_t most_v = 0;                    // of the bits: what is negative counts for most
     float finite = 0;                            // NaN if any parameter is not finite
 
@@ -65,13 +72,15 @@ struct AdamW {
       const auto v = bits_as<std::uint32_t>(moments[1]);
       least_m = min_of(least_m, m - 1);
       least_v = min_of(least_v, v - 1);
+      above_v = min_of(above_v, v - bits_as<std::uint32_t>(kLeastRooted / 2));
       most_v = max_of(most_v, v);
       finite = fma_of(p, 0.0f, finite);
     }
-    WARPSTEP_FN bool are() const {
+    WARPSTEP_FN bool are(float eps_hat) const {
       constexpr float kMost = kMostDivisor / 2;
+      const float least = eps_hat >= kRootsEnd ? kLeastNormal : kLeastRooted;
       return least_m >= bits_as<std::uint32_t>(kLeastDivided) - 1 &&
-             least_v >= bits_as<std::uint32_t>(kLeastRooted) - 1 &&
+             least_v >= bits_as<std::uint32_t>(least) - 1 && above_v >= kOctave &&
              most_v <= bits_as<std::uint32_t>(kMost * kMost) && finite == 0;
     }
   };

@@ -13,6 +13,8 @@ from torch.optim.optimizer import Optimizer
 from warpstep.swapping import swapped
 
 EmaDecay = float | Callable[[int], float]
+# Where that is callable, in each group: whether its ``ema_decay`` follows, or is its own.
+SCHEDULED = "ema_decay_scheduled"
 
 
 class Averaging(Optimizer):
@@ -22,22 +24,20 @@ class Averaging(Optimizer):
     _averages_swapped: bool = False
     _ema_steps: int = 0  # steps taken, as far as the host knows; for a callable ema_decay
 
-    def _set_default_ema_decay(self, decay: float) -> None:
-        # An object of its own: it tells which groups have it by default, and not a number of their
-        # own that is equal. What is no number is left for check_group() to refuse.
-        is_number = isinstance(decay, (int, float))
-        self.defaults["ema_decay"] = float(decay) + 0.0 if is_number else decay
-
-    def _follows_ema_decay(self, group: dict[str, Any]) -> bool:
-        """Whether a group has the optimizer's ``ema_decay``; else it has its own, or none."""
-        return group.get("ema_decay") is self.defaults["ema_decay"]
+    def _note_schedule(self, group: dict[str, Any], has_own_decay: bool) -> None:
+        if callable(self.ema_decay):
+            group.setdefault(SCHEDULED, not has_own_decay)
 
     def _update_ema_decay(self) -> None:
-        if callable(self.ema_decay):
-            following = [group for group in self.param_groups if self._follows_ema_decay(group)]
-            self._set_default_ema_decay(self.ema_decay(self._ema_steps))
-            for group in following:
-                group["ema_decay"] = self.defaults["ema_decay"]
+        if not callable(self.ema_decay):
+            return
+        before, decay = self.defaults["ema_decay"], self.ema_decay(self._ema_steps)
+        self.defaults["ema_decay"] = decay
+        for group in self.param_groups:
+            # What was written into the group in between is its own from now on.
+            group[SCHEDULED] = bool(group.get(SCHEDULED)) and group.get("ema_decay") == before
+            if group[SCHEDULED]:
+                group["ema_decay"] = decay
 
     def ema_parameters(self) -> dict[Tensor, Tensor]:
         """Each parameter's average; where it has had no step yet, an alias of the parameter.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from warpstep.allocation import new_copy
-from warpstep.averages import Averaging
+from warpstep.averages import SCHEDULED, Averaging
 from warpstep.foreign_states import forget_count, translated
 from warpstep.hypers import check_own_options, complete_group
 from warpstep.precision import Precision
@@ -101,9 +101,11 @@ def load_for_rule(
         for group in groups:
             forget_count(group)
         if not callable(optimizer.ema_decay):
+            for group in groups:
+                group.pop(SCHEDULED, None)
             return {}
         for mine, group in zip(optimizer.param_groups, groups, strict=True):
-            if optimizer._follows_ema_decay(mine) and group.get("ema_decay") is not None:
+            if group.setdefault(SCHEDULED, mine.get(SCHEDULED, False)):
                 group["ema_decay"] = optimizer.defaults["ema_decay"]
         return {"_ema_steps": int(max(filter(math.isfinite, steps)))}
 

@@ -103,12 +103,11 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         if decay_form is not None:
             self.defaults["decay_form"] = decay_form
         if ema_decay is not None:
-            self.defaults["ema_decay"] = ema_decay
-            if callable(ema_decay):
-                self._set_default_ema_decay(ema_decay(0))
+            self.defaults["ema_decay"] = ema_decay(0) if callable(ema_decay) else ema_decay
         if master is not None:
             self.defaults["master"] = master
         for index, group in enumerate(self.param_groups):
+            self._note_schedule(group, "ema_decay" in group)
             complete_group(group, self.defaults)
             check_group(group, self.rule, f" (in parameter group {index})")
         if copies is not None:
@@ -121,10 +120,12 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             completed = {**self.defaults, **param_group}
             complete_group(completed, self.defaults)
             check_own_options(completed, f" (in parameter group {len(self.param_groups)})")
+        has_own_decay = isinstance(param_group, dict) and "ema_decay" in param_group
         add = super().add_param_group
         members = self._members
         with members.stand_in(self, param_group, add) if members else nullcontext():
             add(param_group)
+        self._note_schedule(self.param_groups[-1], has_own_decay)
         complete_group(self.param_groups[-1], self.defaults)
 
     @_disable_dynamo
@@ -351,10 +352,6 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self._forget_stale_residuals()
         names = ("backend", "precision", "ema_decay", "stats", "unscale_grads", "_copies")
         ours = {name: getattr(self, name) for name in (*names, "_ema_steps")}
-        if callable(self.ema_decay):  # pickle makes an object for each mention of a number
-            ours["_following"] = [
-                i for i, group in enumerate(self.param_groups) if self._follows_ema_decay(group)
-            ]
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,8 +364,6 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         self.__dict__.setdefault("_unscales", bool(self.defaults.get("fused")))
         for group in self.param_groups:
             complete_group(group, self.defaults)
-        for index in self.__dict__.pop("_following", ()):
-            self.param_groups[index]["ema_decay"] = self.defaults["ema_decay"]
 
     @_disable_dynamo
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:

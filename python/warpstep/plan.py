@@ -176,7 +176,7 @@ class Plan:
             return
         if chosen == "reference":
             entry.reason = (
-                "backend='reference' was asked for"
+                "the reference backend was asked for (backend=, or WARPSTEP_BACKEND)"
                 if self.options.backend == chosen
                 else f"no other backend runs on {param.device}: see `python -m warpstep`"
             )

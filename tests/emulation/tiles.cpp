@@ -208,7 +208,7 @@ std::string compare(const RecipeKey& key) {
   Hyper hypers[2]{};
   for (Hyper& hyper : hypers) {
     const bool sgd = key.rule == RuleId::sgd;
-    constexpr double kEpsilons[] = {1e-8, 1e-8, 1e-16, 1e-30, 0, 1e7};
+    constexpr double kEpsilons[] = {1e-8, 1e-7, 1e-4, 1e-16, 1e-30, 0, 1e7};
     const double numbers[kNumbers] = {1e-2, 0.1, 0.9, sgd ? 0.1 : 0.95,
                                       sgd ? 1.0 : one_of(kEpsilons)};
     for (std::uint32_t k = 0; k < kNumbers; ++k) hyper.numbers[k].value = numbers[k];

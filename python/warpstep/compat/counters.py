@@ -97,7 +97,7 @@ def put_on_devices(groups: list[Group]) -> None:
 
 
 def advance(groups: list[Group], found_inf: Tensor | None) -> None:
-    """Counters a step, of groups without parameters, too; one that was skipped for an inf, not."""
+    """Counts a step, of groups without parameters, too, but not one that was skipped for an inf."""
     taken: Any = None
     seen: set[int] = set()
     for group in groups:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from warpstep import checkpoint
-from warpstep.averages import Averaging
+from warpstep.averages import SCHEDULED, Averaging
 from warpstep.compat.counters import count_of
 from warpstep.compat.masters import OWN_KEYS, STATES, Kept
 from warpstep.rules import Rule
@@ -16,7 +16,7 @@ from warpstep.rules import Rule
 # What torch's and warpstep's groups say of how a step is done, and this class's do not.
 _OTHERS_KEYS = (
     *("amsgrad", "foreach", "fused", "capturable", "differentiable"),
-    *("decay_form", "base_lr", "ema_decay", "master"),
+    *("decay_form", "base_lr", "ema_decay", SCHEDULED, "master"),
 )
 
 
@@ -67,7 +67,7 @@ class LoadsStates(Averaging):
 
 @torch.no_grad()
 def load(optimizer: LoadsStates, kept: Kept, state_dict: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state_dict)``: all is checked and copied, then put in place."""
+    """``load_state_dict``: what parameters have is checked and copied, then put in place."""
 
     def state_of(name: str, param: Tensor, group: dict[str, Any], saved: Any) -> dict[str, Any]:
         return _loaded_state(name, param, group, saved, kept)
