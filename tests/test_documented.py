@@ -85,9 +85,7 @@ def test_a_plan_tells_what_the_reference_steps_and_why():
     count, line = reference_lines(many, backend="reference")
     assert count == "reference: 10 tensors"
     assert line.startswith("  parameter 0 of group 0, parameter 1 of group 0, ")
-    assert line.endswith(
-        "parameter 7 of group 0 and 2 more: the reference backend was asked for (backend=, or WARPSTEP_BACKEND)"
-    )
+    assert "parameter 7 of group 0 and 2 more: the reference backend was asked for" in line
 
 
 def test_every_form_of_decay_has_its_formula():
