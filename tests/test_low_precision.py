@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import warpstep
+from support.bits import assert_same_bits
 from support.environment import SLOW
 from support.low_precision import (
     BF16,
@@ -281,6 +282,28 @@ def test_the_update_keeps_its_size_where_gradients_spread_over_decades(decades, 
             optimizer.step()
             largest[which] = max(largest[which], param.detach().abs().max().item())
     assert largest[0] <= 1.5 * largest[1]
+
+
+@pytest.mark.parametrize("code", [0, 1], ids=["zero", "least"])
+@pytest.mark.parametrize("grad", [0.0, 1e-21, 1e-16], ids=["none", "subnormal", "small"])
+def test_moments_that_have_decayed_to_the_least_number(code, grad, backend, device):
+    """Beside squares of gradients that are less still, or a little more: the CPU's bits."""
+    optimizers = []
+    for name, where in ((backend, device), ("cpu", "cpu")):
+        param = torch.nn.Parameter(random((64, 64), 1).to(where, BF16))
+        options = {"state_dtype": "8bit", "rounding": "stochastic", "betas": (0.9, 0.95)}
+        optimizer = warpstep.AdamW([param], lr=1e-2, backend=name, **options)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        state = optimizer.state[param]
+        state["step"].fill_(5000)
+        state["exp_avg_sq_codes"].fill_(code)
+        state["exp_avg_sq_scale"].fill_(32)  # as low as there is
+        param.grad.fill_(grad)
+        optimizer.step()
+        assert state["exp_avg_sq_codes"].eq(0).all() == (code == 0 and grad == 0)
+        optimizers.append(optimizer)
+    assert_same_bits(*optimizers)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
