@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import warpstep
 from support.bits import assert_same_bits
-from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, step_both, torchs
+from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, each_kind, step_both, torchs
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
 from warpstep.enabling import torchs_plan
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)

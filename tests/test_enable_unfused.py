@@ -8,7 +8,7 @@ import torch
 
 import warpstep
 from support.bits import assert_same_bits
-from support.enabling import KINDS, LR, SHAPES, assert_near, by_plans, step_both, torchs
+from support.enabling import LR, SHAPES, assert_near, by_plans, each_kind, step_both, torchs
 from support.environment import EMULATED
 from support.parameters import new_params, params_of, random, set_grads, take_steps
 from warpstep.enabling import override
@@ -16,7 +16,6 @@ from warpstep.enabling.counts import MOST_REASONS, OTHER_REASONS, Counts
 from warpstep.enabling.torchs_plan import CHOSEN, UNCHOSEN
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="the CPU's kernel is enabled elsewhere")
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ KINDS = {
     "Adam": (torch.optim.Adam, {"lr": LR, "weight_decay": 0.1}),
     "SGD": (torch.optim.SGD, {"lr": LR, "momentum": 0.9}),
 }
+each_kind = pytest.mark.parametrize("kind", KINDS)
 SHAPES = [(5, 3), (), (17,), (0, 2), (40, 7)]
 
 
