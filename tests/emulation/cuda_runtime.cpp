@@ -19,6 +19,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -38,7 +39,10 @@ constexpr std::size_t kStack = 256 * 1024;  // red zones lie on it, and what -Og
 
 bool finds_races() { return __tsan_create_fiber != nullptr; }
 
-// The shuffles of one mask that a thread has come to, and what it gave in the last two.
+// Where a thread shuffles: with whom, and at which place of the program.
+using Site = std::pair<unsigned, const void*>;
+
+// How often a thread has come there, and what it gave the last two times.
 struct Exchanges {
   unsigned count = 0;
   std::uint32_t given[2] = {};
@@ -49,8 +53,8 @@ struct Fiber {
   void* at[5] = {};  // where it goes on, once it has begun
   bool done = false;
   // By mask: threads that have met in a part of a warp may go on alone, and meet the others later.
-  std::map<unsigned, Exchanges> exchanges;
-  unsigned waits_for = 0;      // the mask of the shuffle that it waits in, or none
+  std::map<Site, Exchanges> exchanges;
+  Site waits_for{};            // where it waits; a mask of 0: nowhere
   void* fake_stack = nullptr;  // the address sanitizer's
   void* sanitized = nullptr;   // what the thread sanitizer knows the fiber by, which outlives it
 };
@@ -151,13 +155,14 @@ void begin(Fiber& fiber) {
 // Whether all that a thread's shuffle waits for have come to it.
 bool has_met(unsigned thread) {
   Fiber& fiber = block->fibers[thread];
-  const unsigned mask = fiber.waits_for;
+  const Site site = fiber.waits_for;
+  const unsigned mask = site.first;
   if (mask == 0) return true;
   for (unsigned lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
     const unsigned other = thread / 32 * 32 + lane;
     if (other >= block->fibers.size() ||
-        block->fibers[other].exchanges[mask].count < fiber.exchanges[mask].count) {
+        block->fibers[other].exchanges[site].count < fiber.exchanges[site].count) {
       return false;
     }
   }
@@ -193,7 +198,7 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
   for (Fiber& fiber : block->fibers) {
     fiber.done = false;
     fiber.exchanges.clear();
-    fiber.waits_for = 0;
+    fiber.waits_for = {};
     fiber.fake_stack = nullptr;
     if (fiber.stack == nullptr) begin(fiber);
   }
@@ -213,7 +218,7 @@ void run_block(unsigned index, unsigned threads, const std::function<void()>& bo
           run_thread(thread);
           any_ran = true;
         }
-        if (block->fibers[thread].waits_for != 0) waiting.push_back(thread);
+        if (block->fibers[thread].waits_for.first != 0) waiting.push_back(thread);
       }
       if (!any_ran) {
         diverged = "a shuffle waits for threads that do not come to it";
@@ -254,30 +259,39 @@ void synchronize_threads() {
   if (finds_races()) __tsan_acquire(barrier);
 }
 
+namespace {
+
 // Orders no access to memory: a shuffle does not.
-std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
+std::uint32_t exchange_at(const Site& site, std::uint32_t value, unsigned lane) {
+  const unsigned mask = site.first, thread = block->thread.x;
   Fiber& fiber = *block->current;
-  const unsigned thread = block->thread.x;
-  Exchanges& mine = fiber.exchanges[mask];
+  Exchanges& mine = fiber.exchanges[site];
   const unsigned parity = mine.count++ % 2;
   mine.given[parity] = value;
-  fiber.waits_for = mask;
+  fiber.waits_for = site;
   if ((mask >> lane & mask >> thread % 32 & 1) == 0) {
     diverged = "a shuffle with a thread that its mask lacks";
     abort_diverged();
   }
   if (!has_met(thread)) to_scheduler(fiber);
-  fiber.waits_for = 0;
-  return block->fibers[thread / 32 * 32 + lane].exchanges[mask].given[parity];
+  fiber.waits_for = {};
+  return block->fibers[thread / 32 * 32 + lane].exchanges[site].given[parity];
 }
 
-void synchronize_warp(unsigned mask) {
+}  // namespace
+
+[[gnu::noinline]] std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane) {
+  return exchange_at({mask, __builtin_return_address(0)}, value, lane);
+}
+
+[[gnu::noinline]] void synchronize_warp(unsigned mask) {
+  const Site site{mask, __builtin_return_address(0)};
   const unsigned thread = block->thread.x, warp = thread / 32 * 32;
   Fiber& first = block->fibers[warp + static_cast<unsigned>(__builtin_ctz(mask))];
-  const unsigned count = block->fibers[thread].exchanges[mask].count;
-  void* const barrier = &first.exchanges[mask].given[count % 2];
+  const unsigned count = block->fibers[thread].exchanges[site].count;
+  void* const barrier = &first.exchanges[site].given[count % 2];
   if (finds_races()) __tsan_release(barrier);
-  exchange(mask, 0, thread % 32);
+  exchange_at(site, 0, thread % 32);
   if (finds_races()) __tsan_acquire(barrier);
 }
 

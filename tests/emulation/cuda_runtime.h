@@ -2,7 +2,8 @@
 //
 // Device memory is host memory. A block's threads are fibers, run one at a time, in shuffled order,
 // up to the next __syncthreads(), or to a shuffle that waits for others of its mask. A block's
-// fibers share a thread of the operating system, and so what is thread_local. Compiled for the
+// fibers share a thread of the operating system, and so what is thread_local. Threads of a warp that
+// have gone different ways do not meet in a shuffle that each has in its own. Compiled for the
 // thread sanitizer, blocks run at once, and what neither a barrier nor an atomic's memory order
 // keeps apart is a data race.
 #pragma once
@@ -43,7 +44,8 @@ dim3 thread_index();
 dim3 block_index();
 dim3 block_size();
 void synchronize_threads();
-// What the thread with this lane gives, once all threads of the mask, lanes of one warp, are here.
+// What the thread with this lane gives, once all threads of the mask, lanes of one warp, are here:
+// in the same place of the program.
 std::uint32_t exchange(unsigned mask, std::uint32_t value, unsigned lane);
 void synchronize_warp(unsigned mask);
 // Runs `thread` for every thread of every block.
@@ -65,9 +67,10 @@ void emulated_replay();
 #define blockDim (emulation::block_size())
 
 inline void __syncthreads() { emulation::synchronize_threads(); }
-inline void __syncwarp(unsigned mask) { emulation::synchronize_warp(mask); }
+// Each place that shuffles is to call the emulation itself, which knows the place by that.
+__forceinline__ void __syncwarp(unsigned mask) { emulation::synchronize_warp(mask); }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   static_assert(sizeof(T) == 4, "a register");
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -76,7 +79,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return value;
 }
 // Of whole warps.
-inline bool __all_sync(unsigned mask, bool one) {
+__forceinline__ bool __all_sync(unsigned mask, bool one) {
   std::uint32_t all = one;
   for (int lanes = 1; lanes < 32; lanes *= 2) all &= __shfl_xor_sync(mask, all, lanes);
   return all != 0;

@@ -50,7 +50,8 @@ constexpr Format kSigned[] = {Format::float32, Format::bfloat16_stochastic, Form
 constexpr Format kPositive[] = {Format::float32, Format::bfloat16_stochastic, Format::bfloat16,
                                 Format::float16, Format::ue5m3};
 
-constexpr float kSizes[] = {1, 1, 1, 1e-6f, 1e-12f, 1e-16f, 1e-21f, 1e-26f, 1e-35f, 1e12f};
+constexpr float kSizes[] = {1,      1,      1,      1e-6f,  1e-12f, 1e-16f,
+                            1e-21f, 1e-26f, 1e-35f, 1e12f,  1e15f};
 // What a tensor's numbers are like.
 struct Kind {
   bool odd;     // some are not finite, or no codes
@@ -69,7 +70,8 @@ void fill(Memory& memory, std::int64_t count, std::uint32_t operand, const Kind&
     if (is_second) x = x * x;
     if (kind.sparse && !one_in(3)) x = one_in(2) ? 0.0f : -0.0f;
     if (kind.sparse && is_second) x = std::fabs(x);
-    if (odd && one_in(200)) x = std::vector<float>{NAN, INFINITY, -INFINITY, -1, 0}[below(5)];
+    constexpr float kOdd[] = {NAN, INFINITY, -INFINITY, -1, -1e-4f, 0};
+    if (odd && one_in(200)) x = one_of(kOdd);
     const std::uint32_t bits = bits_of(x);
     std::uint32_t stored = bits;
     if (operand >= kScale && operand < kScaleEnd) {
