@@ -9,6 +9,7 @@
 #include "bind_lists.h"
 #include "cpu/launch.h"
 #include "cuda/launch.h"
+#include "current_device.h"
 #include "names.h"
 #include "plan.h"
 #include "walkable.h"
@@ -64,7 +65,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_device_type") = cuda_device_type();
   m.attr("why_no_cuda") = why_no_cuda();
   m.def("cuda_device_count", cuda_device_count);
-  m.def("cuda_device_reason", cuda_device_reason);
+  m.def("cuda_device_reason", [](int device) {
+    const OnDevice on(device);
+    return cuda_device_reason(device);
+  });
   m.def("cpu_instruction_set", cpu_instruction_set);
   m.def("restarts_calls", [](int signal) {  // whether system calls go on after a signal
     struct sigaction action{};

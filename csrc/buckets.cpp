@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/launch.h"
+#include "current_device.h"
 
 namespace warpstep {
 namespace {
@@ -101,18 +102,21 @@ void step_on_cpu(const Bucket& bucket, const Launch& launch, int threads) {
 
 void step_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
                   void* stream) {
-  count_cuda(step_cuda(launch, tables, bucket.device.index, stream));
+  const OnDevice on(bucket.device.index);
+  count_cuda(step_cuda(launch, tables, stream));
 }
 
 void least_magnitudes_on_cuda(const Bucket& bucket, const Launch& launch, const CudaTables& tables,
                               void* stream) {
-  count_cuda(least_magnitudes_cuda(launch, tables, bucket.device.index, stream));
+  const OnDevice on(bucket.device.index);
+  count_cuda(least_magnitudes_cuda(launch, tables, stream));
 }
 
 void grad_norm_on_cuda(const Bucket& bucket, Norm kind, const CudaTables& tables, double* out,
                        void* stream) {
   const Launch launch = bucket.launch_of({}, nullptr, 0);  // the rule takes no part in it
-  count_cuda(grad_norm_cuda(kind, launch, tables, out, bucket.device.index, stream));
+  const OnDevice on(bucket.device.index);
+  count_cuda(grad_norm_cuda(kind, launch, tables, out, stream));
 }
 
 }  // namespace warpstep

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/launch.h"
+#include "current_device.h"
 #include "walkable.h"
 
 namespace warpstep {
@@ -284,6 +285,7 @@ const char* ListStepper::step(const TensorLists& lists, py::handle lr, py::handl
 const char* ListStepper::launch_cuda(const TensorLists& lists, const std::vector<Bucket>& buckets,
                                      const ListOptions& options, const Tail& tail) {
   using Upload = ResidentTables::Upload;
+  const OnDevice on(buckets.front().device.index);  // whose capture is asked about, too
   void* const stream = tensor_reader().current_stream(buckets.front().device);
   const bool capturing = cuda_is_capturing(stream);
   const Upload upload = capturing        ? Upload::never

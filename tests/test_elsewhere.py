@@ -125,6 +125,7 @@ def test_cuda_source_on_the_host(emulated_module):
             "test_device_tables.py",
             "test_capture.py",
             "test_asked_devices.py",
+            "test_current_device.py",
         ],
         WARPSTEP_TEST_NATIVE=str(emulated_module),
         LD_PRELOAD=" ".join(libraries),

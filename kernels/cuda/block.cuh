@@ -7,7 +7,7 @@
 
 namespace warpstep {
 
-// The step through tiles, on the device that is current (tiles.cu).
+// The step through tiles (tiles.cu).
 CudaResult step_tiles_cuda(const Launch& launch, const CudaTables& tables, bool with_tail,
                            void* stream);
 

@@ -53,10 +53,7 @@ __global__ void __launch_bounds__(kCudaThreads, 4)
 }  // namespace
 
 CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
-                          int device, void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error) return {guard.error, 0};
-
+                          void* stream) {
   Arguments args{};
   args.rows = static_cast<const TensorRow*>(tables.rows);
   args.chunks = static_cast<const Chunk*>(tables.chunks);

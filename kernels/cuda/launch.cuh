@@ -199,23 +199,6 @@ __device__ __forceinline__ double combined(const double* numbers, std::uint32_t 
 
 using Kernel = void (*)(KernelArguments);
 
-// Makes a device current, and the previous one again.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    cudaGetDevice(&previous_);
-    if (previous_ != device_) error = cudaSetDevice(device_);
-  }
-  ~DeviceGuard() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-  cudaError_t error = cudaSuccess;
-
- private:
-  int device_;
-  int previous_ = 0;
-};
-
 // Launches a kernel on all tensors, as many at a time as fit its arguments together with their
 // groups' hyper-parameters; with `needs_grads`, not on tensors of which none has a gradient.
 CudaResult launch_all(Kernel kernel, Arguments& args, const Launch& launch, bool needs_grads,

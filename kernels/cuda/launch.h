@@ -1,4 +1,6 @@
 // The CUDA launcher, for callers that know no CUDA. Where there is none, none.cpp stands in.
+//
+// What takes a stream or a device wants that device to be the current one.
 #pragma once
 
 #include <string>
@@ -33,18 +35,17 @@ struct CudaResult {
   std::uint32_t launches;  // kernels launched
 };
 
-// Enqueues the step on `stream` of `device`. Neither waits nor allocates. What it is given by value
+// Enqueues the step on `stream`. Neither waits nor allocates. What it is given by value
 // (hyper-parameters that are numbers, gradients' addresses) a captured graph holds by value, too.
-CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream);
+CudaResult step_cuda(const Launch& launch, const CudaTables& tables, void* stream);
 
 // Enqueues the norm of all gradients. `norm` is double[2 + chunk_count] on the device, zeros on
 // entry: the sum of squares, or the largest magnitude, comes first; the rest is scratch.
 CudaResult grad_norm_cuda(Norm kind, const Launch& launch, const CudaTables& tables, double* norm,
-                          int device, void* stream);
+                          void* stream);
 
 // Enqueues what fills in launch.least.
-CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables, int device,
-                                 void* stream);
+CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables, void* stream);
 
 // What the kernels were compiled for ("90-real 120"), and the type of the devices they run on:
 // "cuda"; "cpu" in the tests' build for the host. Null without kernels; then there is a reason why.
@@ -53,6 +54,7 @@ const char* cuda_device_type();
 const char* why_no_cuda();
 
 int cuda_device_count();
+int cuda_current_device();
 // Why `device` cannot run the kernels; empty if it can. Makes its primary context.
 std::string cuda_device_reason(int device);
 bool cuda_is_capturing(void* stream);

@@ -44,11 +44,7 @@ __global__ void __launch_bounds__(kCudaThreads, 4)
 
 }  // namespace
 
-CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables, int device,
-                                 void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error) return {guard.error, 0};
-
+CudaResult least_magnitudes_cuda(const Launch& launch, const CudaTables& tables, void* stream) {
   Arguments args{};
   args.rows = static_cast<const TensorRow*>(tables.rows);
   args.chunks = static_cast<const Chunk*>(tables.chunks);

@@ -25,24 +25,26 @@ struct MomentPackets;
 template <std::uint32_t kElements, std::size_t... kIndex, class... Moment>
 struct MomentPackets<kElements, std::index_sequence<kIndex...>, Moment...>
     : MomentPacket<kElements, kIndex, Moment>... {
-  __device__ __forceinline__ void load(const Operands& operands, std::int64_t i,
+  __device__ __forceinline__ void load(const Operands& operands, [[maybe_unused]] std::int64_t i,
                                        const Aligned& aligned) {
     (packet<kIndex, Moment>().load(operands.template of<Moment>(kMoment + kIndex) + i,
                                    aligned.operands[kMoment + kIndex]),
      ...);
   }
-  __device__ __forceinline__ void store(const Operands& operands, std::int64_t i,
+  __device__ __forceinline__ void store(const Operands& operands, [[maybe_unused]] std::int64_t i,
                                         const Aligned& aligned) {
     (packet<kIndex, Moment>().store(operands.template of<Moment>(kMoment + kIndex) + i,
                                     aligned.operands[kMoment + kIndex]),
      ...);
   }
   template <class T>
-  __device__ __forceinline__ void numbers_of(std::uint32_t k, T* numbers) {
+  __device__ __forceinline__ void numbers_of([[maybe_unused]] std::uint32_t k,
+                                             [[maybe_unused]] T* numbers) {
     ((numbers[kIndex] = warpstep::load(packet<kIndex, Moment>().elements[k])), ...);
   }
   template <class T>
-  __device__ __forceinline__ void set(std::uint32_t k, const T* numbers) {
+  __device__ __forceinline__ void set([[maybe_unused]] std::uint32_t k,
+                                      [[maybe_unused]] const T* numbers) {
     (warpstep::store(numbers[kIndex], packet<kIndex, Moment>().elements[k]), ...);
   }
 
@@ -243,10 +245,7 @@ bool needs_tail(const Launch& launch) {
 
 }  // namespace
 
-CudaResult step_cuda(const Launch& launch, const CudaTables& tables, int device, void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error) return {guard.error, 0};
-
+CudaResult step_cuda(const Launch& launch, const CudaTables& tables, void* stream) {
   const bool with_tail = needs_tail(launch);
   Kernel kernel = nullptr;
   visit_recipe(launch.recipe, [&](auto recipe) {
@@ -266,10 +265,15 @@ int cuda_device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
+int cuda_current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
 std::string cuda_device_reason(int device) {
-  const DeviceGuard guard(device);
-  int error = guard.error, driver = 0, major = 0;
-  if (!error) error = cudaDriverGetVersion(&driver);
+  int driver = 0, major = 0;
+  int error = cudaDriverGetVersion(&driver);
   if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (!error && (driver < 12010 || major < 7)) {
     return "a kernel has 32 KB of arguments from compute capability 7.0 and CUDA 12.1 on, and its "

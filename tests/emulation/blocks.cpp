@@ -1,5 +1,5 @@
-// Steps tensors by AVX-512's groups (cpu/eight_bit.h and sixteen_bit.h), on stand-ins for its intrinsics
-// (avx512/immintrin.h), and by tiles, and compares all bits. Numbers, options, and now
+// Steps tensors by AVX-512's groups (cpu/eight_bit.h and sixteen_bit.h), on stand-ins for its
+// intrinsics (avx512/immintrin.h), and by tiles, and compares all bits. Numbers, options, and now
 // and then what is no number, at random. Prints how many tensors differ, and how many were stepped
 // by vectors.
 #include <cstdio>

@@ -2,8 +2,8 @@
 //
 // Device memory is host memory. A block's threads are fibers, run one at a time, in shuffled order,
 // up to the next __syncthreads(), or to a shuffle that waits for others of its mask. A block's
-// fibers share a thread of the operating system, and so what is thread_local. Threads of a warp that
-// have gone different ways do not meet in a shuffle that each has in its own. Compiled for the
+// fibers share a thread of the operating system, and so what is thread_local. Threads of a warp
+// that have gone different ways do not meet in a shuffle that each has in its own. Compiled for the
 // thread sanitizer, blocks run at once, and what neither a barrier nor an atomic's memory order
 // keeps apart is a data race.
 #pragma once
@@ -36,7 +36,7 @@ struct alignas(16) uint4 {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-enum { cudaSuccess = 0, cudaErrorInvalidDeviceFunction = 98 };
+enum { cudaSuccess = 0, cudaErrorInvalidDeviceFunction = 98, cudaErrorInvalidResourceHandle = 400 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 namespace emulation {
@@ -97,17 +97,18 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// A device that cannot run the kernels, if an environment variable says so.
+// Devices are as environment variables say: which is current, and whether it can run the kernels.
+// All streams are the first one's.
 inline int emulated_fact(const char* variable, int usually) {
   const char* const value = std::getenv(variable);
   return value == nullptr ? usually : std::atoi(value);
 }
+inline int emulated_device() { return emulated_fact("EMULATED_DEVICE", 0); }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulated_device(), cudaSuccess; }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaDriverGetVersion(int* version) {
@@ -120,7 +121,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return emulated_fact("EMULATED_LOADING", cudaSuccess);
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = emulation::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  const bool is_capturing = emulation::is_capturing() && emulated_device() == 0;
+  *status = is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -129,6 +131,7 @@ template <class Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(const Argument&), dim3 grid, dim3 block,
                              void** arguments, std::size_t, cudaStream_t) {
   static_assert(sizeof(Argument) <= 32764, "a CUDA kernel takes no more arguments");
+  if (emulated_device() != 0) return cudaErrorInvalidResourceHandle;
   const auto argument = std::make_shared<const Argument>(*static_cast<Argument*>(arguments[0]));
   emulation::launch([=] { emulation::run_grid(grid.x, block.x, [&] { kernel(*argument); }); });
   return cudaSuccess;

@@ -72,11 +72,11 @@ int run() {
   Launch launch{recipe, {},     rows.data(), grads.data(), kTensors, &hyper, 1, chunks.data(),
                 count,  kChunk, 0,           nullptr};
 
-  for (int step = 0; step < 2; ++step) EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  for (int step = 0; step < 2; ++step) EXPECT(step_cuda(launch, tables, nullptr).error == 0);
   std::vector<double> statistics(kStatistics * count, 0);
   launch.tail.statistics = statistics.data();
   launch.recipe.formats[kEma] = Format::float32;
-  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  EXPECT(step_cuda(launch, tables, nullptr).error == 0);
   EXPECT(steps == std::vector<float>{3, 3, 3, 0});
   EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
   double squares = 0;
@@ -87,18 +87,18 @@ int run() {
   launch.recipe.formats[kMoment] = Format::e4m3;
   launch.recipe.formats[kMoment + 1] = Format::ue5m3;
   for (std::uint32_t i = 0; i < 2; ++i) launch.recipe.formats[kScale + i] = Format::uint8;
-  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  EXPECT(step_cuda(launch, tables, nullptr).error == 0);
   launch.tail.statistics = nullptr;
   launch.recipe.formats[kEma] = Format::none;
-  EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+  EXPECT(step_cuda(launch, tables, nullptr).error == 0);
   EXPECT(steps == std::vector<float>{5, 5, 5, 0});
   EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
 
   std::vector<double> norm(2 + count, 0);
-  EXPECT(grad_norm_cuda(Norm::l2, launch, tables, norm.data(), 0, nullptr).error == 0);
+  EXPECT(grad_norm_cuda(Norm::l2, launch, tables, norm.data(), nullptr).error == 0);
   EXPECT(norm[0] == kElements);
   norm.assign(norm.size(), 0);
-  EXPECT(grad_norm_cuda(Norm::inf, launch, tables, norm.data(), 0, nullptr).error == 0);
+  EXPECT(grad_norm_cuda(Norm::inf, launch, tables, norm.data(), nullptr).error == 0);
   EXPECT(norm[0] == 1);
 
   tensors[1].param[kChunk] = 0.5;
@@ -107,10 +107,10 @@ int run() {
   std::vector<double> least(kTensors + count, -1);
   launch.least = least.data();
   for (int step = 0; step < 2; ++step) {
-    EXPECT(least_magnitudes_cuda(launch, tables, 0, nullptr).error == 0);
+    EXPECT(least_magnitudes_cuda(launch, tables, nullptr).error == 0);
     EXPECT(least[1] < least[0] && least[3] == -1);
     EXPECT(step == 1 || least[1] == 0.5);
-    EXPECT(step_cuda(launch, tables, 0, nullptr).error == 0);
+    EXPECT(step_cuda(launch, tables, nullptr).error == 0);
   }
   EXPECT(arrivals == std::vector<std::uint32_t>(kTensors, 0));
   return 0;

@@ -50,8 +50,7 @@ constexpr Format kSigned[] = {Format::float32, Format::bfloat16_stochastic, Form
 constexpr Format kPositive[] = {Format::float32, Format::bfloat16_stochastic, Format::bfloat16,
                                 Format::float16, Format::ue5m3};
 
-constexpr float kSizes[] = {1,      1,      1,      1e-6f,  1e-12f, 1e-16f,
-                            1e-21f, 1e-26f, 1e-35f, 1e12f,  1e15f};
+constexpr float kSizes[] = {1, 1, 1, 1e-6f, 1e-12f, 1e-16f, 1e-21f, 1e-26f, 1e-35f, 1e12f, 1e15f};
 // What a tensor's numbers are like.
 struct Kind {
   bool odd;     // some are not finite, or no codes
@@ -261,7 +260,7 @@ std::string compare(const RecipeKey& key) {
     } else {
       std::uint32_t arrivals[kTensors] = {};
       const CudaTables tables{rows[1].data(), chunks[1].data(), arrivals};
-      if (step_cuda(launch, tables, 0, nullptr).error != 0) return "no kernel on CUDA";
+      if (step_cuda(launch, tables, nullptr).error != 0) return "no kernel on CUDA";
       for (const std::uint32_t arrival : arrivals) {
         if (arrival != 0) return "arrivals";
       }
