@@ -1,24 +1,32 @@
 // Making a device the current one: see current_device.h.
 #include "current_device.h"
 
+#include <pybind11/pybind11.h>
+
 #include "cuda/launch.h"
 
 namespace py = pybind11;
 
 namespace warpstep {
+namespace {
+
+// Calls one of torch's functions that take a GPU and return which was the current one.
+int call_torchs(const char* name, int index) {
+  static const py::handle torch = py::object(py::module_::import("torch._C")).release();
+  return torch.attr(name)(index).cast<int>();
+}
+
+}  // namespace
 
 OnDevice::OnDevice(int index) {
-  if (cuda_current_device() == index) return;
-  py::object device = py::module_::import("torch").attr("cuda").attr("device")(index);
-  device.attr("__enter__")();
-  entered_ = std::move(device);
+  if (cuda_current_device() != index) previous_ = call_torchs("_cuda_exchangeDevice", index);
 }
 
 OnDevice::~OnDevice() {
-  if (!entered_) return;
-  const py::error_scope kept;  // of what ends the scope, if anything is raised
+  if (previous_ == kSame) return;
+  const py::error_scope kept;  // what Python knows of an error that ends the scope
   try {
-    entered_.attr("__exit__")(py::none(), py::none(), py::none());
+    call_torchs("_cuda_maybeExchangeDevice", previous_);
   } catch (py::error_already_set& error) {
     error.discard_as_unraisable("warpstep: making the previous GPU the current one again");
   }

@@ -1,14 +1,13 @@
 // The device that is current for CUDA's runtime: the one that launches go to.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 namespace warpstep {
 
-// Makes a GPU the current one, and the previous one again at its end. For callers with the GIL.
+// Makes a GPU the current one, and the previous one again at its end. For callers with the GIL,
+// which is kept: no other thread of Python, and no Python, comes in between.
 //
-// By torch.cuda.device where it is another: to make one current again by CUDA's runtime would make
-// a context on it, some hundred MB on a GPU that the program may not use. torch keeps from that.
+// By what torch.cuda.device calls: CUDA's runtime, going back, would make a context on the previous
+// GPU, some hundred MB on one that the program may not use. torch keeps from that.
 class OnDevice {
  public:
   explicit OnDevice(int index);
@@ -17,7 +16,8 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  pybind11::object entered_;  // none where the GPU was the current one
+  static constexpr int kSame = -1;
+  int previous_ = kSame;
 };
 
 }  // namespace warpstep

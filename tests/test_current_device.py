@@ -15,26 +15,21 @@ from warpstep.functional import adamw_
 
 
 @pytest.fixture
-def entered(backend, monkeypatch):
-    """The devices that were made current. GPU 1 was, until then, and where none is, it is again."""
+def exchanged(backend, monkeypatch):
+    """The GPUs that torch was told to make the current one. GPU 1 is; GPU 0 has all tensors."""
     if backend != "cuda" or not EMULATED:
         pytest.skip("pretends two GPUs of the emulated CUDA runtime")
     devices = []
 
-    class Device:
-        def __init__(self, index):
-            self.index = index
+    def exchange(index):
+        previous = int(os.environ["EMULATED_DEVICE"])
+        os.environ["EMULATED_DEVICE"] = str(index)
+        devices.append(index)
+        return previous
 
-        def __enter__(self):
-            devices.append(self.index)
-            os.environ["EMULATED_DEVICE"] = str(self.index)
-
-        def __exit__(self, *exception):
-            assert exception == (None, None, None)
-            os.environ["EMULATED_DEVICE"] = "1"
-
-    monkeypatch.setenv("EMULATED_DEVICE", "1")  # what a step leaves is put back, too
-    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setenv("EMULATED_DEVICE", "1")
+    for name in ("_cuda_exchangeDevice", "_cuda_maybeExchangeDevice"):
+        monkeypatch.setattr(torch._C, name, exchange, raising=False)
     backends._asked_device.cache_clear()
     yield devices
     backends._asked_device.cache_clear()
@@ -48,21 +43,19 @@ def made(**options):
     return params, warpstep.AdamW(params, lr=0.1, backend="cuda", **options)
 
 
-def test_a_step_and_a_norm(entered):
+def test_a_step_and_a_norm(exchanged):
     params, optimizer = made(decay_form="min")
     norm = optimizer.clip_grad_norm_(1e9)
     optimizer.step()
     assert norm == pytest.approx((15 * 0.25) ** 0.5)
     assert params[0][0].item() == pytest.approx(0.8)  # a step of 0.1, and as much decay
-    # Asked whether it can; the norm, the least magnitudes and the step.
-    assert entered == [0] * 4
+    # Whether it can is asked; then the norm, the least magnitudes and the step.
+    assert exchanged == [0, 1] * 4
 
 
-def test_lists(entered):
+def test_lists(exchanged):
     """Their GPU is asked whether it captures a graph: here it does, and they lack tables there."""
-    lists = streams()
-    adamw_(*lists, **HYPERS, backend="cuda")
-    assert entered[-1] == 0
+    adamw_(*streams(), **HYPERS, backend="cuda")
     captured = ctypes.CDLL(backends.native()[0].__file__)
     captured.emulated_capture_begin()
     try:
@@ -72,24 +65,23 @@ def test_lists(entered):
         captured.emulated_capture_end()
 
 
-def test_the_current_device_is_left_alone(entered, monkeypatch):
+def test_the_current_gpu_stays_so(exchanged, monkeypatch):
     monkeypatch.setenv("EMULATED_DEVICE", "0")
     _, optimizer = made()
     optimizer.step()
     monkeypatch.setenv("EMULATED_DEVICE", "1")
-    assert entered == []
+    assert exchanged == []
 
 
-def test_what_cannot_be_made_current_is_not_stepped(entered, monkeypatch):
+def test_nothing_is_stepped_on_a_gpu_that_cannot_be_made_current(exchanged, monkeypatch):
     params, optimizer = made()
     optimizer.step()
     before = [p.detach().clone() for p in params]
 
-    class Refusing:
-        def __init__(self, index):
-            raise RuntimeError("no such device")
+    def refuse(index):
+        raise RuntimeError("no such GPU")
 
-    monkeypatch.setattr(torch.cuda, "device", Refusing)
-    with pytest.raises(RuntimeError, match="no such device"):
+    monkeypatch.setattr(torch._C, "_cuda_exchangeDevice", refuse)
+    with pytest.raises(RuntimeError, match="no such GPU"):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
