@@ -184,6 +184,115 @@ def test_what_is_written_after_a_step_of_any_kind_wins(before, is_stepped):
     assert optimizer.state[params[1]]["master_param"].any()
 
 
+def groups_reversed(optimizer):
+    optimizer.param_groups.reverse()
+
+
+def a_group_left(optimizer):
+    del optimizer.state[optimizer.param_groups.pop(0)["params"][0]]
+
+
+def a_parameter_left(optimizer):
+    del optimizer.state[optimizer.param_groups[1]["params"].pop(0)]
+
+
+def one_came_first(optimizer):
+    new = random((100,), 9).to(BF16).requires_grad_()
+    optimizer.param_groups[0]["params"].insert(0, new)
+
+
+EDITS = (groups_reversed, a_group_left, a_parameter_left, one_came_first)
+
+
+@pytest.mark.parametrize("before", ["watched", "reference", "kernel"])
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_masters_stay_where_groups_are_edited(edit, before):
+    """Only what was written to loses its residual, in whatever place it is by then."""
+    params = new_params(shapes=[(100,), (7,), (5, 3)])
+    for writes, param in enumerate(params):  # no two are written to as often as each other
+        for _ in range(writes):
+            param.detach().mul_(1.5)
+    optimizer = warpstep.AdamW(
+        [{"params": params[:1]}, {"params": params[1:]}],
+        lr=1e-2,
+        master="residual",
+        backend="reference" if before == "reference" else "auto",
+    )
+    take_steps(optimizer, range(2))
+    with FlopCounterMode(display=False) if before == "watched" else nullcontext():
+        take_steps(optimizer, range(2, 3))
+    masters = {p: optimizer.master_parameters()[p] for p in params}
+    with torch.no_grad():
+        params[2].copy_(random((5, 3), 8))
+    masters[params[2]] = params[2].detach().float()
+    edit(optimizer)
+    found = optimizer.master_parameters()
+    kept = [p for p in params if p in found]
+    assert len(kept) >= 2
+    assert all(torch.equal(found[p], masters[p]) for p in kept)
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.param_groups[-1].update(lr=0.0)
+    take_steps(optimizer, range(3, 4))
+    found = optimizer.master_parameters()
+    assert all(torch.equal(found[p], masters[p]) for p in kept)
+
+
+def states_cleared(optimizer):
+    optimizer.state.clear()
+
+
+def one_state_removed(optimizer):
+    del optimizer.state[params_of(optimizer)[0]]
+
+
+def a_residual_removed(optimizer):
+    del optimizer.state[params_of(optimizer)[0]]["master_param"]
+
+
+REMOVALS = (states_cleared, one_state_removed, a_residual_removed)
+
+
+@pytest.mark.parametrize("call", ["step", "state_dict", "master_parameters", "deepcopy"])
+@pytest.mark.parametrize("remove", REMOVALS, ids=lambda remove: remove.__name__)
+def test_a_state_is_removed_and_the_parameter_written_to(remove, call, backend):
+    """As to begin it anew: what was written is its master, and nothing is missed."""
+    params = new_params(shapes=[(100,), (7,)])
+    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend)
+    take_steps(optimizer, range(2))
+    remove(optimizer)
+    with torch.no_grad():
+        params[0].copy_(random((100,), 8))
+    states = set(optimizer.state)
+    if call == "deepcopy":
+        copy.deepcopy(optimizer)
+    elif call != "step":
+        getattr(optimizer, call)()
+    assert set(optimizer.state) == states
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.step()
+    written = params[0].detach().float()
+    assert torch.equal(optimizer.master_parameters()[params[0]], written)
+    counts = [optimizer.state[p]["step"].item() for p in params]
+    begun_anew = {states_cleared: [1, 1], one_state_removed: [1, 3], a_residual_removed: [3, 3]}
+    assert counts == begun_anew[remove]
+
+
+@pytest.mark.parametrize("is_written", [False, True], ids=["unwritten", "written"])
+def test_a_float32_master_that_is_put_into_a_state_counts(is_written, backend):
+    """As one that is loaded does: it says more than the parameter, written to or not."""
+    (param,) = params = new_params(shapes=[(100,)])
+    optimizer = warpstep.AdamW(params, lr=1e-2, master="residual", backend=backend)
+    take_steps(optimizer, range(2))
+    master = random((100,), 8)
+    optimizer.state[param]["master_param"] = master.clone()
+    if is_written:
+        with torch.no_grad():
+            param.copy_(master)
+    optimizer.param_groups[0].update(lr=0.0)
+    optimizer.step()
+    assert torch.equal(optimizer.master_parameters()[param], master)
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_that_is_met_twice_keeps_its_master(backend):
     param = new_params(shapes=[(100,)])[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from warpstep import reference
-from warpstep.entries import Entry, place_of, version_of, was_written, with_grads
+from warpstep.entries import Entry, version_of, was_written, with_grads
 from warpstep.options import Options
 from warpstep.shards import first_element, layout_of, own_part, summed
 from warpstep.stored import Stored
@@ -51,8 +51,7 @@ class Versions:
 
     def written(self, optimizer: Optimizer) -> list[Tensor]:
         """Those that were written to since."""
-        placed = ((place_of(optimizer, entry), then) for entry, then in self._versions.items())
-        return [p for p, then in placed if p is not None and was_written(p, then)]
+        return [p for p, entry in self._there(optimizer) if was_written(p, self._versions[entry])]
 
     def note_step(self, optimizer: Optimizer) -> None:
         """A step has written to those that have a gradient."""
@@ -61,6 +60,13 @@ class Versions:
 
     def note(self, optimizer: Optimizer) -> None:
         """All are as they should be, whatever was written to them."""
-        for entry in self._versions:
-            if (param := place_of(optimizer, entry)) is not None:
-                self._versions[entry] = version_of(param)
+        for param, entry in self._there(optimizer):
+            self._versions[entry] = version_of(param)
+
+    def _there(self, optimizer: Optimizer) -> list[tuple[Tensor, Entry]]:
+        """Those that the optimizer still has, wherever: its groups may have been edited since."""
+        if not self._versions:
+            return []
+        params = {id(param): param for group in optimizer.param_groups for param in group["params"]}
+        found = ((params.get(entry.identity), entry) for entry in self._versions)
+        return [(param, entry) for param, entry in found if param is not None]

@@ -100,7 +100,10 @@ class KeepsMasters(Averaging):
             return
         with torch.no_grad():
             for param in self.plan.written_params(self):
-                self.state[param][RESIDUAL].zero_()
+                residual = (self.state.get(param) or {}).get(RESIDUAL)
+                # None where the state was removed; a float32 master is no residual.
+                if residual is not None and residual.dtype == torch.int16:
+                    residual.zero_()
         self.plan.note_versions(self)
 
     @contextmanager
