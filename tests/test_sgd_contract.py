@@ -74,6 +74,44 @@ def test_sparse_gradients_are_torchs(momentum, is_replaced):
     torch.testing.assert_close(params_of(ours), params_of(theirs), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("why", ["asked for", "gaps"])
+def test_sparse_gradients_of_the_references_parameters_are_torchs(why, momentum):
+    """As are all others, though the reference has stepped them before, which takes none."""
+
+    def optimizer_of(cls, **options):
+        wide = random((6, 2, 2), 1)
+        one = wide[..., 0] if why == "gaps" else wide[..., 0].clone()
+        return cls([torch.nn.Parameter(one)], lr=LR, momentum=momentum, **options)
+
+    ours = optimizer_of(warpstep.SGD, backend="reference" if why == "asked for" else "cpu")
+    theirs = optimizer_of(torch.optim.SGD)
+    for step in range(4):
+        for optimizer in (ours, theirs):
+            (param,) = params_of(optimizer)
+            param.grad = random((6, 2), step)
+            param.grad = param.grad.to_sparse() if step % 2 else param.grad
+            optimizer.step()
+        assert ours.plan is None or "reference: 1" in str(ours.plan)
+    torch.testing.assert_close(params_of(ours), params_of(theirs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [warpstep.SGD, warpstep.AdamW])
+def test_a_sparse_gradient_of_the_references_parameter_is_named(cls):
+    """Where it is refused: nothing is stepped, as with a plan of kernels."""
+    params = [torch.nn.Parameter(random((6, 2), seed)) for seed in range(2)]
+    more = {"stats": True} if cls is warpstep.SGD else {}
+    optimizer = cls(params, lr=LR, backend="reference", **more)
+    take_steps(optimizer, range(1))
+    set_grads(params, 1)
+    params[1].grad = params[1].grad.to_sparse()
+    before = [p.detach().clone() for p in params]
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=r"sparse gradients.*parameter 1 of group 0"):
+            call()
+    assert all(map(torch.equal, params, before))
+
+
 @pytest.mark.parametrize(
     "options",
     [

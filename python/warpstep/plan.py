@@ -272,6 +272,8 @@ class Plan:
         """The step where Python runs or launches some of it. The caller keeps signals away."""
         threads = torch.get_num_threads()
         reason: str | None = self._bound.check(optimizer.state, optimizer.param_groups, threads)
+        if reason is None:
+            reason = self._changed_by_python(optimizer)
         if reason is not None:
             return reason
         self._bound.keep_alive()  # before any Python, which another thread might use
@@ -309,6 +311,15 @@ class Plan:
             if one.sums is not None
         }
         return None
+
+    def _changed_by_python(self, optimizer: Optimizer) -> str | None:
+        """Why the plan is stale by gradients that the native module does not look at.
+
+        Of sparse ones a step is torch's own, or raises: who makes the next plan knows which.
+        """
+        grads = (grad for _, _, grad in self.with_grads(optimizer, self.python_only))
+        sparse = any(grad.layout != torch.strided for grad in grads)
+        return "a gradient's kind changed" if sparse else None
 
     def _writes_grads_later(self, tail: Tail) -> bool:
         """Whether kernels must not write gradients, or would write copies of them."""
@@ -392,7 +403,7 @@ class Plan:
         """Gathers the gradients, for their norm; or says why the plan does not describe them."""
         threads = torch.get_num_threads()
         reason: str | None = self._bound.gather_grads(optimizer.param_groups, threads)
-        return reason
+        return reason or self._changed_by_python(optimizer)
 
     def clipping(self, optimizer: Optimizer, coef: Tensor, grad_scale: Tensor | None) -> Clipping:
         """A clipping of the gradients that were gathered, which are remembered as they are."""
