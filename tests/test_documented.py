@@ -116,6 +116,34 @@ def test_statistics_have_names(backend):
     }
 
 
+def test_what_is_added_to_named_parameters_by_hand_has_no_name(backend):
+    """A list that somebody edits has more parameters than names. Torch steps it, and saves it."""
+    a, b, c = (torch.nn.Parameter(torch.ones(n)) for n in (1, 2, 3))
+    optimizer = warpstep.AdamW([("a", a), ("b", b)], stats=True, backend=backend)
+    params = optimizer.param_groups[0]["params"]
+
+    def names():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        found = optimizer.statistics()
+        return {len(p): name for p, name in zip(found.params, found.names, strict=True)}
+
+    assert names() == {1: "a", 2: "b"}
+    params.append(c)
+    assert names() == {1: "a", 2: "b", 3: "parameter 2 of group 0"}
+    c.grad = torch.ones(4)[:3].to_sparse()
+    with pytest.raises(RuntimeError, match="parameter 2 of group 0 has a gradient of layout"):
+        optimizer.step()
+    # Nobody knows whose the names are that are left over.
+    del params[0], params[1], optimizer.state[a], optimizer.state[c]
+    assert names() == {2: "parameter 0 of group 0"}
+
+
 def arguments_in_stub(function):
     """The names of a function's arguments in a stub; `self` apart."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]

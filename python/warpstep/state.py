@@ -5,6 +5,7 @@ Nothing here changes an optimizer: functions return what the state is to be, or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,18 +49,29 @@ def describe(tensor: Any) -> str:
 
 def parameter_name(groups: list[dict[str, Any]], group: int, index: int) -> str:
     """``parameter 3 of group 0 ('layer.weight')``, for messages."""
-    names = groups[group].get("param_names")
-    name = f" ({names[index]!r})" if names else ""
+    names = given_names(groups[group])
+    name = f" ({names[index]!r})" if index < len(names) else ""
     return f"parameter {index} of group {group}{name}"
+
+
+def given_names(group: dict[str, Any]) -> Sequence[str]:
+    """The names that were given to a group's first parameters.
+
+    Who edits ``group["params"]`` edits no names: what is appended has none, and where parameters
+    were taken away nobody knows whose is whose.
+    """
+    names = group.get("param_names") or ()
+    return names if len(names) <= len(group["params"]) else ()
 
 
 def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
     """Each parameter's name where names were given, else ``parameter 3 of group 0``."""
     names: dict[Tensor, str] = {}
     for g, group in enumerate(groups):
-        given = group.get("param_names") or ()
+        given = given_names(group)
         for i, param in enumerate(group["params"]):
-            names.setdefault(param, given[i] if given else parameter_name(groups, g, i))
+            name = given[i] if i < len(given) else parameter_name(groups, g, i)
+            names.setdefault(param, name)
     return names
 
 
