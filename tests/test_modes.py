@@ -166,6 +166,18 @@ def test_everything_is_checked_first():
     assert not optimizer.state
 
 
+def test_a_parameter_without_a_state_gets_none():
+    """SGD's without momentum: a state dict has nothing of it, as after a step that none watches."""
+    params = [Parameter(random((4, 5), seed)) for seed in range(2)]
+    optimizer = warpstep.SGD(params, lr=LR)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with Dispatched():
+        optimizer.step()
+    assert not optimizer.state
+    assert not optimizer.state_dict()["state"]
+
+
 def test_differentiable_steps_are_torchs():
     """Inside a mode as outside."""
     for mode in (nullcontext(), Dispatched()):

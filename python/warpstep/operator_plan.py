@@ -69,7 +69,7 @@ class OperatorPlan(Plan):
         sums: dict[Entry, Tensor] = {}
         sharded: list[Tensor] = []
         for entry, param, grad in mentions:
-            rule, state = self.options.rule, optimizer.state[param]
+            rule, state = self.options.rule, optimizer.state.get(param) or {}
             group, layout = optimizer.param_groups[entry.group], layout_of(param)
             stepped = self.options.stepped(param, state, group)
             group = stepped.group
