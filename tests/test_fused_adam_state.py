@@ -101,6 +101,16 @@ def test_what_does_not_fit_is_refused(name, value, message):
     assert all(torch.equal(v, optimizer.state[params[0]][k]) for k, v in before.items())
 
 
+def test_what_is_refused_begins_no_state():
+    optimizer = fused_adam(params_of(BF16, SHAPES), **KINDS["bfloat16-remainder"][1])
+    param = optimizer.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match="exp_avg is float32"):
+        optimizer.set_scaled_state(param, "exp_avg", torch.zeros(3))
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.get_unscaled_state(param, "exp_avg")
+    assert not optimizer.state
+
+
 def test_states_are_made_as_the_optimizer_was_constructed():
     optimizer = fused_adam(params_of(BF16, SHAPES), **KINDS["bfloat16-remainder"][1])
     param = optimizer.param_groups[0]["params"][0]

@@ -197,7 +197,7 @@ class FusedAdam(Optimizer, LoadsStates):
             state_name: ``"exp_avg"``, ``"exp_avg_sq"`` or ``"master_param"``.
             skip_unscale: return what is stored, in its dtype.
         """
-        stored: Tensor = self.state[param][state_name]
+        stored: Tensor = self.state.get(param, {})[state_name]
         as_stored = skip_unscale or stored.dtype in (torch.int16, torch.float64)
         return stored if as_stored else stored.to(torch.float32)
 
@@ -218,12 +218,11 @@ class FusedAdam(Optimizer, LoadsStates):
         kept = self._kept()
         if state_name not in kept.names:
             raise ValueError(f"{state_name!r} is no state here: there are {', '.join(kept.names)}")
-        found = self.state[param]
-        state = found.get(state_name)
+        state = self.state.get(param, {}).get(state_name)
         if state is None or state.dtype != kept.dtype_of(state_name, param):
             state = kept.new(state_name, param)
         kept.write(state_name, param, state, unscaled_state)
-        found[state_name] = state
+        self.state[param][state_name] = state
 
     def _forget_stale_residuals(self) -> None:
         """As in Transformer Engine, a master counts whatever is written to its parameter."""
