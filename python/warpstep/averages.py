@@ -80,13 +80,14 @@ class Averaging(Optimizer):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
         kept = self._kept_averages()
+        # First, since it has FSDP2 put the shards in the place of what a forward pass gathered.
+        found: dict[str, Any] = model.state_dict(keep_vars=True)
         names = {param: name for name, param in model.named_parameters()}
         if names.keys().isdisjoint(self._averaged_parameters()):
             raise ValueError(
                 f"this optimizer averages none of the model's {len(names)} parameters: give it the "
                 "model (not a copy) whose parameters it was constructed with"
             )
-        found: dict[str, Any] = model.state_dict(keep_vars=True)
         missed = names.keys() & kept.keys()
         for key, value in found.items():
             if isinstance(value, Tensor):
@@ -105,6 +106,8 @@ class Averaging(Optimizer):
         Afterwards, whatever happens inside, they are what they were, bit for bit: in their own
         memory, of their own shape and dtype, on their own device. A step inside raises. The
         parameters' values are kept in a copy meanwhile.
+
+        With FSDP2 the averages are gathered anew, and the parameters after them.
 
         Raises:
             RuntimeError: the optimizer keeps no averages; or, at the end, a parameter cannot be

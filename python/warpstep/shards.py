@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,6 +60,32 @@ def first_element(tensor: Tensor) -> int:
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, *layout)
     strides = (math.prod(tensor.shape[i + 1 :]) for i in range(tensor.dim()))
     return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+
+
+def gather_anew(params: Iterable[Tensor]) -> None:
+    """Has FSDP2 gather these parameters from their shards before they are next used.
+
+    After a forward pass the root module keeps its whole parameters (others do with
+    ``reshard_after_forward=False``) and computes with them again, whatever has been written to the
+    shards since. No parameter leads to its module: all that FSDP2 knows are looked through.
+    """
+    wanted = {id(param) for param in params if _sharded(param) is not None}
+    states = sys.modules.get("torch.distributed._composable_state")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if not wanted or states is None or not hasattr(fsdp, "FSDPModule"):
+        return
+    for module in list(states._module_state_mapping):
+        if isinstance(module, fsdp.FSDPModule) and not wanted.isdisjoint(_own_shards(module)):
+            module.reshard()
+
+
+def _own_shards(module: Any) -> Iterable[int]:
+    """The ids of the parameters that FSDP2 has sharded for a module."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # an older torch, which has one at most
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return (id(param.sharded_param) for group in groups for param in group.fsdp_params)
 
 
 def holds_values(layout: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.shards import own_part
+from warpstep.shards import gather_anew, own_part
 from warpstep.state import describe, is_freed, is_plain, parameter_name, same_layout
 
 
@@ -60,6 +60,7 @@ def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> 
         for i, param in enumerate(group["params"])
     }
     kept = [_Own.of(param, names[param]) for param in averages]
+    gather_anew(averages)
     try:
         with torch.no_grad():
             for param, average in averages.items():
@@ -92,6 +93,7 @@ def _restored(kept: list[_Own]) -> str:
             )
         except BaseException as error:  # a signal's: it can wait until all are restored
             interrupt = error
+    gather_anew(own.param for own in kept)
     if complaints:
         complaints.append("All other parameters are restored. Load a checkpoint to go on.")
     if interrupt is not None:

@@ -116,6 +116,44 @@ def tail_worker(rank):
     return weights(ours), weights(torchs)
 
 
+def sharded_whole(model):
+    """The root module has all parameters, and keeps them gathered after a forward pass."""
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def kept_gathered(model):
+    for part in model.parts:
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+@torch.no_grad()
+def loss_of(model, batch):
+    return model(**batch)["loss"].clone()
+
+
+def evaluated_worker(wrap, rank):
+    """Forward passes compute with what the parameters are then, whatever was gathered before."""
+    model, optimizer = run(rank, wrap, warpstep.AdamW, ema_decay=0.9)
+    batch = batches(1)[0]
+    before = loss_of(model, batch)
+    with optimizer.swap_ema():
+        inside = loss_of(model, batch)
+    after = loss_of(model, batch)
+    assert after == before != inside
+
+    averages = optimizer.ema_state_dict(model)
+    plain = SideBySide(seed=3)
+    plain.load_state_dict({name: value.full_tensor() for name, value in averages.items()})
+    assert inside == loss_of(plain, batch)
+    return weights(model)
+
+
+@pytest.mark.parametrize("wrap", [sharded, sharded_whole, kept_gathered], ids=lambda f: f.__name__)
+def test_evaluated_with_averages(wrap, tmp_path):
+    on_two_ranks(functools.partial(evaluated_worker, wrap), tmp_path)
+
+
 def assert_ranks_agree(worker, folder):
     (ours, theirs), (twin, _) = on_two_ranks(worker, folder)
     assert_same_bits(ours, twin)
