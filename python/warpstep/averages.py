@@ -110,8 +110,9 @@ class Averaging(Optimizer):
         With FSDP2 the averages are gathered anew, and the parameters after them.
 
         Raises:
-            RuntimeError: the optimizer keeps no averages; or, at the end, a parameter cannot be
-                restored: the message names it, and all others are restored.
+            RuntimeError: the optimizer keeps no averages, or FSDP1 has the parameters; or, at the
+                end, a parameter cannot be restored: the message names it, and all others are
+                restored.
         """
         return self._swapped(self._kept_averages())
 

@@ -79,6 +79,11 @@ def gather_anew(params: Iterable[Tensor]) -> None:
             module.reshard()
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether it is of FSDP1 (``FullyShardedDataParallel``): a plain tensor, part of a flat one."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
 def _own_shards(module: Any) -> Iterable[int]:
     """The ids of the parameters that FSDP2 has sharded for a module."""
     state = module._get_fsdp_state()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warpstep.shards import gather_anew, own_part
+from warpstep.shards import gather_anew, is_flattened, own_part
 from warpstep.state import describe, is_freed, is_plain, parameter_name, same_layout
 
 
@@ -59,6 +59,12 @@ def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> 
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
+    if any(map(is_flattened, averages)):
+        raise RuntimeError(
+            "swap_ema() cannot reach what FullyShardedDataParallel computes with, which may be "
+            "gathered already. FullyShardedDataParallel.optim_state_dict(model, optimizer) has the "
+            "averages as 'ema', by parameter name: load them into another model"
+        )
     kept = [_Own.of(param, names[param]) for param in averages]
     gather_anew(averages)
     try:
