@@ -181,3 +181,25 @@ def test_groups_that_change_inside():
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     optimizer.param_groups[:] = groups
     take_steps(optimizer, range(3, 4))
+
+
+def test_autocast_casts_what_is_there():
+    """Within one ``torch.autocast``, which keeps its casts of parameters until it ends."""
+    model = nn.Linear(6, 5)
+    optimizer = warpstep.AdamW(model.parameters(), lr=0.1, ema_decay=0.9)
+    take_steps(optimizer, range(3))
+    x = torch.ones(2, 6)
+
+    def computed():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).detach()
+
+    own = computed()
+    with optimizer.swap_ema():
+        averaged = computed()
+    assert not torch.equal(own, averaged)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), own)
+        with optimizer.swap_ema():
+            assert torch.equal(model(x), averaged)
+        assert torch.equal(model(x), own)
