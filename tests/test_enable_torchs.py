@@ -145,13 +145,18 @@ class Plain(torch.optim.AdamW):
 
 
 class Stepping(torch.optim.AdamW):
-    """One that steps otherwise: every second time."""
+    """One that steps as torch does, but every second time only, and by half of the gradients."""
 
     calls = 0
 
     def step(self, closure=None):
         self.calls += 1
-        return super().step(closure) if self.calls % 2 else None
+        if self.calls % 2 == 0:
+            return None
+        for p in params_of(self):
+            if p.grad is not None:
+                p.grad /= 2
+        return super().step(closure)
 
 
 class Beginning(torch.optim.AdamW):
@@ -166,14 +171,14 @@ class Beginning(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reasons"),
-    [(Plain, []), (Stepping, ["'step' of its own"]), (Beginning, ["'_init_group' of its own"])],
+    ("kind", "steps", "reasons"),
+    [(Plain, 4, []), (Stepping, 2, []), (Beginning, 0, ["'_init_group' of its own"])],
 )
-def test_derived_classes(kind, reasons):
-    """What has no step of its own goes by plans; the others by the operators, as before."""
+def test_derived_classes(kind, steps, reasons):
+    """They go by plans where torch's step is called; one that begins otherwise by operators."""
     ours, theirs = (kind(new_params(SHAPES), lr=LR, fused=True) for _ in range(2))
     taken = warpstep.status().taken
-    with by_plans(0 if reasons else 4, *reasons):
+    with by_plans(steps, *reasons):
         step_both(ours, theirs, range(4))
     assert warpstep.status().taken - taken == (2 if kind is Stepping else 4)
     assert_near(ours, theirs, 4)

@@ -15,6 +15,7 @@ from warpstep.plan import Plan
 from warpstep.recipes import RESIDUAL
 from warpstep.shards import like_shards, own_part
 from warpstep.state import describe, names_of
+from warpstep.swapping import compute_anew
 
 
 class KeepsMasters(Averaging):
@@ -85,6 +86,7 @@ class KeepsMasters(Averaging):
                 residual = new_zeros(param, torch.int16)
                 self.state[param][RESIDUAL] = residual
             own_part(residual).copy_(low)
+        compute_anew(masters)
         if self.plan is not None:
             self.plan.note_versions(self)
 

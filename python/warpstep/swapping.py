@@ -66,7 +66,7 @@ def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> 
             "averages as 'ema', by parameter name: load them into another model"
         )
     kept = [_Own.of(param, names[param]) for param in averages]
-    _compute_anew(averages)
+    compute_anew(averages)
     try:
         with torch.no_grad():
             for param, average in averages.items():
@@ -99,7 +99,7 @@ def _restored(kept: list[_Own]) -> str:
             )
         except BaseException as error:  # a signal's: it can wait until all are restored
             interrupt = error
-    _compute_anew(own.param for own in kept)
+    compute_anew(own.param for own in kept)
     if complaints:
         complaints.append("All other parameters are restored. Load a checkpoint to go on.")
     if interrupt is not None:
@@ -107,7 +107,7 @@ def _restored(kept: list[_Own]) -> str:
     return ". ".join(complaints)
 
 
-def _compute_anew(params: Iterable[Tensor]) -> None:
-    """Has what comes next read the parameters, and not what a forward pass has made of them."""
+def compute_anew(params: Iterable[Tensor]) -> None:
+    """Has what comes next read these parameters, and not what a forward pass has made of them."""
     torch.clear_autocast_cache()
     gather_anew(params)

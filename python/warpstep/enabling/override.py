@@ -125,11 +125,11 @@ def enable(unfused: bool = False) -> None:
 
     Every ``torch.optim.AdamW(..., fused=True)``, ``Adam(..., fused=True)`` and ``SGD(...,
     fused=True)``, whenever it was constructed, then steps by a plan, as warpstep's own classes do:
-    one launch for all its groups. So do instances of derived classes that have no ``step`` of their
-    own. Their state, its dtypes and counters stay as torch has them, so that a checkpoint, a copy
-    or ``disable()`` finds a plain torch optimizer at any moment; hooks, schedulers, closures and a
-    ``GradScaler`` go on as before. The semantics are torch's (steps, grad_scale, found_inf,
-    gradients left unscaled); results differ by a few roundings a step.
+    one launch for all its groups. So do instances of derived classes, whenever a ``step`` of their
+    own calls torch's. Their state, its dtypes and counters stay as torch has them, so that a
+    checkpoint, a copy or ``disable()`` finds a plain torch optimizer at any moment; hooks,
+    schedulers, closures and a ``GradScaler`` go on as before. The semantics are torch's (steps,
+    grad_scale, found_inf, gradients left unscaled); results differ by a few roundings a step.
 
     What no plan takes, and any other caller of ``torch._fused_adamw_``, ``torch._fused_adam_`` and
     ``torch._fused_sgd_``, gets warpstep's kernels for the operators. Calls that warpstep has no
