@@ -144,12 +144,12 @@ void BoundGroup::remember_items(PyObject* group) {
   PyObject *key, *value;
   for (Py_ssize_t i = 0; PyDict_Next(group, &i, &key, &value);) {
     if (key == names().step) continue;
-    items_.insert(items_.end(), {key, value});
     // Numbers, flags, words and pairs; what else a group holds is not the plan's to keep alive.
     if (PyFloat_Check(value) || PyLong_Check(value) || PyUnicode_Check(value) ||
         PyTuple_Check(value)) {
-      kept_.push_back(py::reinterpret_borrow<py::object>(value));
+      kept_.push_back(py::reinterpret_borrow<py::object>(value));  // first: either may throw
     }
+    items_.insert(items_.end(), {key, value});
   }
 }
 

@@ -26,14 +26,15 @@ class Keeper {
 
   void keep(PyObject* object) {
     if (object == nullptr) return;
+    objects_.push_back(object);  // which may throw: nothing is owned then
     Py_INCREF(object);
-    objects_.push_back(object);
   }
 
   // The gradient that is read in place. (What Python gives as one is held by who asked for it.)
   void keep_grad_of(PyObject* param) {
-    const TorchHandles::Handle kept = tensor_reader().keep_grad(param);
-    if (kept != nullptr) grads_.push_back(kept);
+    grads_.emplace_back();
+    grads_.back() = tensor_reader().keep_grad(param);
+    if (grads_.back() == nullptr) grads_.pop_back();
   }
 
   void reserve(std::size_t objects, std::size_t grads) {

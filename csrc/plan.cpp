@@ -220,44 +220,57 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   for (const BoundParam& bound : params_) {
     if (zeroes_after && has_grad(bound)) zeroed_after.push_back(grad_of(bound));
   }
+  GradsAfter grads_after = GradsAfter::kept;
+  if (step_tail.zero_grads) {
+    if (!zeroes_after) grads_after = GradsAfter::zeroed;
+  } else if (step_tail.unscale_grads) {
+    grads_after = as_fused_ ? GradsAfter::unscaled_if_taken : GradsAfter::unscaled;
+  }
+  // All that can fail comes before the first write of any bucket.
+  std::vector<BucketLaunch> launches;
+  launches.reserve(buckets_.size());
+  for (std::size_t i = 0; i < buckets_.size(); ++i) {
+    if (buckets_[i].backend == Backend::external) continue;
+    launches.push_back(prepare_launch(i, tensors, grads_after));
+  }
   increment_versions(step_tail.zero_grads || step_tail.unscale_grads);
 
-  for (std::size_t i = 0; i < buckets_.size(); ++i) {
-    PlanBucket& bucket = buckets_[i];
-    if (bucket.backend == Backend::external) continue;
-
-    Tail tail{};
-    const GradsAfter unscaled = as_fused_ ? GradsAfter::unscaled_if_taken : GradsAfter::unscaled;
-    tail.grads_after = step_tail.zero_grads && !zeroes_after              ? GradsAfter::zeroed
-                       : step_tail.unscale_grads && !step_tail.zero_grads ? unscaled
-                                                                          : GradsAfter::kept;
-    if (!tensors.is_none()) {
-      const py::tuple of_bucket = tensors[py::int_(i)];
-      tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
-      tail.found_inf = static_cast<const float*>(address_of(of_bucket[1]));
-      tail.clip_coef = static_cast<const double*>(address_of(of_bucket[2]));
-      tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
-    }
-    const std::vector<Hyper>& hypers = hypers_for(bucket);
-    const Launch launch = bucket.launch_of(tail, hypers.data(), hypers.size());
+  for (const auto& [bucket, launch, stream] : launches) {
     std::optional<py::gil_scoped_release> release;
-    if (bucket.backend == Backend::cpu && !brief) release.emplace();
-    if (bucket.least != nullptr && !bucket.is_least_shared) launch_least(bucket, launch, threads);
-    if (bucket.backend == Backend::cpu) {
-      step_on_cpu(bucket, launch, threads);
+    if (bucket->backend == Backend::cpu && !brief) release.emplace();
+    if (bucket->least != nullptr && !bucket->is_least_shared) {
+      launch_least(*bucket, launch, threads, stream);
+    }
+    if (bucket->backend == Backend::cpu) {
+      step_on_cpu(*bucket, launch, threads);
     } else {
-      void* const stream = tensor_reader().current_stream(bucket.device);
-      step_on_cuda(bucket, launch, bucket.tables, stream);
+      step_on_cuda(*bucket, launch, bucket->tables, stream);
     }
   }
   for (const py::object& grad : zeroed_after) grad.attr("detach")().attr("zero_")();
 }
 
-void Plan::launch_least(const PlanBucket& bucket, const Launch& launch, int threads) {
+Plan::BucketLaunch Plan::prepare_launch(std::size_t index, const py::object& tensors,
+                                        GradsAfter grads_after) {
+  PlanBucket& bucket = buckets_[index];
+  Tail tail{};
+  tail.grads_after = grads_after;
+  if (!tensors.is_none()) {
+    const py::tuple of_bucket = tensors[py::int_(index)];
+    tail.grad_scale = static_cast<const float*>(address_of(of_bucket[0]));
+    tail.found_inf = static_cast<const float*>(address_of(of_bucket[1]));
+    tail.clip_coef = static_cast<const double*>(address_of(of_bucket[2]));
+    tail.statistics = static_cast<double*>(address_of(of_bucket[3]));
+  }
+  const std::vector<Hyper>& hypers = hypers_for(bucket);
+  return {&bucket, bucket.launch_of(tail, hypers.data(), hypers.size()),
+          tensor_reader().current_stream(bucket.device)};
+}
+
+void Plan::launch_least(const PlanBucket& bucket, const Launch& launch, int threads, void* stream) {
   if (bucket.backend == Backend::cpu) {
     least_magnitudes_cpu(launch, threads);
   } else {
-    void* const stream = tensor_reader().current_stream(bucket.device);
     least_magnitudes_on_cuda(bucket, launch, bucket.tables, stream);
   }
 }
@@ -266,9 +279,10 @@ void Plan::find_least(std::size_t index, int threads) {
   PlanBucket& bucket = buckets_.at(index);
   const std::vector<Hyper>& hypers = hypers_for(bucket);
   const Launch launch = bucket.launch_of({}, hypers.data(), hypers.size());
+  void* const stream = tensor_reader().current_stream(bucket.device);
   std::optional<py::gil_scoped_release> release;
   if (bucket.backend == Backend::cpu) release.emplace();
-  launch_least(bucket, launch, threads);
+  launch_least(bucket, launch, threads, stream);
 }
 
 void Plan::set_least(std::size_t index, std::uintptr_t least, bool shared) {

@@ -212,7 +212,15 @@ class Plan {
   bool is_like_param(const BoundParam& bound, const TensorView& view, Format format) const;
   std::vector<Hyper>& hypers_for(PlanBucket& bucket);
   bool is_brief() const;  // see kBriefElements
-  static void launch_least(const PlanBucket& bucket, const Launch& launch, int threads);
+  struct BucketLaunch {
+    const PlanBucket* bucket;
+    Launch launch;
+    void* stream;  // null on a CPU
+  };
+  BucketLaunch prepare_launch(std::size_t bucket, const py::object& tensors,
+                              GradsAfter grads_after);
+  static void launch_least(const PlanBucket& bucket, const Launch& launch, int threads,
+                           void* stream);
   void increment_versions(bool grads_too);
   bool has_grad(const BoundParam& bound) const;
   bool is_grad(PyObject* grad, PyObject* param) const;

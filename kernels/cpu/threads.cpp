@@ -8,10 +8,12 @@
 #include <cfenv>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <system_error>
+#include <new>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -106,7 +108,7 @@ class ThreadPool {
 
     try {
       for (; started_ < helpers; ++started_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {  // the system has no more: those that there are will do
+    } catch (const std::exception&) {  // the system has no more: those that there are will do
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -209,8 +211,8 @@ void Sharing::was_done_alone(std::uint32_t count, Nanoseconds took) {
   cost = std::max<Nanoseconds>(0, cost - took / kAloneForOne);
 }
 
-void run_on_threads(int threads, std::uint32_t count, Sharing& sharing,
-                    const std::function<void(std::uint32_t)>& work) {
+void run_on_threads_by(int threads, std::uint32_t count, Sharing& sharing,
+                       const std::function<void(std::uint32_t)>& work) noexcept {
   const auto do_alone = [&] {
     for (std::uint32_t i = 0; i < count; ++i) work(i);
   };
@@ -222,12 +224,19 @@ void run_on_threads(int threads, std::uint32_t count, Sharing& sharing,
     do_alone();
     return sharing.was_done_alone(count, between(begin, Clock::now()));
   }
-  SharedWork shared(threads, count, work);
+  std::optional<SharedWork> shared;
+  ThreadPool* ours = nullptr;
   const ParallelFor torchs = parallel_for;
-  const bool done = torchs != nullptr ? torchs(0, threads, 1, join, &shared) == 0
-                                      : our_pool().run(threads - 1, shared);
-  if (!done) shared.join(0);  // alone, what is left
-  sharing.was_shared(count, between(begin, Clock::now()), shared.alone());
+  try {
+    shared.emplace(threads, count, work);
+    if (torchs == nullptr) ours = &our_pool();
+  } catch (const std::bad_alloc&) {  // nothing has been begun
+    return do_alone();
+  }
+  const bool done = torchs != nullptr ? torchs(0, threads, 1, join, &*shared) == 0
+                                      : ours->run(threads - 1, *shared);
+  if (!done) shared->join(0);  // alone, what is left
+  sharing.was_shared(count, between(begin, Clock::now()), shared->alone());
 }
 
 }  // namespace warpstep

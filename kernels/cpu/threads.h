@@ -28,7 +28,8 @@ class Sharing {
 };
 
 // Calls work(0) to work(count - 1) once each, on the calling thread and on up to `threads` - 1
-// others, and returns when all is done; `work` must not throw. Each thread has a run of neighbours
+// others, and returns when all is done. `work` must not throw, nor does this: where there is no
+// memory for sharing it, the calling thread does all. Each thread has a run of neighbours
 // to begin with, the same at each call, so that it finds in its core's caches what it left there; a
 // thread that has finished its own run takes over parts of others'. A thread that comes late, or
 // that the machine does not run for a while, thus holds up no more than what it has in hand, and
@@ -39,8 +40,15 @@ class Sharing {
 // numbers are flushed to zero, how results are rounded) is theirs for the time of the work. Each
 // thread has its own otherwise, torch.set_flush_denormal sets that of the thread that calls it, and
 // which thread does what must not show in a result.
-void run_on_threads(int threads, std::uint32_t count, Sharing& sharing,
-                    const std::function<void(std::uint32_t)>& work);
+//
+// `work` is a function object: behind a reference, which std::function holds without memory of its
+// own.
+void run_on_threads_by(int threads, std::uint32_t count, Sharing& sharing,
+                       const std::function<void(std::uint32_t)>& work) noexcept;
+template <class Work>
+void run_on_threads(int threads, std::uint32_t count, Sharing& sharing, const Work& work) noexcept {
+  run_on_threads_by(threads, count, sharing, std::cref(work));
+}
 
 // Calls function(begin, end, context) for parts of a range, each on a thread; 0 if all is well.
 // What torch's C ABI has as torch_parallel_for.
