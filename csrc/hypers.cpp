@@ -1,6 +1,7 @@
 // Reading parameter groups: see hypers.h.
 #include "hypers.h"
 
+#include "errors.h"
 #include "tensor_reader.h"
 
 namespace warpstep {
@@ -8,12 +9,12 @@ namespace {
 
 // Names of every rule, interned once.
 struct Names {
-  PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* maximize = PyUnicode_InternFromString("maximize");
-  PyObject* decay_form = PyUnicode_InternFromString("decay_form");
-  PyObject* base_lr = PyUnicode_InternFromString("base_lr");
-  PyObject* ema_decay = PyUnicode_InternFromString("ema_decay");
-  PyObject* step = PyUnicode_InternFromString("step");
+  PyObject* params = interned("params");
+  PyObject* maximize = interned("maximize");
+  PyObject* decay_form = interned("decay_form");
+  PyObject* base_lr = interned("base_lr");
+  PyObject* ema_decay = interned("ema_decay");
+  PyObject* step = interned("step");
 };
 const Names& names() {
   static const Names all;
@@ -47,7 +48,7 @@ struct Values {
     settled &= PyFloat_Check(object) || PyLong_Check(object);
     number = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : PyFloat_AsDouble(object);
     if (PyErr_Occurred() == nullptr) return true;
-    PyErr_Clear();
+    forget_answer();
     return false;
   }
 
@@ -57,7 +58,7 @@ struct Values {
     settled &=
         PyBool_Check(object) || PyFloat_Check(object) || PyLong_Check(object) || object == Py_None;
     const int truth = PyObject_IsTrue(object);
-    if (truth < 0) PyErr_Clear();
+    if (truth < 0) forget_answer();
     flag = truth > 0;
     return truth >= 0;
   }
@@ -71,7 +72,7 @@ struct Values {
     const auto pair =
         py::reinterpret_steal<py::object>(two ? PySequence_Fast(value, "no pair") : nullptr);
     if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
-      PyErr_Clear();
+      forget_answer();
       return {};
     }
     if (!PyTuple_Check(value)) settled = false;

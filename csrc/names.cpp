@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "errors.h"
+
 namespace warpstep {
 namespace {
 
@@ -33,7 +35,7 @@ Format format_named(const std::string& name) { return value_named(kFormats, name
 py::object name_of(Format format) {
   static const std::vector<PyObject*> names = [] {
     std::vector<PyObject*> all{Py_NewRef(Py_None)};  // in the order of Format, which begins so
-    for (const auto& [name, _] : kFormats) all.push_back(PyUnicode_InternFromString(name));
+    for (const auto& [name, _] : kFormats) all.push_back(interned(name));
     return all;
   }();
   return py::reinterpret_borrow<py::object>(names.at(static_cast<std::uint32_t>(format)));

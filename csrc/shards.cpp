@@ -1,43 +1,48 @@
 // Python's view of a DTensor: its spec, and the shard that it wraps.
 #include "shards.h"
 
+#include "errors.h"
+
 namespace warpstep {
 namespace {
 
 struct ShardNames {
-  PyObject* spec = PyUnicode_InternFromString("_spec");
-  PyObject* mesh = PyUnicode_InternFromString("mesh");
-  PyObject* placements = PyUnicode_InternFromString("placements");
-  PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+  PyObject* spec = interned("_spec");
+  PyObject* mesh = interned("mesh");
+  PyObject* placements = interned("placements");
+  PyObject* local_tensor = interned("_local_tensor");
 };
 const ShardNames& shard_names() {
   static const ShardNames all;
   return all;
 }
 
-// torch.distributed's class, once someone has imported it; null before: there is no DTensor then.
-PyTypeObject* dtensor_type() {
-  static PyTypeObject* type = nullptr;  // kept for good, as Python keeps the module
-  if (type != nullptr) return type;
-  static PyObject* const name = PyUnicode_InternFromString("torch.distributed.tensor");
-  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
-  py::object found = module ? py::getattr(module, "DTensor", py::none()) : py::none();
-  if (PyType_Check(found.ptr())) type = reinterpret_cast<PyTypeObject*>(found.release().ptr());
-  PyErr_Clear();
-  return type;
-}
-
 // Null where there is no such attribute, or `object` is null.
 py::object attribute(PyObject* object, PyObject* name) {
   if (object == nullptr) return {};
   PyObject* const value = PyObject_GetAttr(object, name);
-  if (value == nullptr) PyErr_Clear();
+  if (value == nullptr) forget_answer();
   return py::reinterpret_steal<py::object>(value);
+}
+
+// torch.distributed's class, once someone has imported it; null before: there is no DTensor then.
+PyTypeObject* dtensor_type() {
+  static PyTypeObject* type = nullptr;  // kept for good, as Python keeps the module
+  if (type != nullptr) return type;
+  static PyObject* const name = interned("torch.distributed.tensor");
+  static PyObject* const of_class = interned("DTensor");
+  const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
+  if (!module) forget_answer();
+  py::object found = attribute(module.ptr(), of_class);
+  if (found && PyType_Check(found.ptr())) {
+    type = reinterpret_cast<PyTypeObject*>(found.release().ptr());
+  }
+  return type;
 }
 
 bool equal(const py::object& a, const py::object& b) {
   const int result = a && b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : 0;
-  if (result < 0) PyErr_Clear();
+  if (result < 0) forget_answer();
   return result > 0;
 }
 

@@ -3,6 +3,8 @@
 
 #include <stdexcept>
 
+#include "errors.h"
+
 namespace warpstep {
 
 // DLPack 1.3's ABI (https://dmlc.github.io/dlpack), as far as it is used.
@@ -58,7 +60,10 @@ bool format_of(std::uint8_t code, int bits, Format& format) {
 std::size_t storage_bytes(PyObject* tensor) {
   try {
     return py::handle(tensor).attr("untyped_storage")().attr("nbytes")().cast<std::size_t>();
-  } catch (const std::exception&) {  // it has none
+  } catch (const py::error_already_set& error) {
+    if (!is_answer(error)) throw;
+    return 0;  // it has none
+  } catch (const py::cast_error&) {
     return 0;
   }
 }
@@ -83,7 +88,7 @@ TensorReader::TensorReader(PyObject* capsule, std::optional<TorchHandles> handle
 bool TensorReader::read_exchanged(PyObject* object, TensorView& view) const {
   dlpack::Tensor tensor;
   if (api_->tensor_from_py_object(object, &tensor) != 0) {
-    PyErr_Clear();
+    forget_answer();
     return false;
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -117,6 +122,9 @@ std::int64_t TensorReader::version_of(PyObject* tensor) const {
   try {
     if (const TorchHandles::Handle handle = handle_of(tensor)) return handles_->version_of(handle);
     return py::handle(tensor).attr("_version").cast<std::int64_t>();
+  } catch (const py::error_already_set& error) {
+    if (!is_answer(error)) throw;  // no version, where a residual may hang on it
+    return 0;
   } catch (const std::exception&) {  // an inference tensor has no counter
     return 0;
   }
@@ -155,7 +163,7 @@ void* TensorReader::current_stream(dlpack::Device device) const {
 }
 
 py::object gradient_of(PyObject* param) {
-  static PyObject* const name = PyUnicode_InternFromString("grad");
+  static PyObject* const name = interned("grad");
   PyObject* const grad = PyObject_GetAttr(param, name);
   if (grad == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(grad);

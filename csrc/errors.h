@@ -1,0 +1,33 @@
+// Python's errors in C++: which of them are an answer, and words that are made once.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace warpstep {
+
+namespace py = pybind11;
+
+// Whether an error only says that something is otherwise than expected. That memory is short, or
+// what a signal handler has raised, is for the caller to know.
+inline bool is_answer(const py::error_already_set& error) {
+  return error.matches(PyExc_Exception) && !error.matches(PyExc_MemoryError);
+}
+
+// Clears Python's error, if there is one, where it is an answer; else throws it.
+inline void forget_answer() {
+  if (PyErr_Occurred() == nullptr) return;
+  if (PyErr_ExceptionMatches(PyExc_Exception) == 0 || PyErr_ExceptionMatches(PyExc_MemoryError)) {
+    throw py::error_already_set();
+  }
+  PyErr_Clear();
+}
+
+// An interned str, for a static to hold. Throws without memory: the static is then made the next
+// time, and never null.
+inline PyObject* interned(const char* text) {
+  PyObject* const name = PyUnicode_InternFromString(text);
+  if (name == nullptr) throw py::error_already_set();
+  return name;
+}
+
+}  // namespace warpstep
