@@ -57,55 +57,51 @@ void bind_lists(py::module_& m) {
   py::class_<ListStepper>(m, "ListStepper")
       .def(py::init<py::object, py::object, std::size_t>(), py::kw_only(), py::arg("upload"),
            py::arg("use"), py::arg("resident_bytes"))
-      .def(
-          "step",
-          [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists,
-             const py::tuple& given, bool cuda, bool dispatched, bool always, bool count_writes,
-             int threads, const py::object& low_precision) {
-            Fields fields(given);
-            ListOptions options{};
-            options.rule = rule_named(rule);
-            const py::handle lr = fields.next();
-            const py::tuple numbers = py::reinterpret_borrow<py::tuple>(fields.next());
-            for (std::size_t i = 0; i < numbers.size() && kLr + 1 + i < kNumbers; ++i) {
-              options.hyper.numbers[kLr + 1 + i].value = numbers[i].cast<double>();
-            }
-            options.hyper.maximize = fields.flag();
-            options.hyper.decay = fields.flag() ? Decay::coupled : Decay::decoupled;
-            const py::handle grad_scale = fields.next(), found_inf = fields.next();
-            options.advance_steps = fields.flag();
-            options.unscale_grads = fields.flag();
-            const py::handle rounding = fields.next();
-            if (!rounding.is_none()) {
-              const auto word = rounding.cast<std::string>();
-              options.stochastic_params = word == "stochastic";
-              options.stochastic_squares = word == "stochastic" || word == "stochastic_exp_avg_sq";
-            }
-            options.seed = fields.next().cast<std::uint64_t>();
-            options.param_indices = fields.numbers<std::uint32_t>();
-            options.first_elements = fields.numbers<std::int64_t>();
-            options.cuda = cuda;
-            options.dispatched = dispatched;
-            options.always = always;
-            options.count_writes = count_writes;
-            options.threads = threads;
-            if (lists.size() < 3 || lists.size() > 3 + kMomentEnd - kMoment) {
-              throw py::value_error("params, grads, moments and steps are needed");
-            }
-            TensorLists given_lists;
-            const std::size_t moments = lists.size() - 3;
-            given_lists.of[kParam] = lists[0].ptr();
-            given_lists.of[kGrad] = lists[1].ptr();
-            for (std::size_t i = 0; i < moments; ++i) {
-              given_lists.of[kMoment + i] = lists[2 + i].ptr();
-            }
-            given_lists.state_steps = lists.back().ptr();
-            if (!low_precision.is_none()) add_low_precision(low_precision, moments, given_lists);
-            return stepper.step(given_lists, lr, grad_scale, found_inf, options);
-          },
-          py::arg("rule"), py::arg("lists"), py::arg("options"), py::kw_only(), py::arg("cuda"),
-          py::arg("dispatched"), py::arg("always"), py::arg("count_writes"), py::arg("threads"),
-          py::arg("low_precision") = py::none());
+      .def("step",
+           [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists,
+              const py::tuple& given, bool cuda, bool dispatched, bool always, bool count_writes,
+              int threads, const py::object& low_precision) {
+             Fields fields(given);
+             ListOptions options{};
+             options.rule = rule_named(rule);
+             const py::handle lr = fields.next();
+             const py::tuple numbers = py::reinterpret_borrow<py::tuple>(fields.next());
+             for (std::size_t i = 0; i < numbers.size() && kLr + 1 + i < kNumbers; ++i) {
+               options.hyper.numbers[kLr + 1 + i].value = numbers[i].cast<double>();
+             }
+             options.hyper.maximize = fields.flag();
+             options.hyper.decay = fields.flag() ? Decay::coupled : Decay::decoupled;
+             const py::handle grad_scale = fields.next(), found_inf = fields.next();
+             options.advance_steps = fields.flag();
+             options.unscale_grads = fields.flag();
+             const py::handle rounding = fields.next();
+             if (!rounding.is_none()) {
+               const auto word = rounding.cast<std::string>();
+               options.stochastic_params = word == "stochastic";
+               options.stochastic_squares = word == "stochastic" || word == "stochastic_exp_avg_sq";
+             }
+             options.seed = fields.next().cast<std::uint64_t>();
+             options.param_indices = fields.numbers<std::uint32_t>();
+             options.first_elements = fields.numbers<std::int64_t>();
+             options.cuda = cuda;
+             options.dispatched = dispatched;
+             options.always = always;
+             options.count_writes = count_writes;
+             options.threads = threads;
+             if (lists.size() < 3 || lists.size() > 3 + kMomentEnd - kMoment) {
+               throw py::value_error("params, grads, moments and steps are needed");
+             }
+             TensorLists given_lists;
+             const std::size_t moments = lists.size() - 3;
+             given_lists.of[kParam] = lists[0].ptr();
+             given_lists.of[kGrad] = lists[1].ptr();
+             for (std::size_t i = 0; i < moments; ++i) {
+               given_lists.of[kMoment + i] = lists[2 + i].ptr();
+             }
+             given_lists.state_steps = lists.back().ptr();
+             if (!low_precision.is_none()) add_low_precision(low_precision, moments, given_lists);
+             return stepper.step(given_lists, lr, grad_scale, found_inf, options);
+           });  // by position: see NOTE [arguments by position] in bindings.cpp
 }
 
 }  // namespace warpstep

@@ -1,4 +1,9 @@
 // The Python module warpstep._native. Nothing but bindings.
+//
+// NOTE [arguments by position]
+// What steps, clips and plans is called with arguments by position only. To find an argument by its
+// name, pybind11 3 makes a str of each name that it knows, at each call, and compares with null
+// where there is no memory for it: the process dies, where it could have had a MemoryError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <signal.h>
@@ -112,65 +117,48 @@ PYBIND11_MODULE(_native, m) {
                       const std::vector<py::object>& keys, py::object counter) {
             return BucketSpec{backend_named(backend), recipe_named(rule, formats), keys,
                               std::move(counter)};
-          }),
-          py::kw_only(), py::arg("backend"), py::arg("rule"), py::arg("formats"), py::arg("keys"),
-          py::arg("counter"));
+          }));
   py::class_<GroupKeys>(m, "GroupKeys")
       .def(py::init([](std::vector<std::pair<py::str, int>> numbers, std::vector<py::str> switches,
                        std::vector<py::str> flags, py::object decoupled) {
-             return GroupKeys{std::move(numbers), std::move(switches), std::move(flags),
-                              std::move(decoupled)};
-           }),
-           py::kw_only(), py::arg("numbers"), py::arg("switches"), py::arg("flags"),
-           py::arg("decoupled"));
+        return GroupKeys{std::move(numbers), std::move(switches), std::move(flags),
+                         std::move(decoupled)};
+      }));
 
   py::class_<PlanOptions>(m, "PlanOptions")
       .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies, py::dict counters,
                        py::object grad_name, bool watches_masters, bool as_fused) {
-             return PlanOptions{seed,
-                                std::move(firsts),
-                                std::move(copies),
-                                std::move(counters),
-                                std::move(grad_name),
-                                watches_masters,
-                                as_fused};
-           }),
-           py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"),
-           py::arg("counters"), py::arg("grad_name"), py::arg("watches_masters"),
-           py::arg("as_fused"));
+        return PlanOptions{seed,
+                           std::move(firsts),
+                           std::move(copies),
+                           std::move(counters),
+                           std::move(grad_name),
+                           watches_masters,
+                           as_fused};
+      }));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,
-                    const std::vector<BucketSpec>&, py::object, const PlanOptions&>(),
-           py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("keys"),
-           py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"), py::arg("options"))
+                    const std::vector<BucketSpec>&, py::object, const PlanOptions&>())
       .def("written_params", &Plan::written_params)
       .def("note_versions", &Plan::note_versions)
-      .def(
-          "step",
-          [](Plan& plan, py::handle state, py::handle param_groups, int threads, py::object tensors,
-             bool zero_grads, std::ptrdiff_t expected_grads) {
-            return plan.step(state, param_groups, threads, std::move(tensors),
-                             {zero_grads, false, expected_grads});
-          },
-          py::arg("state"), py::arg("param_groups"), py::arg("threads"), py::arg("tensors"),
-          py::kw_only(), py::arg("zero_grads"), py::arg("expected_grads"))
+      .def("step",
+           [](Plan& plan, py::handle state, py::handle param_groups, int threads,
+              py::object tensors, bool zero_grads, std::ptrdiff_t expected_grads) {
+             return plan.step(state, param_groups, threads, std::move(tensors),
+                              {zero_grads, false, expected_grads});
+           })
       .def("check", &Plan::check)
       .def("keep_alive", &Plan::keep_alive)
       .def("let_go", &Plan::let_go)
-      .def(
-          "launch",
-          [](Plan& plan, int threads, py::object tensors, bool zero_grads, bool unscale_grads) {
-            plan.launch(threads, std::move(tensors), {zero_grads, unscale_grads});
-          },
-          py::arg("threads"), py::arg("tensors"), py::kw_only(), py::arg("zero_grads"),
-          py::arg("unscale_grads"))
-      .def(
-          "grad_norm",
-          [](Plan& plan, std::size_t bucket, bool largest, int threads, py::object out) {
-            plan.grad_norm(bucket, largest ? Norm::inf : Norm::l2, threads, out);
-          },
-          py::arg("bucket"), py::kw_only(), py::arg("largest"), py::arg("threads"), py::arg("out"))
+      .def("launch",
+           [](Plan& plan, int threads, py::object tensors, bool zero_grads, bool unscale_grads) {
+             plan.launch(threads, std::move(tensors), {zero_grads, unscale_grads});
+           })
+      .def("grad_norm",
+           [](Plan& plan, std::size_t bucket, bool largest, int threads, py::object out) {
+             plan.grad_norm(bucket, largest ? Norm::inf : Norm::l2, threads, out);
+           })
       .def("chunk_counts", &Plan::chunk_counts)
       .def("chunk_count", &Plan::chunk_count)
       .def("gather_grads", &Plan::gather_grads)
@@ -185,16 +173,13 @@ PYBIND11_MODULE(_native, m) {
              return py::make_tuple(found.kept, found.unwritten);
            })
       .def("host_tables", &Plan::host_tables)
-      .def(
-          "set_device_tables",
-          [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-             std::uintptr_t arrivals) {
-            plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
-          },
-          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
-      .def("set_least", &Plan::set_least, py::arg("bucket"), py::kw_only(), py::arg("least"),
-           py::arg("shared"))
-      .def("find_least", &Plan::find_least, py::arg("bucket"), py::kw_only(), py::arg("threads"))
+      .def("set_device_tables",
+           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
+              std::uintptr_t arrivals) {
+             plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
+           })
+      .def("set_least", &Plan::set_least)
+      .def("find_least", &Plan::find_least)
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);
 

@@ -49,11 +49,12 @@ def step(lists, always=True):
         given.rule.name,
         given.tensors,
         options,
-        cuda=True,
-        dispatched=False,
-        always=always,
-        count_writes=True,
-        threads=1,
+        True,  # with CUDA
+        False,  # past torch's dispatcher
+        always,
+        True,  # writes are counted
+        1,  # thread
+        None,  # of low precision
     )
 
 

@@ -29,28 +29,27 @@ def touch_streams(
 class BucketSpec:
     def __init__(
         self,
-        *,
         backend: str,
         rule: str,
         formats: tuple[str | None, ...],
         keys: tuple[str | None, ...],
         counter: str | None,
+        /,
     ) -> None: ...
 
 class GroupKeys:
     def __init__(
         self,
-        *,
         numbers: list[tuple[str, int]],
         switches: list[str],
         flags: list[str],
         decoupled: str | None,
+        /,
     ) -> None: ...
 
 class PlanOptions:
     def __init__(
         self,
-        *,
         seed: int,
         firsts: dict[Tensor, int],
         copies: dict[Tensor, Tensor],
@@ -58,12 +57,12 @@ class PlanOptions:
         grad_name: str | None,
         watches_masters: bool,
         as_fused: bool,
+        /,
     ) -> None: ...
 
 class Plan:
     def __init__(
         self,
-        *,
         state: dict[Any, Any],
         param_groups: list[dict[str, Any]],
         keys: GroupKeys,
@@ -71,6 +70,7 @@ class Plan:
         buckets: list[BucketSpec],
         match_layout: Callable[[Tensor, Tensor], Tensor],
         options: PlanOptions,
+        /,
     ) -> None: ...
     def written_params(self, param_groups: Any) -> list[Tensor]: ...
     def note_versions(self, param_groups: Any) -> None: ...
@@ -80,9 +80,9 @@ class Plan:
         param_groups: Any,
         threads: int,
         tensors: list[tuple[Tensor | None, ...]] | None,
-        *,
         zero_grads: bool,
         expected_grads: int,
+        /,
     ) -> str | None: ...
     def check(self, state: Any, param_groups: Any, threads: int) -> str | None: ...
     def keep_alive(self) -> None: ...
@@ -91,11 +91,11 @@ class Plan:
         self,
         threads: int,
         tensors: list[tuple[Tensor | None, ...]] | None,
-        *,
         zero_grads: bool,
         unscale_grads: bool,
+        /,
     ) -> None: ...
-    def grad_norm(self, bucket: int, *, largest: bool, threads: int, out: Tensor) -> None: ...
+    def grad_norm(self, bucket: int, largest: bool, threads: int, out: Tensor, /) -> None: ...
     def chunk_counts(self, bucket: int) -> list[int]: ...
     def chunk_count(self, bucket: int) -> int: ...
     def gather_grads(self, param_groups: Any, threads: int) -> str | None: ...
@@ -106,9 +106,9 @@ class Plan:
     def copied_grads(self) -> list[tuple[Tensor, Tensor]]: ...
     def forget_grads(self) -> None: ...
     def host_tables(self, bucket: int) -> dict[str, bytes]: ...
-    def set_device_tables(self, bucket: int, *, rows: int, chunks: int, arrivals: int) -> None: ...
-    def set_least(self, bucket: int, *, least: int, shared: bool) -> None: ...
-    def find_least(self, bucket: int, *, threads: int) -> None: ...
+    def set_device_tables(self, bucket: int, rows: int, chunks: int, arrivals: int, /) -> None: ...
+    def set_least(self, bucket: int, least: int, shared: bool, /) -> None: ...
+    def find_least(self, bucket: int, threads: int, /) -> None: ...
     def grad_table(self, bucket: int) -> bytes: ...
     def hyper_table(self, bucket: int) -> bytes: ...
 
@@ -125,11 +125,11 @@ class ListStepper:
         rule: str,
         lists: Sequence[list[Tensor]],
         options: tuple[Any, ...],
-        *,
         cuda: bool,
         dispatched: bool,
         always: bool,
         count_writes: bool,
         threads: int,
-        low_precision: tuple[list[Tensor] | None, ...] | None = None,
+        low_precision: tuple[list[Tensor] | None, ...] | None,
+        /,
     ) -> str | None: ...

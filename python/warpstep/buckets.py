@@ -61,7 +61,7 @@ class Bucket:
         self._bind_least(self.least)
 
     def _bind_least(self, least: Tensor) -> None:
-        self.bound.set_least(self.index, least=least.data_ptr(), shared=self.shards is not None)
+        self.bound.set_least(self.index, least.data_ptr(), self.shards is not None)
 
     @property
     def finds_least_apart(self) -> bool:
@@ -77,7 +77,7 @@ class Bucket:
             of_tensors.copy_(smallest(of_tensors, self.shards))
 
     def _launch_least(self) -> None:
-        self.bound.find_least(self.index, threads=torch.get_num_threads())
+        self.bound.find_least(self.index, torch.get_num_threads())
 
     def tensors_of(self, tail: Tail) -> TailTensors:
         """What a launch reads and writes for a step's tail."""
@@ -111,8 +111,7 @@ class Bucket:
         return (largest if is_largest else summed)(out[0], self.shards)
 
     def _launch_norm(self, is_largest: bool, out: Tensor) -> None:
-        threads = torch.get_num_threads()
-        self.bound.grad_norm(self.index, largest=is_largest, threads=threads, out=out)
+        self.bound.grad_norm(self.index, is_largest, torch.get_num_threads(), out)
 
     def __str__(self) -> str:
         return f"{self.backend}: {len(self.entries)} tensors on {self.device}, {self.recipe}"
@@ -132,8 +131,8 @@ class CudaBucket(Bucket):
             name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
             for name, data in bound.host_tables(index).items()
         }
-        addresses = {name: table.data_ptr() for name, table in self.tables.items()}
-        bound.set_device_tables(index, **addresses)
+        rows, chunks, arrivals = (self.tables[name] for name in ("rows", "chunks", "arrivals"))
+        bound.set_device_tables(index, rows.data_ptr(), chunks.data_ptr(), arrivals.data_ptr())
 
     def _bind_least(self, least: Tensor) -> None:
         self.tables["least"] = least

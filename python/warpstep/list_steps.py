@@ -48,12 +48,12 @@ def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> s
         lists.rule.name,
         lists.tensors,
         options,
-        cuda=backend == "cuda",
-        dispatched=dispatched,
-        always=True,
-        count_writes=True,
-        threads=torch.get_num_threads(),
-        low_precision=lists.for_kernels(),
+        backend == "cuda",
+        dispatched,
+        True,  # always
+        True,  # writes are counted
+        torch.get_num_threads(),
+        lists.for_kernels(),
     )
     return reason
 

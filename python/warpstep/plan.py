@@ -255,8 +255,8 @@ class Plan:
                 optimizer.param_groups,
                 torch.get_num_threads(),
                 tensors,
-                zero_grads=tail.zero_grads,
-                expected_grads=-1 if tail.measured_grads is None else tail.measured_grads,
+                tail.zero_grads,
+                -1 if tail.measured_grads is None else tail.measured_grads,
             )
         else:
             reason = self._step_in_parts(optimizer, tail, tensors)

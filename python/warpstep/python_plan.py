@@ -104,9 +104,7 @@ class PythonPlan:
         """The groups' hyper-parameters, as in kernels/layout.h."""
         return pack_groups(self._groups, self._rule)
 
-    def launch(
-        self, _threads: int, _tensors: Any, *, zero_grads: bool, unscale_grads: bool
-    ) -> None:
+    def launch(self, _threads: int, _tensors: Any, zero_grads: bool, unscale_grads: bool) -> None:
         """Counts the writes of the launches that there have been."""
         written = self._gathered()
         increment_version([param for param, _, _ in written])

@@ -26,11 +26,12 @@ def _taker(cuda: bool, counts: Counts) -> Callable[[Lists, Options], bool]:
             lists.rule.name,
             lists.tensors,
             options,
-            cuda=cuda,
-            dispatched=True,
-            always=False,
-            count_writes=False,
-            threads=threads(),
+            cuda,
+            True,  # through torch's dispatcher
+            False,  # always
+            False,  # writes are counted
+            threads(),
+            None,  # of low precision
         )
         if reason is None:
             counts.taken += 1

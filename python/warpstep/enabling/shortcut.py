@@ -71,11 +71,12 @@ def shorter(original: Any, counts: Counts, is_on: Callable[[], bool]) -> Any:
                 lists.rule.name,
                 lists.tensors,
                 taken,
-                cuda=cuda,
-                dispatched=False,
-                always=False,
-                count_writes=False,
-                threads=threads(),
+                cuda,
+                False,  # past torch's dispatcher
+                False,  # always
+                False,  # writes are counted
+                threads(),
+                None,  # of low precision
             )
             if reason is None:
                 increment_version(state_steps)  # as torch's addition to them does
