@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
+from warpstep import signals
 from warpstep.recipes import Recipe
 from warpstep.shards import own_part
 from warpstep.state import PARAM
@@ -54,20 +56,29 @@ def with_grads(
 
 
 def publish(optimizer: Optimizer, entries: list[Entry]) -> None:
-    """Merges the entries' new tensors into the optimizer's state. Cannot fail half-way."""
-    for entry in entries:
-        if entry.new_state is not None:
-            state = optimizer.state[entry.param]
-            for key, value in entry.new_state.items():
-                if key == PARAM:
-                    own_part(entry.param.detach()).copy_(own_part(value))
-                    increment_version(entry.param)
-                elif entry.state.get(key) is state.get(key):  # not for its first mention
-                    if value is None:
-                        state.pop(key, None)
-                    else:
-                        state[key] = value
-        entry.state = optimizer.state.get(entry.param) or {}
+    """Merges the entries' new tensors into the optimizer's state, each parameter's as a whole.
+
+    Signals wait: no step would take a state of which a part is missing.
+    """
+    is_new = any(entry.new_state is not None for entry in entries)
+    with signals.deferred() if is_new else nullcontext():
+        for entry in entries:
+            if entry.new_state is not None:
+                _merge(optimizer.state[entry.param], entry, entry.new_state)
+            entry.state = optimizer.state.get(entry.param) or {}
+
+
+def _merge(state: dict[str, Any], entry: Entry, new: dict[str, Any]) -> None:
+    # Not what its first mention has brought.
+    ours = {key: new[key] for key in new if entry.state.get(key) is state.get(key)}
+    param = ours.pop(PARAM, None)
+    added = {key: value for key, value in ours.items() if value is not None}
+    if param is not None:
+        own_part(entry.param.detach()).copy_(own_part(param))
+        increment_version(entry.param)
+    state.update(added)  # takes memory for all of them first
+    for key in ours.keys() - added.keys():
+        state.pop(key, None)
 
 
 def version_of(tensor: Tensor) -> int:
