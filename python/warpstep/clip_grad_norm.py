@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim: imports torch._dynamo only when used
 from torch.optim.optimizer import Optimizer
 
-from warpstep import modes
+from warpstep import modes, signals
 from warpstep.clipping import Clipping
 from warpstep.plan import Plan
 from warpstep.transfers import brought
@@ -137,18 +137,23 @@ class ClipsGradNorm(Optimizer):
                 "so it cannot be clipped. Nothing has been changed. To disable this error and "
                 "scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
             )
-        if scale is not None and scaler is not None:
-            report_found_inf(scaler, self, (~total_norm.isfinite()).float())
         # A tensor over a tensor: a number over one is its reciprocal's multiple, rounded twice.
         coef = torch.full_like(total_norm, max_norm).div_(total_norm + 1e-6)
         coef.clamp_(max=1.0)  # NaN stays, as in torch
         if before is not None:
             coef = coef * brought(before.coef, coef.device)
-        replaced = self._clipping
-        self._clipping = plan.clipping(self, coef, scale)
+        found_inf, norm = (~total_norm.isfinite()).float(), total_norm.float()
+        replaced, clipping = self._clipping, plan.clipping(self, coef, scale)
+        if scale is None or scaler is None:
+            self._clipping = clipping
+        else:
+            # Both or neither: a scaler that was told leaves the unscaling to this clipping.
+            with signals.deferred():
+                report_found_inf(scaler, self, found_inf)
+                self._clipping = clipping
         if replaced is not None and replaced.plan is not plan:
             replaced.plan.forget_grads()
-        return total_norm.float()
+        return norm
 
     def _forget_clipping(self) -> None:
         """Drops a clipping, and lets go of the gradients that it or its attempt held."""
