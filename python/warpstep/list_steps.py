@@ -99,12 +99,15 @@ def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
             first_elements=[_number(options.first_elements, i, 0) for i in some],
         )
         launches.append((lists.chosen(some, grads), theirs, backend))
-    with signals.deferred():
-        reference.store(computed)
+
+    def launch() -> None:
         for chosen_lists, theirs, backend in launches:
             reason = _launch(chosen_lists, theirs, backend, dispatched=True)
             if reason is not None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
+
+    with signals.deferred():
+        reference.store(computed, launch)
 
 
 def _lr_for(lr: float | Tensor, device: torch.device) -> float | Tensor:

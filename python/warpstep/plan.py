@@ -292,9 +292,10 @@ class Plan:
             for bucket in self._by_python:
                 of_bucket = (None,) * 4 if tensors is None else tensors[bucket.index]
                 bucket.launch(of_bucket, in_pass)
-            reference.store(computed)
             zeroes, unscales = in_pass.zero_grads, in_pass.unscales
-            self._bound.launch(threads, tensors, zero_grads=zeroes, unscale_grads=unscales)
+            reference.store(
+                computed, lambda: self._bound.launch(threads, tensors, zeroes, unscales)
+            )
             for mention in self.with_grads(optimizer, self.repeated):
                 reference.store(self._computed_by_reference(optimizer, [mention], in_pass))
             if self.repeated:  # written to once more

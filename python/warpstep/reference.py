@@ -7,7 +7,7 @@ two operations here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from warpstep.tail import Tail
 from warpstep.transfers import brought
 
 Number = float | Tensor
+_TRIES = 10  # to write a tensor, in a step of which some has been written
 
 
 def constants_of(
@@ -249,10 +250,12 @@ def leave(grads: Iterable[Tensor | None], tail: Tail) -> None:
 
 
 @torch.no_grad()
-def store(steps: list[Computed]) -> None:
+def store(steps: list[Computed], launch: Callable[[], None] | None = None) -> None:
     """Writes what `computed` returned, rounding each value to its tensor's dtype: all or nothing.
 
-    Tensors that may refuse to be written come first, and get their values back where one does.
+    Tensors that may refuse to be written come first, and get their values back where one does, or
+    where ``launch`` raises, which is called next. The others refuse nothing: if memory is short
+    for a moment, they are written again.
     """
     values = [pair for one in steps for pair in one.stores]
     reluctant = [pair for pair in values if may_refuse(pair[0])]
@@ -262,13 +265,25 @@ def store(steps: list[Computed]) -> None:
             before = tensor.detach().clone()
             write(tensor, value)
             written.append((tensor, before))
+        willing = [pair for pair in values if not may_refuse(pair[0])]
+        willing.reverse()
+        if launch is not None:
+            launch()
     except BaseException:
         for tensor, before in written:
             write(tensor, before)
         raise
-    for tensor, value in values:
-        if not may_refuse(tensor):
-            write(tensor, value)
+    tries = _TRIES
+    while willing:
+        try:
+            while willing:
+                write(*willing[-1])
+                willing.pop()
+                tries = _TRIES
+        except Exception:
+            tries -= 1
+            if tries == 0:
+                raise
 
 
 def may_refuse(tensor: Tensor) -> bool:
