@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from warpstep import signals
 from warpstep.swapping import swapped
 
 EmaDecay = float | Callable[[int], float]
@@ -32,12 +33,18 @@ class Averaging(Optimizer):
         if not callable(self.ema_decay):
             return
         before, decay = self.defaults["ema_decay"], self.ema_decay(self._ema_steps)
-        self.defaults["ema_decay"] = decay
-        for group in self.param_groups:
-            # What was written into the group in between is its own from now on.
-            group[SCHEDULED] = bool(group.get(SCHEDULED)) and group.get("ema_decay") == before
-            if group[SCHEDULED]:
-                group["ema_decay"] = decay
+        # What was written into a group in between is its own from now on.
+        follow = [
+            bool(group.get(SCHEDULED)) and group.get("ema_decay") == before
+            for group in self.param_groups
+        ]
+        pairs = list(zip(self.param_groups, follow, strict=True))
+        with signals.deferred():  # half of it would be taken for what somebody has written
+            for group, follows in pairs:
+                group[SCHEDULED] = follows
+                if follows:
+                    group["ema_decay"] = decay
+            self.defaults["ema_decay"] = decay
 
     def ema_parameters(self) -> dict[Tensor, Tensor]:
         """Each parameter's average; where it has had no step yet, an alias of the parameter.

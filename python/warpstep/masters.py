@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from warpstep import signals
 from warpstep.allocation import new_zeros
 from warpstep.averages import Averaging
 from warpstep.codecs import joined, split
@@ -79,16 +80,17 @@ class KeepsMasters(Averaging):
             high, low = split(own_part(master))
             new.append((param, high, low))
         self._forget_stale_residuals()
-        for param, high, low in new:
-            own_part(param.detach()).copy_(high)
-            residual = self.state[param].get(RESIDUAL)
-            if residual is None or residual.dtype != torch.int16:
-                residual = new_zeros(param, torch.int16)
-                self.state[param][RESIDUAL] = residual
-            own_part(residual).copy_(low)
-        compute_anew(masters)
-        if self.plan is not None:
-            self.plan.note_versions(self)
+        with signals.deferred():  # a parameter and its residual belong together
+            for param, high, low in new:
+                own_part(param.detach()).copy_(high)
+                residual = self.state[param].get(RESIDUAL)
+                if residual is None or residual.dtype != torch.int16:
+                    residual = new_zeros(param, torch.int16)
+                    self.state[param][RESIDUAL] = residual
+                own_part(residual).copy_(low)
+            compute_anew(masters)
+            if self.plan is not None:
+                self.plan.note_versions(self)
 
     def _check_not_swapped(self, name: str) -> None:
         if self._averages_swapped:
