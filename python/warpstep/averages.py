@@ -127,12 +127,15 @@ class Averaging(Optimizer):
     def _swapped(self, averages: dict[Tensor, Tensor]) -> Iterator[None]:
         if self._averages_swapped:
             raise RuntimeError("swap_ema() inside swap_ema(): the averages are in place already")
-        self._averages_swapped = True
         try:
-            with swapped(self.param_groups, averages):
+            self._averages_swapped = True
+            with swapped(self.param_groups, averages, self._leave_averages):
                 yield
         finally:
             self._averages_swapped = False
+
+    def _leave_averages(self) -> None:
+        self._averages_swapped = False
 
     def _averaged_parameters(self) -> list[Tensor]:
         averaged = [group for group in self.param_groups if group.get("ema_decay") is not None]

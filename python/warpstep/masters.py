@@ -113,9 +113,10 @@ class KeepsMasters(Averaging):
     @contextmanager
     def _swapped(self, averages: dict[Tensor, Tensor]) -> Iterator[None]:
         self._forget_stale_residuals()
-        try:
-            with super()._swapped(averages):
-                yield
-        finally:
-            if self.plan is not None:  # the parameters are what they were, bit for bit
-                self.plan.note_versions(self)
+        with super()._swapped(averages):
+            yield
+
+    def _leave_averages(self) -> None:
+        if self.plan is not None:  # the parameters are what they were, bit for bit
+            self.plan.note_versions(self)
+        super()._leave_averages()

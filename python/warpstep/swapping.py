@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warpstep import signals
 from warpstep.shards import gather_anew, is_flattened, own_part
 from warpstep.state import describe, is_freed, is_plain, parameter_name, same_layout
 
@@ -24,6 +25,7 @@ class _Own:
     memory: Tensor
     values: Tensor
     bytes_of_storage: int
+    has_failed: bool = False  # to be restored
 
     @staticmethod
     @torch.no_grad()
@@ -52,8 +54,13 @@ class _Own:
 
 
 @contextmanager
-def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Puts averages in their parameters' place, and the parameters back, exactly, in any event."""
+def swapped(
+    groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Puts averages in their parameters' place, and the parameters back, exactly, in any event.
+
+    ``leave`` is called when they are back, before any signal's handler.
+    """
     names = {
         param: parameter_name(groups, g, i)
         for g, group in enumerate(groups)
@@ -65,46 +72,54 @@ def swapped(groups: list[dict[str, Any]], averages: Mapping[Tensor, Tensor]) -> 
             "gathered already. FullyShardedDataParallel.optim_state_dict(model, optimizer) has the "
             "averages as 'ema', by parameter name: load them into another model"
         )
-    kept = [_Own.of(param, names[param]) for param in averages]
+    left = [_Own.of(param, names[param]) for param in averages]
+    left.reverse()
+    complaints: list[str] = []
     compute_anew(averages)
     try:
-        with torch.no_grad():
-            for param, average in averages.items():
-                param.copy_(average)
-        yield
-    except BaseException as error:
-        complaint = _restored(kept)
-        if complaint:  # beside what was raised inside, not in its place
-            getattr(error, "add_note", warnings.warn)(complaint)  # Python 3.10 has no notes
-        raise
-    complaint = _restored(kept)
-    if complaint:
-        raise RuntimeError(complaint)
-
-
-def _restored(kept: list[_Own]) -> str:
-    """Restores all that can be restored, for steps to go on; what to say of the others, if any."""
-    left, complaints = list(reversed(kept)), []
-    interrupt: BaseException | None = None
-    while left:
         try:
-            while left:
-                left[-1].restore()
-                left.pop()
-        except Exception as error:
-            own = left.pop()
-            complaints.append(
-                f"swap_ema() could not restore {own.name}: it was {describe(own.memory)} and is "
-                f"now {describe(own.param)} ({type(error).__name__}: {error})"
-            )
-        except BaseException as error:  # a signal's: it can wait until all are restored
-            interrupt = error
-    compute_anew(own.param for own in kept)
+            with torch.no_grad():
+                for param, average in averages.items():
+                    param.copy_(average)
+            yield
+        finally:
+            _restore(left, complaints, leave)
+            compute_anew(averages)
+    except BaseException as error:
+        _restore(left, complaints, leave)  # what is left, where a signal came as it was called
+        compute_anew(averages)
+        if complaints:  # beside what was raised inside, not in its place
+            getattr(error, "add_note", warnings.warn)(_said(complaints))  # 3.10 has no notes
+        raise
     if complaints:
-        complaints.append("All other parameters are restored. Load a checkpoint to go on.")
-    if interrupt is not None:
-        raise interrupt
-    return ". ".join(complaints)
+        raise RuntimeError(_said(complaints))
+
+
+def _restore(left: list[_Own], complaints: list[str], leave: Callable[[], None]) -> None:
+    """Restores all that can be restored, for steps to go on; and says what cannot."""
+    with signals.deferred():  # they can wait until all are restored
+        while left:
+            own = left[-1]
+            again = False
+            try:
+                own.restore()
+            except Exception as error:
+                again = not own.has_failed  # once more, when the copies of all others are freed
+                own.has_failed = True
+                if not again:
+                    complaints.append(
+                        f"swap_ema() could not restore {own.name}: it was {describe(own.memory)} "
+                        f"and is now {describe(own.param)} ({type(error).__name__}: {error})"
+                    )
+            left.pop()
+            if again:
+                left.insert(0, own)
+        leave()
+
+
+def _said(complaints: list[str]) -> str:
+    last = "All other parameters are restored. Load a checkpoint to go on."
+    return ". ".join((*complaints, last))
 
 
 def compute_anew(params: Iterable[Tensor]) -> None:
