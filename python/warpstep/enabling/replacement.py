@@ -79,11 +79,18 @@ def replace(optimizer: torch.optim.Optimizer) -> Adam | SGD:
         )
     _check(optimizer, kind.rule)
 
-    optimizer.__class__ = kind
-    optimizer.__setstate__({})
-    assert isinstance(optimizer, kind)
-    if wrapped:
-        _wrap_for_schedulers(optimizer)
+    of_torch, before = type(optimizer), dict(vars(optimizer))
+    try:
+        optimizer.__class__ = kind
+        optimizer.__setstate__({})
+        assert isinstance(optimizer, kind)
+        if wrapped:
+            _wrap_for_schedulers(optimizer)
+    except BaseException:  # a signal's, say: half of a warpstep optimizer cannot step
+        optimizer.__class__ = of_torch
+        vars(optimizer).clear()
+        vars(optimizer).update(before)
+        raise
     return optimizer
 
 
