@@ -13,6 +13,8 @@ from typing import Any
 from warpstep import backends
 
 Handler = Callable[[int, FrameType | None], Any]
+# How often memory may be short where handlers are put back: it may be so for good.
+_MOST_SHORTAGES = 100
 
 
 class _Gate:
@@ -48,9 +50,10 @@ class _Gate:
         A handler that is back may raise at once, which must not keep the others from coming back.
         """
         raised: BaseException | None = None
-        to_restore = list(self.handlers)
+        shortages = 0
         try:
-            while to_restore or self.came:
+            to_restore = list(self.handlers)
+            while (to_restore or self.came) and shortages < _MOST_SHORTAGES:
                 try:
                     while to_restore:
                         number = to_restore[-1]
@@ -64,8 +67,9 @@ class _Gate:
                         self.handlers[number](number, frame)
                 except BaseException as error:
                     raised = raised or error
+                    shortages += isinstance(error, MemoryError)
         finally:
-            self.is_closed = False
+            self.is_closed = False  # also where it stays: then it passes on what comes
         if raised is not None:
             raise raised
 

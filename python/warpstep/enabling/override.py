@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from warpstep import backends
+from warpstep import backends, signals
 from warpstep.enabling import shortcut, torchs_plan
 from warpstep.enabling.counts import Counts
 from warpstep.enabling.fused_operators import OPERATORS
@@ -114,10 +114,11 @@ def _take_off() -> None:
 
 
 def _update() -> None:
-    if (_switched_on or _scopes) and _library is None:
-        _put_on()
-    elif not (_switched_on or _scopes):
-        _take_off()
+    with signals.deferred():  # half of it could not be taken off
+        if (_switched_on or _scopes) and _library is None:
+            _put_on()
+        elif not (_switched_on or _scopes):
+            _take_off()
 
 
 def enable(unfused: bool = False) -> None:
@@ -201,21 +202,35 @@ def enabled(unfused: bool = False) -> Iterator[None]:
         BackendUnavailableError: as ``enable``.
     """
     global _scopes, _unfused_scopes
-    with _lock:
-        _scopes += 1
-        try:
-            _update()
-        except BaseException:
-            _scopes -= 1
-            raise
-        _unfused_scopes += unfused
+    is_open = False
+
+    def close() -> None:
+        nonlocal is_open
+        global _scopes, _unfused_scopes
+        with signals.deferred(), _lock:
+            if is_open:
+                is_open = False
+                _scopes -= 1
+                _unfused_scopes -= unfused
+                _update()
+
     try:
-        yield
+        try:
+            with signals.deferred(), _lock:
+                _scopes += 1
+                try:
+                    _update()
+                except BaseException:
+                    _scopes -= 1
+                    raise
+                _unfused_scopes += unfused
+                is_open = True
+            yield
+        finally:
+            close()
     finally:
-        with _lock:
-            _scopes -= 1
-            _unfused_scopes -= unfused
-            _update()
+        if is_open:  # a signal came as it was called
+            close()
 
 
 def is_enabled() -> bool:

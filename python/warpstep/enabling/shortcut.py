@@ -105,7 +105,6 @@ def put_on(counts: Counts) -> Callable[[], None]:
         return lambda: None  # another torch: the operators are overridden all the same
     on = True
     ours = shorter(original, counts, lambda: on)
-    setattr(module, NAME, ours)
 
     def take_off() -> None:
         nonlocal on
@@ -113,4 +112,5 @@ def put_on(counts: Counts) -> Callable[[], None]:
         if getattr(module, NAME) is ours:
             setattr(module, NAME, original)
 
+    setattr(module, NAME, ours)  # last: what would fail has not
     return take_off

@@ -270,8 +270,6 @@ def put_on(counts: Counts, takes_unfused: Callable[[], bool]) -> Callable[[], No
             original = place.cell_contents
             ours = planning(original, kind, counts, takes_unfused, lambda: on)
             places.append((place, ours, original))
-    for place, ours, _ in places:
-        place.cell_contents = ours
 
     def take_off() -> None:
         nonlocal on
@@ -280,4 +278,6 @@ def put_on(counts: Counts, takes_unfused: Callable[[], bool]) -> Callable[[], No
             if place.cell_contents is ours:  # else someone has replaced it, and may hold ours
                 place.cell_contents = original
 
+    for place, ours, _ in places:  # last: what would fail has not
+        place.cell_contents = ours
     return take_off
