@@ -4,6 +4,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import warpstep
 
 PACKAGE = str(Path(warpstep.__file__).parent)
@@ -38,6 +40,7 @@ def interrupted_at(line, call):
         return at_line
 
     raised = None
+    had_grad = torch.is_grad_enabled()
     sys.settrace(at_call)
     try:
         call()
@@ -45,4 +48,7 @@ def interrupted_at(line, call):
         raised = error
     finally:
         sys.settrace(None)
+        # The line of a `with` is run again at its end, where the tracer can raise before it is
+        # left, and a signal cannot.
+        torch.set_grad_enabled(had_grad)
     return came, raised
