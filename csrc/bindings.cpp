@@ -1,9 +1,9 @@
 // The Python module warpstep._native. Nothing but bindings.
 //
 // NOTE [arguments by position]
-// What steps, clips and plans is called with arguments by position only. To find an argument by its
-// name, pybind11 3 makes a str of each name that it knows, at each call, and compares with null
-// where there is no memory for it: the process dies, where it could have had a MemoryError.
+// What each step or clipping calls has its arguments by position only. To find an argument by its
+// name, pybind11 3 makes a str of each name that it knows, at each call. That takes time; and where
+// there is no memory for it, the process dies in place of a MemoryError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <signal.h>
@@ -117,29 +117,38 @@ PYBIND11_MODULE(_native, m) {
                       const std::vector<py::object>& keys, py::object counter) {
             return BucketSpec{backend_named(backend), recipe_named(rule, formats), keys,
                               std::move(counter)};
-          }));
+          }),
+          py::kw_only(), py::arg("backend"), py::arg("rule"), py::arg("formats"), py::arg("keys"),
+          py::arg("counter"));
   py::class_<GroupKeys>(m, "GroupKeys")
       .def(py::init([](std::vector<std::pair<py::str, int>> numbers, std::vector<py::str> switches,
                        std::vector<py::str> flags, py::object decoupled) {
-        return GroupKeys{std::move(numbers), std::move(switches), std::move(flags),
-                         std::move(decoupled)};
-      }));
+             return GroupKeys{std::move(numbers), std::move(switches), std::move(flags),
+                              std::move(decoupled)};
+           }),
+           py::kw_only(), py::arg("numbers"), py::arg("switches"), py::arg("flags"),
+           py::arg("decoupled"));
 
   py::class_<PlanOptions>(m, "PlanOptions")
       .def(py::init([](std::uint64_t seed, py::dict firsts, py::dict copies, py::dict counters,
                        py::object grad_name, bool watches_masters, bool as_fused) {
-        return PlanOptions{seed,
-                           std::move(firsts),
-                           std::move(copies),
-                           std::move(counters),
-                           std::move(grad_name),
-                           watches_masters,
-                           as_fused};
-      }));
+             return PlanOptions{seed,
+                                std::move(firsts),
+                                std::move(copies),
+                                std::move(counters),
+                                std::move(grad_name),
+                                watches_masters,
+                                as_fused};
+           }),
+           py::kw_only(), py::arg("seed"), py::arg("firsts"), py::arg("copies"),
+           py::arg("counters"), py::arg("grad_name"), py::arg("watches_masters"),
+           py::arg("as_fused"));
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup(let_collector_see_plans))
       .def(py::init<py::dict, py::list, GroupKeys, const std::vector<int>&,
-                    const std::vector<BucketSpec>&, py::object, const PlanOptions&>())
+                    const std::vector<BucketSpec>&, py::object, const PlanOptions&>(),
+           py::kw_only(), py::arg("state"), py::arg("param_groups"), py::arg("keys"),
+           py::arg("assignments"), py::arg("buckets"), py::arg("match_layout"), py::arg("options"))
       .def("written_params", &Plan::written_params)
       .def("note_versions", &Plan::note_versions)
       .def("step",
@@ -173,12 +182,15 @@ PYBIND11_MODULE(_native, m) {
              return py::make_tuple(found.kept, found.unwritten);
            })
       .def("host_tables", &Plan::host_tables)
-      .def("set_device_tables",
-           [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
-              std::uintptr_t arrivals) {
-             plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
-           })
-      .def("set_least", &Plan::set_least)
+      .def(
+          "set_device_tables",
+          [](Plan& plan, std::size_t bucket, std::uintptr_t rows, std::uintptr_t chunks,
+             std::uintptr_t arrivals) {
+            plan.set_device_tables(bucket, tables_at(rows, chunks, arrivals));
+          },
+          py::arg("bucket"), py::kw_only(), py::arg("rows"), py::arg("chunks"), py::arg("arrivals"))
+      .def("set_least", &Plan::set_least, py::arg("bucket"), py::kw_only(), py::arg("least"),
+           py::arg("shared"))
       .def("find_least", &Plan::find_least)
       .def("grad_table", &Plan::grad_table)
       .def("hyper_table", &Plan::hyper_table);

@@ -29,27 +29,28 @@ def touch_streams(
 class BucketSpec:
     def __init__(
         self,
+        *,
         backend: str,
         rule: str,
         formats: tuple[str | None, ...],
         keys: tuple[str | None, ...],
         counter: str | None,
-        /,
     ) -> None: ...
 
 class GroupKeys:
     def __init__(
         self,
+        *,
         numbers: list[tuple[str, int]],
         switches: list[str],
         flags: list[str],
         decoupled: str | None,
-        /,
     ) -> None: ...
 
 class PlanOptions:
     def __init__(
         self,
+        *,
         seed: int,
         firsts: dict[Tensor, int],
         copies: dict[Tensor, Tensor],
@@ -57,12 +58,12 @@ class PlanOptions:
         grad_name: str | None,
         watches_masters: bool,
         as_fused: bool,
-        /,
     ) -> None: ...
 
 class Plan:
     def __init__(
         self,
+        *,
         state: dict[Any, Any],
         param_groups: list[dict[str, Any]],
         keys: GroupKeys,
@@ -70,7 +71,6 @@ class Plan:
         buckets: list[BucketSpec],
         match_layout: Callable[[Tensor, Tensor], Tensor],
         options: PlanOptions,
-        /,
     ) -> None: ...
     def written_params(self, param_groups: Any) -> list[Tensor]: ...
     def note_versions(self, param_groups: Any) -> None: ...
@@ -106,8 +106,8 @@ class Plan:
     def copied_grads(self) -> list[tuple[Tensor, Tensor]]: ...
     def forget_grads(self) -> None: ...
     def host_tables(self, bucket: int) -> dict[str, bytes]: ...
-    def set_device_tables(self, bucket: int, rows: int, chunks: int, arrivals: int, /) -> None: ...
-    def set_least(self, bucket: int, least: int, shared: bool, /) -> None: ...
+    def set_device_tables(self, bucket: int, *, rows: int, chunks: int, arrivals: int) -> None: ...
+    def set_least(self, bucket: int, *, least: int, shared: bool) -> None: ...
     def find_least(self, bucket: int, threads: int, /) -> None: ...
     def grad_table(self, bucket: int) -> bytes: ...
     def hyper_table(self, bucket: int) -> bytes: ...

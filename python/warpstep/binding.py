@@ -31,32 +31,37 @@ def bound(
         entries = [bucket.entries for bucket in buckets]
         return PythonPlan(optimizer, rule, entries, options.grad_name)
     keys = module.GroupKeys(
-        [(n.key, -1 if n.which is None else n.which) for n in rule.numbers],
-        rule.switches(),
-        [key for key in rule.flags if key in _PLANNED_FOR],
-        _DECOUPLED if _DECOUPLED in rule.flags else None,
+        numbers=[(n.key, -1 if n.which is None else n.which) for n in rule.numbers],
+        switches=rule.switches(),
+        flags=[key for key in rule.flags if key in _PLANNED_FOR],
+        decoupled=_DECOUPLED if _DECOUPLED in rule.flags else None,
     )
-    specs = [
-        module.BucketSpec(
-            b.backend if b.is_native else "external",
-            b.recipe.rule,
-            b.recipe.formats(),
-            b.recipe.keys(),
-            "step" if b.recipe.counts_steps else None,
-        )
-        for b in buckets
-    ]
-    of_plan = module.PlanOptions(
-        options.precision.seed,
-        _firsts(buckets),
-        dict(options.copies),
-        dict(options.counters),
-        None if options.grad_name == "grad" else options.grad_name,
-        options.watches_masters,
-        options.as_fused,
+    return module.Plan(
+        state=optimizer.state,
+        param_groups=optimizer.param_groups,
+        keys=keys,
+        assignments=assignments,
+        buckets=[
+            module.BucketSpec(
+                backend=b.backend if b.is_native else "external",
+                rule=b.recipe.rule,
+                formats=b.recipe.formats(),
+                keys=b.recipe.keys(),
+                counter="step" if b.recipe.counts_steps else None,
+            )
+            for b in buckets
+        ],
+        match_layout=match_layout,
+        options=module.PlanOptions(
+            seed=options.precision.seed,
+            firsts=_firsts(buckets),
+            copies=dict(options.copies),
+            counters=dict(options.counters),
+            grad_name=None if options.grad_name == "grad" else options.grad_name,
+            watches_masters=options.watches_masters,
+            as_fused=options.as_fused,
+        ),
     )
-    groups = optimizer.param_groups
-    return module.Plan(optimizer.state, groups, keys, assignments, specs, match_layout, of_plan)
 
 
 def _firsts(buckets: list[Bucket]) -> dict[Tensor, int]:

@@ -61,7 +61,7 @@ class Bucket:
         self._bind_least(self.least)
 
     def _bind_least(self, least: Tensor) -> None:
-        self.bound.set_least(self.index, least.data_ptr(), self.shards is not None)
+        self.bound.set_least(self.index, least=least.data_ptr(), shared=self.shards is not None)
 
     @property
     def finds_least_apart(self) -> bool:
@@ -131,8 +131,8 @@ class CudaBucket(Bucket):
             name: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
             for name, data in bound.host_tables(index).items()
         }
-        rows, chunks, arrivals = (self.tables[name] for name in ("rows", "chunks", "arrivals"))
-        bound.set_device_tables(index, rows.data_ptr(), chunks.data_ptr(), arrivals.data_ptr())
+        addresses = {name: table.data_ptr() for name, table in self.tables.items()}
+        bound.set_device_tables(index, **addresses)
 
     def _bind_least(self, least: Tensor) -> None:
         self.tables["least"] = least
