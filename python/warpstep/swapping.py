@@ -75,6 +75,11 @@ def swapped(
     left = [_Own.of(param, names[param]) for param in averages]
     left.reverse()
     complaints: list[str] = []
+
+    def end() -> None:
+        leave()
+        compute_anew(averages)
+
     compute_anew(averages)
     try:
         try:
@@ -83,11 +88,9 @@ def swapped(
                     param.copy_(average)
             yield
         finally:
-            _restore(left, complaints, leave)
-            compute_anew(averages)
+            _restore(left, complaints, end)
     except BaseException as error:
-        _restore(left, complaints, leave)  # what is left, where a signal came as it was called
-        compute_anew(averages)
+        _restore(left, complaints, end)  # what is left, where a signal came as it was called
         if complaints:  # beside what was raised inside, not in its place
             getattr(error, "add_note", warnings.warn)(_said(complaints))  # 3.10 has no notes
         raise
@@ -95,8 +98,8 @@ def swapped(
         raise RuntimeError(_said(complaints))
 
 
-def _restore(left: list[_Own], complaints: list[str], leave: Callable[[], None]) -> None:
-    """Restores all that can be restored, for steps to go on; and says what cannot."""
+def _restore(left: list[_Own], complaints: list[str], end: Callable[[], None]) -> None:
+    """Restores all that can be restored, for steps to go on; says what cannot; calls ``end``."""
     with signals.deferred():  # they can wait until all are restored
         while left:
             own = left[-1]
@@ -114,7 +117,7 @@ def _restore(left: list[_Own], complaints: list[str], leave: Callable[[], None])
             left.pop()
             if again:
                 left.insert(0, own)
-        leave()
+        end()
 
 
 def _said(complaints: list[str]) -> str:
