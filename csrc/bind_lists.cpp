@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "lists.h"
@@ -59,7 +60,7 @@ void bind_lists(py::module_& m) {
            py::arg("use"), py::arg("resident_bytes"))
       .def("step",
            [](ListStepper& stepper, const std::string& rule, const std::vector<py::list>& lists,
-              const py::tuple& given, bool cuda, bool dispatched, bool always, bool count_writes,
+              const py::tuple& given, const std::tuple<bool, bool, bool>& caller, bool cuda,
               int threads, const py::object& low_precision) {
              Fields fields(given);
              ListOptions options{};
@@ -83,10 +84,9 @@ void bind_lists(py::module_& m) {
              options.seed = fields.next().cast<std::uint64_t>();
              options.param_indices = fields.numbers<std::uint32_t>();
              options.first_elements = fields.numbers<std::int64_t>();
+             // The fields of warpstep.lists.Caller.
+             std::tie(options.dispatched, options.always, options.count_writes) = caller;
              options.cuda = cuda;
-             options.dispatched = dispatched;
-             options.always = always;
-             options.count_writes = count_writes;
              options.threads = threads;
              if (lists.size() < 3 || lists.size() > 3 + kMomentEnd - kMoment) {
                throw py::value_error("params, grads, moments and steps are needed");

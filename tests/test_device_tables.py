@@ -49,10 +49,8 @@ def step(lists, always=True):
         given.rule.name,
         given.tensors,
         options,
+        native_lists.FUNCTION._replace(always=always),
         True,  # with CUDA
-        False,  # past torch's dispatcher
-        always,
-        True,  # writes are counted
         1,  # thread
         None,  # of low precision
     )

@@ -11,7 +11,17 @@ from torch import Tensor
 from warpstep import backends, reference, signals
 from warpstep.hypers import check_group
 from warpstep.list_checks import STOCHASTIC_SQUARES, check, check_options
-from warpstep.lists import COPIES, RESIDUALS, Lists, Options, scales_of, stepper
+from warpstep.lists import (
+    COPIES,
+    FUNCTION,
+    OPERATOR,
+    RESIDUALS,
+    Caller,
+    Lists,
+    Options,
+    scales_of,
+    stepper,
+)
 from warpstep.precision import Precision
 from warpstep.recipes import RESIDUAL, Recipe, moment_key, one_of, real_dtype, scale_of
 from warpstep.rules import Rule
@@ -21,7 +31,7 @@ from warpstep.stored import Stored, real_view
 from warpstep.tail import Tail
 
 
-def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool = False) -> None:
+def run(lists: Lists, options: Options, backend: str = "auto", caller: Caller = FUNCTION) -> None:
     """The step: by kernels as the lists are, or checked, sorted and stepped as they need."""
     check_group(_group(lists.rule, len(lists.tensors) - 3, options), lists.rule, "")
     check_options(lists, options)
@@ -36,22 +46,20 @@ def run(lists: Lists, options: Options, backend: str = "auto", dispatched: bool 
     requested = backends.requested_backend(backend) if backend != "auto" else "auto"
     if params and isinstance(params[0], Tensor):
         chosen = backends.choose(requested, params[0].device)
-        if chosen in ("cpu", "cuda") and _launch(lists, options, chosen, dispatched) is None:
+        if chosen in ("cpu", "cuda") and _launch(lists, options, chosen, caller) is None:
             return
     check(lists, options)
     _step_sorted(lists, options, requested)
 
 
-def _launch(lists: Lists, options: Options, backend: str, dispatched: bool) -> str | None:
+def _launch(lists: Lists, options: Options, backend: str, caller: Caller) -> str | None:
     """Runs the native kernels on everything; or says why not, and then nothing is changed."""
     reason: str | None = stepper().step(
         lists.rule.name,
         lists.tensors,
         options,
+        caller,
         backend == "cuda",
-        dispatched,
-        True,  # always
-        True,  # writes are counted
         torch.get_num_threads(),
         lists.for_kernels(),
     )
@@ -102,7 +110,7 @@ def _step_sorted(lists: Lists, options: Options, requested: str) -> None:
 
     def launch() -> None:
         for chosen_lists, theirs, backend in launches:
-            reason = _launch(chosen_lists, theirs, backend, dispatched=True)
+            reason = _launch(chosen_lists, theirs, backend, OPERATOR)
             if reason is not None:
                 raise RuntimeError(f"the {backend!r} backend took no checked tensors: {reason}")
 

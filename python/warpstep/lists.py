@@ -34,6 +34,21 @@ class Options(NamedTuple):
     first_elements: Sequence[int] | None = None  # of ranges of parameters; by default 0
 
 
+class Caller(NamedTuple):
+    """Who asks for a step on lists, so far as that matters to it."""
+
+    dispatched: bool  # torch's dispatcher, which leaves no subclass and nothing lazy
+    always: bool  # even where uploading tables costs more than the launch saves
+    count_writes: bool  # the version counters of what is written are to be incremented
+
+
+FUNCTION = Caller(dispatched=False, always=True, count_writes=True)
+OPERATOR = Caller(dispatched=True, always=True, count_writes=True)
+# Torch's own step, which takes what this does not; and the operators that it calls.
+TORCHS_STEP = Caller(dispatched=False, always=False, count_writes=False)
+TORCHS_OPERATOR = Caller(dispatched=True, always=False, count_writes=False)
+
+
 class Lists(NamedTuple):
     """The lists of one call, with an entry a tensor in each."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from warpstep import batching, functional, list_steps
-from warpstep.lists import OPERATORS, Operator, list_names, low_precision_names
+from warpstep.lists import OPERATOR, OPERATORS, Operator, list_names, low_precision_names
 
 KEYS = ("CPU", "CUDA", "XPU")
 
@@ -43,7 +43,7 @@ def _implementation(operator: Operator) -> Callable[..., None]:
         # torch leaves out what is as by default, and has no integers of 64 bits without a sign.
         given = operator.defaults | given
         given["seed"] %= 2**64
-        list_steps.run(*operator.bound(tensors, given), dispatched=True)
+        list_steps.run(*operator.bound(tensors, given), caller=OPERATOR)
 
     return step_
 

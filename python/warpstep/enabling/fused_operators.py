@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warpstep import backends
 from warpstep.enabling.counts import Counts
-from warpstep.lists import Lists, Options, lists_of, stepper
+from warpstep.lists import TORCHS_OPERATOR, Lists, Options, lists_of, stepper
 from warpstep.rules import ADAMW, SGD
 
 
@@ -26,10 +26,8 @@ def _taker(cuda: bool, counts: Counts) -> Callable[[Lists, Options], bool]:
             lists.rule.name,
             lists.tensors,
             options,
+            TORCHS_OPERATOR,
             cuda,
-            True,  # through torch's dispatcher
-            False,  # always
-            False,  # writes are counted
             threads(),
             None,  # of low precision
         )

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from warpstep import backends, modes
 from warpstep.enabling.counts import Counts
-from warpstep.lists import Options, lists_of, stepper
+from warpstep.lists import TORCHS_STEP, Options, lists_of, stepper
 from warpstep.rules import ADAMW
 
 NAME = "_fused_adam"
@@ -71,10 +71,8 @@ def shorter(original: Any, counts: Counts, is_on: Callable[[], bool]) -> Any:
                 lists.rule.name,
                 lists.tensors,
                 taken,
+                TORCHS_STEP,
                 cuda,
-                False,  # past torch's dispatcher
-                False,  # always
-                False,  # writes are counted
                 threads(),
                 None,  # of low precision
             )
