@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/launch.h"
+#include "tensor_reader.h"
 
 namespace py = pybind11;
 
@@ -12,8 +13,7 @@ namespace {
 
 // Calls one of torch's functions that take a GPU and return which was the current one.
 int call_torchs(const char* name, int index) {
-  static const py::handle torch = py::object(py::module_::import("torch._C")).release();
-  return torch.attr(name)(index).cast<int>();
+  return torch_objects().c.attr(name)(index).cast<int>();
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ struct ExchangeApi {
 namespace {
 
 std::optional<TensorReader> reader;
+TorchObjects objects;
 
 bool format_of(std::uint8_t code, int bits, Format& format) {
   if (code == dlpack::brain_float) {
@@ -137,9 +138,7 @@ void TensorReader::increment_version(PyObject* tensor) const {
     } catch (const std::exception&) {  // an inference tensor has no counter, which is no error
     }
   }
-  static const py::handle increment =
-      py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release();
-  increment(py::handle(tensor));
+  objects.increment_version(py::handle(tensor));
 }
 
 void TensorReader::increment_grad_version(PyObject* param) const {
@@ -177,7 +176,16 @@ py::object gradient_named(PyObject* name, PyObject* param) {
   return py::none();
 }
 
-void set_tensor_reader(TensorReader value) { reader = value; }
+const TorchObjects& torch_objects() { return objects; }
+
+void set_tensor_reader(TensorReader value) {
+  const auto found = [](const char* module, const char* name) {
+    return py::object(py::module_::import(module).attr(name)).release();
+  };
+  objects = {found("torch", "_C"), found("torch", "Tensor"), found("torch.nn", "Parameter"),
+             found("torch.autograd.graph", "increment_version")};
+  reader = value;
+}
 
 const TensorReader& tensor_reader() {
   if (!reader) throw std::logic_error("connect_to_torch() has not been called");

@@ -119,6 +119,13 @@ py::object gradient_of(PyObject* param);
 // What a parameter has for a gradient under another name; None where it has no such attribute.
 py::object gradient_named(PyObject* name, PyObject* param);
 
+// What steps call of torch's Python, found when the module is connected: an import in the middle of
+// a step may run Python, which lets another thread go on.
+struct TorchObjects {
+  py::handle c, tensor, parameter, increment_version;  // torch._C, torch.Tensor, ...; never freed
+};
+const TorchObjects& torch_objects();
+
 // Set once, from torch, before any plan is made.
 void set_tensor_reader(TensorReader reader);
 const TensorReader& tensor_reader();

@@ -9,19 +9,10 @@
 #include "tensor_reader.h"
 
 namespace warpstep {
-namespace {
-
-PyObject* type_named(const char* module, const char* name) {
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
-
-}  // namespace
 
 bool is_torchs_own(PyObject* object) {
-  static PyObject* const tensor = type_named("torch", "Tensor");
-  static PyObject* const parameter = type_named("torch.nn", "Parameter");
-  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == tensor || type == parameter;
+  const py::handle type = py::type::handle_of(object);
+  return type.is(torch_objects().tensor) || type.is(torch_objects().parameter);
 }
 
 bool is_lazy(PyObject* object, const TensorView& view, std::int64_t numel) {

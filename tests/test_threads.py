@@ -86,6 +86,37 @@ def test_a_forked_child_takes_the_first_step_of_all():
     assert done.stdout == "0\n", done.stderr
 
 
+# An import may run Python: here what sleeps where the native module imports, which alone gives a
+# list, so that both threads come to the first use of what is imported.
+FIRST = """
+import builtins, faulthandler, threading, time, torch, warpstep
+faulthandler.dump_traceback_later(30, exit=True)
+
+def step():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    warpstep.AdamW([param], lr=0.1, backend="cpu").step()
+
+def slow(name, *others):
+    if others[2:] and others[2] == []:
+        time.sleep(0.3)
+    return of_python(name, *others)
+
+of_python, builtins.__import__ = builtins.__import__, slow
+threads = [threading.Thread(target=step) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("stepped")
+"""
+
+
+def test_threads_that_take_the_first_steps():
+    done = programs.run(FIRST, WARPSTEP_TORCH_ABI="0")  # which counts writes by torch's Python
+    assert done.stdout == "stepped\n", done.stderr
+
+
 def test_threads_that_step_at_once():
     """Each with its optimizer: they take turns or work side by side, and the bits are the same."""
     expected = stepped()
