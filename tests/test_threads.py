@@ -86,6 +86,37 @@ def test_a_forked_child_takes_the_first_step_of_all():
     assert done.stdout == "0\n", done.stderr
 
 
+ENABLING = """
+import os, signal, threading, warpstep
+
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with warpstep.enabling.override._lock:
+        held.set()
+        done.wait(1)  # the fork may wait for this, or not
+
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    with warpstep.enabled():
+        os._exit(0)
+done.set()
+holder.join()
+with warpstep.enabled():
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_enables():
+    """Whatever another thread of its parent's was just enabling or disabling."""
+    done = programs.run(ENABLING)
+    assert done.stdout == "0\n", done.stderr
+
+
 # An import may run Python: here what sleeps where the native module imports, which alone gives a
 # list, so that both threads come to the first use of what is imported.
 FIRST = """

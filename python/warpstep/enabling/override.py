@@ -28,6 +28,10 @@ ENVIRONMENT_VARIABLE = "WARPSTEP_ENABLE"
 _WARNING = r"(?s)Warning only once for all operators.*Overriding a previously registered kernel"
 
 _lock = threading.RLock()
+# A child would wait for ever for a thread of its parent's that is enabling or disabling.
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
 _library: torch.library.Library | None = None
 _switched_on = False  # by enable()
 _unfused_switched_on = False  # with unfused=True
