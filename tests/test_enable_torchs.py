@@ -184,6 +184,28 @@ def test_derived_classes(kind, steps, reasons):
     assert_near(ours, theirs, 4)
 
 
+def test_an_instance_with_an_init_group_of_its_own():
+    """It says what is stepped: here all parameters but the first."""
+
+    def without_first():
+        optimizer = torchs()
+        whole = optimizer._init_group
+
+        def init_group(group, *lists):
+            has_complex = whole(group, *lists)
+            for one in lists:
+                del one[:1]
+            return has_complex
+
+        optimizer._init_group = init_group
+        return optimizer
+
+    ours, theirs = without_first(), without_first()
+    with by_plans(0, "'_init_group' of its own"):
+        step_both(ours, theirs, range(2))
+    assert_near(ours, theirs, 2)
+
+
 def test_an_optimizer_that_gets_another_class():
     """Goes on as that one does."""
     ours, theirs = torchs(), torchs()

@@ -187,11 +187,15 @@ def _check(optimizer: Optimizer, kind: type[Optimizer], unfused: bool) -> bool:
     if len(fused) == 2:
         raise NotPlanned("groups with and without fused=True")
     # A `step` of its own has called torch's, which is what is asked for. torch._dynamo wraps both.
-    classes: tuple[Any, Any] = (type(optimizer), kind)
-    own, torchs = (inspect.unwrap(one._init_group) for one in classes)
-    if own is not torchs:
-        raise NotPlanned("a class with an '_init_group' of its own")
+    if _init_group_of(optimizer) is not _init_group_of(kind):
+        raise NotPlanned("an '_init_group' of its own")
     return True in fused
+
+
+def _init_group_of(owner: Any) -> Any:
+    """The function that torch's step calls: the class's, or one that an instance was given."""
+    method = owner._init_group
+    return inspect.unwrap(getattr(method, "__func__", method))
 
 
 _all_beside: dict[int, _Beside] = {}  # by the optimizer's id: some classes compare otherwise
