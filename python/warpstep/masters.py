@@ -82,11 +82,11 @@ class KeepsMasters(Averaging):
         self._forget_stale_residuals()
         with signals.deferred():  # a parameter and its residual belong together
             for param, high, low in new:
-                own_part(param.detach()).copy_(high)
                 residual = self.state[param].get(RESIDUAL)
                 if residual is None or residual.dtype != torch.int16:
                     residual = new_zeros(param, torch.int16)
                     self.state[param][RESIDUAL] = residual
+                own_part(param.detach()).copy_(high)
                 own_part(residual).copy_(low)
             compute_anew(masters)
             if self.plan is not None:
