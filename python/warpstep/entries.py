@@ -77,8 +77,9 @@ def _merge(state: dict[str, Any], entry: Entry, new: dict[str, Any]) -> None:
         own_part(entry.param.detach()).copy_(own_part(param))
         increment_version(entry.param)
     state.update(added)  # takes memory for all of them first
-    for key in ours.keys() - added.keys():
-        state.pop(key, None)
+    for key, value in ours.items():
+        if value is None:
+            state.pop(key, None)
 
 
 def version_of(tensor: Tensor) -> int:

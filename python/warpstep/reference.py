@@ -265,8 +265,7 @@ def store(steps: list[Computed], launch: Callable[[], None] | None = None) -> No
             before = tensor.detach().clone()
             write(tensor, value)
             written.append((tensor, before))
-        willing = [pair for pair in values if not may_refuse(pair[0])]
-        willing.reverse()
+        willing = [pair for pair in reversed(values) if not may_refuse(pair[0])]
         if launch is not None:
             launch()
     except BaseException:
