@@ -226,7 +226,7 @@ void Plan::launch(int threads, py::object tensors, const StepTail& step_tail) {
   } else if (step_tail.unscale_grads) {
     grads_after = as_fused_ ? GradsAfter::unscaled_if_taken : GradsAfter::unscaled;
   }
-  // All that can fail comes before the first write of any bucket.
+  // What can fail comes before the first write of any bucket; design.md has what is left.
   std::vector<BucketLaunch> launches;
   launches.reserve(buckets_.size());
   for (std::size_t i = 0; i < buckets_.size(); ++i) {

@@ -41,8 +41,7 @@ class Sharing {
 // thread has its own otherwise, torch.set_flush_denormal sets that of the thread that calls it, and
 // which thread does what must not show in a result.
 //
-// `work` is a function object: behind a reference, which std::function holds without memory of its
-// own.
+// `work` may be any function object: a std::function that refers to it allocates no memory.
 void run_on_threads_by(int threads, std::uint32_t count, Sharing& sharing,
                        const std::function<void(std::uint32_t)>& work) noexcept;
 template <class Work>
