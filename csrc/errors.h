@@ -1,4 +1,4 @@
-// Python's errors in C++: which of them are an answer, and words that are made once.
+// Python's errors in C++: which of them are expected, and words that are made once.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,14 +7,14 @@ namespace warpstep {
 
 namespace py = pybind11;
 
-// Whether an error only says that something is otherwise than expected. That memory is short, or
-// what a signal handler has raised, is for the caller to know.
-inline bool is_answer(const py::error_already_set& error) {
+// Whether an error only says that an object lacks what was asked for, as it may. A MemoryError is
+// for the caller to know, and so is what is no Exception: a KeyboardInterrupt, say.
+inline bool is_expected(const py::error_already_set& error) {
   return error.matches(PyExc_Exception) && !error.matches(PyExc_MemoryError);
 }
 
-// Clears Python's error, if there is one, where it is an answer; else throws it.
-inline void forget_answer() {
+// Clears Python's error, if there is one, where it is expected; else throws it.
+inline void clear_expected_error() {
   if (PyErr_Occurred() == nullptr) return;
   if (PyErr_ExceptionMatches(PyExc_Exception) == 0 || PyErr_ExceptionMatches(PyExc_MemoryError)) {
     throw py::error_already_set();

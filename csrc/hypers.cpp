@@ -48,7 +48,7 @@ struct Values {
     settled &= PyFloat_Check(object) || PyLong_Check(object);
     number = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : PyFloat_AsDouble(object);
     if (PyErr_Occurred() == nullptr) return true;
-    forget_answer();
+    clear_expected_error();
     return false;
   }
 
@@ -58,7 +58,7 @@ struct Values {
     settled &=
         PyBool_Check(object) || PyFloat_Check(object) || PyLong_Check(object) || object == Py_None;
     const int truth = PyObject_IsTrue(object);
-    if (truth < 0) forget_answer();
+    if (truth < 0) clear_expected_error();
     flag = truth > 0;
     return truth >= 0;
   }
@@ -72,7 +72,7 @@ struct Values {
     const auto pair =
         py::reinterpret_steal<py::object>(two ? PySequence_Fast(value, "no pair") : nullptr);
     if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
-      forget_answer();
+      clear_expected_error();
       return {};
     }
     if (!PyTuple_Check(value)) settled = false;

@@ -21,7 +21,7 @@ const ShardNames& shard_names() {
 py::object attribute(PyObject* object, PyObject* name) {
   if (object == nullptr) return {};
   PyObject* const value = PyObject_GetAttr(object, name);
-  if (value == nullptr) forget_answer();
+  if (value == nullptr) clear_expected_error();
   return py::reinterpret_steal<py::object>(value);
 }
 
@@ -32,7 +32,7 @@ PyTypeObject* dtensor_type() {
   static PyObject* const name = interned("torch.distributed.tensor");
   static PyObject* const of_class = interned("DTensor");
   const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name));
-  if (!module) forget_answer();
+  if (!module) clear_expected_error();
   py::object found = attribute(module.ptr(), of_class);
   if (found && PyType_Check(found.ptr())) {
     type = reinterpret_cast<PyTypeObject*>(found.release().ptr());
@@ -42,7 +42,7 @@ PyTypeObject* dtensor_type() {
 
 bool equal(const py::object& a, const py::object& b) {
   const int result = a && b ? PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ) : 0;
-  if (result < 0) forget_answer();
+  if (result < 0) clear_expected_error();
   return result > 0;
 }
 

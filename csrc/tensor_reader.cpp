@@ -62,7 +62,7 @@ std::size_t storage_bytes(PyObject* tensor) {
   try {
     return py::handle(tensor).attr("untyped_storage")().attr("nbytes")().cast<std::size_t>();
   } catch (const py::error_already_set& error) {
-    if (!is_answer(error)) throw;
+    if (!is_expected(error)) throw;
     return 0;  // it has none
   } catch (const py::cast_error&) {
     return 0;
@@ -89,7 +89,7 @@ TensorReader::TensorReader(PyObject* capsule, std::optional<TorchHandles> handle
 bool TensorReader::read_exchanged(PyObject* object, TensorView& view) const {
   dlpack::Tensor tensor;
   if (api_->tensor_from_py_object(object, &tensor) != 0) {
-    forget_answer();
+    clear_expected_error();
     return false;
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -124,8 +124,10 @@ std::int64_t TensorReader::version_of(PyObject* tensor) const {
     if (const TorchHandles::Handle handle = handle_of(tensor)) return handles_->version_of(handle);
     return py::handle(tensor).attr("_version").cast<std::int64_t>();
   } catch (const py::error_already_set& error) {
-    if (!is_answer(error)) throw;  // no version, where a residual may hang on it
+    if (!is_expected(error)) throw;  // no version, where a residual may hang on it
     return 0;
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception&) {  // an inference tensor has no counter
     return 0;
   }

@@ -1,6 +1,7 @@
 """Allocations that fail: an error, a step that is whole or not begun, and steps after it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,7 @@ print(calls)
 
 
 @pytest.mark.slow  # a process that imports torch
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(EMULATED, reason="of the native module that is installed")
 def test_the_native_modules_allocations_that_fail(tmp_path):
     """Tensors of three dtypes are three launches: the second must not find that memory is short."""
