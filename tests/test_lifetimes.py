@@ -210,8 +210,8 @@ class OnGpu(torch.Tensor):
 def test_what_a_clipping_made_is_recorded_for_the_stream_of_the_step(monkeypatch):
     """It is let go of after the launch, and may have been made on another stream."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "side stream")
-    scale, coef = (torch.ones(1).as_subclass(OnGpu) for _ in range(2))
+    scale, found_inf, coef = (torch.ones(1).as_subclass(OnGpu) for _ in range(3))
     recipe = Recipe("adamw", torch.float32, torch.float32, (torch.float32, torch.float32))
     bucket = CudaBucket("cuda", recipe, torch.device("cuda"), shards=None)
-    bucket.use_on_current_stream(Tail(grad_scale=scale, clip_coef=coef))
-    assert scale.stream == coef.stream == "side stream"
+    bucket.use_on_current_stream(Tail(scale, found_inf, coef))
+    assert scale.stream == found_inf.stream == coef.stream == "side stream"

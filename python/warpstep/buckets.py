@@ -153,7 +153,7 @@ class CudaBucket(Bucket):
             statistics = () if self.statistics is None else (self.statistics,)
             for table in (*self.tables.values(), *statistics):
                 table.record_stream(stream)
-        numbers = () if tail is None else (tail.grad_scale, tail.clip_coef)
+        numbers = () if tail is None else (tail.grad_scale, tail.found_inf, tail.clip_coef)
         for number in numbers:  # let go of after the launch
             if number is not None and number.is_cuda:
                 number.record_stream(stream)
