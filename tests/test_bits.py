@@ -1,5 +1,6 @@
 """The same bits: whatever the threads, the instruction set, the grouping, the cuts, the run."""
 
+import math
 import os
 from pathlib import Path
 
@@ -32,6 +33,28 @@ def test_the_tail_gives_the_cpus_bits(backend, device, recipe):
     unfused = backend == "reference" or (INTERPRETED and recipe[0] == torch.float64)
     other = (backend, device) if unfused else ("cpu", "cpu")
     assert_same_bits(mine, train_tail(recipe, *other))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.9, 0.99)])
+def test_zeros_have_the_cpus_signs(backend, device, betas, maximize):
+    """Of gradients, moments and a coefficient of clipping, and with factors that are zero."""
+    signed = torch.tensor([0.0, -0.0, 1.0, -1.0])
+    optimizers = []
+    for where, kind in ((device, backend), ("cpu", "cpu")):
+        params = [Parameter(signed.repeat(4).to(where)) for _ in range(2)]
+        options = {"betas": betas, "maximize": maximize, "ema_decay": 0.0}
+        optimizers.append(warpstep.Adam(params[:1], backend=kind, **options))
+        sgd = warpstep.SGD(params[1:], momentum=0.9, maximize=maximize, backend=kind)
+        optimizers.append(sgd)
+        for max_norm in (1.0, 0.0, 0.0, 1.0):
+            for param, optimizer in zip(params, optimizers[-2:], strict=True):
+                param.grad = signed.repeat_interleave(4).to(where)
+                optimizer.clip_grad_norm_(max_norm, math.inf)
+                optimizer.step()
+    if backend != "reference":
+        assert_same_bits(optimizers[0], optimizers[2])
+        assert_same_bits(optimizers[1], optimizers[3])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

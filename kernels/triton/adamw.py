@@ -4,7 +4,16 @@ from collections import namedtuple
 
 import triton.language as tl
 
-from .arithmetic import device_function, divide, finite_or_zero, lerp, maximum, power, square_root
+from .arithmetic import (
+    device_function,
+    divide,
+    finite_or_zero,
+    lerp,
+    maximum,
+    negated,
+    power,
+    square_root,
+)
 from .decay import read
 from .layout import LR, OF_RULE
 
@@ -42,7 +51,7 @@ def update(c, g, moments):
     """What is taken from a block of the parameter beside the decay, and its new moments."""
     m = lerp(moments[0], g, c.weight1, c.beta1)
     v = moments[1]
-    kept = tl.fma(-c.weight2, finite_or_zero(v), v)
+    kept = tl.fma(negated(c.weight2), finite_or_zero(v), v)
     kept = tl.where(c.weight2 < 0.5, kept, c.beta2 * v)
     v = tl.fma(c.weight2 * g, g, kept)
     if len(moments) == 3:  # amsgrad: with the running maximum of v

@@ -55,11 +55,18 @@ def square_root(a):
 
 
 @device_function
+def negated(x):
+    """-x. Triton's own minus subtracts from 0, and 0 - 0 is 0 where -0 is asked for."""
+    return x * -1.0
+
+
+@device_function
 def lerp(start, end, weight, complement):
     """(1 - weight) * start + weight * end, written from the nearer end as torch.lerp is."""
     difference = end - start
     near = tl.abs(weight) < 0.5
-    return tl.fma(tl.where(near, weight, -complement), difference, tl.where(near, start, end))
+    factor = tl.where(near, weight, negated(complement))
+    return tl.fma(factor, difference, tl.where(near, start, end))
 
 
 @device_function

@@ -5,7 +5,7 @@ from collections import namedtuple
 import triton.language as tl
 
 from . import rules
-from .arithmetic import device_function, is_finite, lerp
+from .arithmetic import device_function, is_finite, lerp, negated
 from .decay import decay_of, decayed, flag, with_coupled
 from .layout import MAXIMIZE, STATISTICS
 
@@ -59,7 +59,7 @@ def constants_of(
     grad_left = unscale
     if clip_coef is not None:
         grad_left = tl.load(clip_coef) * unscale
-    grad_factor = tl.where(flag(hyper, MAXIMIZE) != 0, -grad_left, grad_left).to(T)
+    grad_factor = tl.where(flag(hyper, MAXIMIZE) != 0, negated(grad_left), grad_left).to(T)
     kept = tl.where(t == 1, 0.0, hyper.ema_decay)  # the first step begins the average
     ema = ((1 - kept).to(T), kept.to(T))
     tail = TailConstants(grad_factor, grad_left.to(T), unscale, *ema)
