@@ -4,6 +4,8 @@ Without a GPU on the emulated stream, which keeps launches while it is being cap
 """
 
 import ctypes
+import gc
+import weakref
 
 import pytest
 import torch
@@ -121,6 +123,19 @@ def test_a_capture_of_a_clipping_refuses_so_too(backend, device, capture):
     assert optimizer.plan is None
     optimizer.step()
     capture(lambda: optimizer.clip_grad_norm_(1.0))
+
+
+def test_the_tables_of_a_captured_norm_outlive_their_plan(backend, device, capture):
+    """Also where the step is not captured. Replays read them."""
+    optimizer, _ = made(2, device, backend)
+    optimizer.step()
+    tables = [weakref.ref(t) for bucket in optimizer.plan.buckets for t in bucket.tables.values()]
+    capture(lambda: optimizer.clip_grad_norm_(1.0))
+    optimizer.add_param_group({"params": [Parameter(torch.ones(3, device=device))]})
+    optimizer.step()
+    gc.collect()
+    assert len(tables) == 3
+    assert all(table() is not None for table in tables)
 
 
 def test_a_capture_refuses_what_no_graph_repeats(device, capture):

@@ -216,9 +216,14 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             if reason is None:
                 self._ema_steps += 1
                 self._forget_clipping()
-                if capturing and plan not in self._captured_plans:
-                    self._captured_plans.append(plan)
+                if capturing:
+                    self._keep_for_graph(plan)
         return reason
+
+    def _keep_for_graph(self, plan: Plan) -> None:
+        """Keeps a plan whose tables a captured graph goes on reading."""
+        if plan not in self._captured_plans:
+            self._captured_plans.append(plan)
 
     def _new_plan(
         self, reason: str, captured: str | None = None, kind: type[Plan] = Plan
@@ -276,6 +281,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             plan = self._new_plan(reason, "clip_grad_norm_" if self._check_capture() else None)
             if plan is not None and plan.lasts and (reason := plan.gather_grads(self)):
                 raise RuntimeError(_CHANGING.format(reason))
+        if plan is not None and _is_capturing():
+            self._keep_for_graph(plan)  # the step may stay outside, and keep another
         return plan
 
     def statistics(self) -> Statistics:
@@ -313,7 +320,7 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
 
     def _check_capture(self) -> bool:
         """Whether a CUDA graph is being captured; raises as torch does if that cannot work."""
-        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+        if not _is_capturing():
             return False
         if "capturable" in self.rule.flags:
             check = getattr(self, "_accelerator_graph_capture_health_check", None)  # torch >= 2.12
@@ -398,3 +405,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
             ValueError: something does not fit, or is missing; the message names it.
         """
         checkpoint.load_for_rule(self, self.rule, state_dict, self.precision)
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
