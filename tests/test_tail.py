@@ -195,6 +195,20 @@ def test_statistics_agree_with_the_oracle(backend, device, recipe):
                 assert_relative(norm[i], np.sqrt(np.sum(values * values)), roundings)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-25, 1e25])
+def test_statistics_of_numbers_whose_squares_leave_float32(backend, device, dtype, magnitude):
+    params = [Parameter(torch.zeros(n, device=device).to(dtype)) for n in (1, 65, 2049)]
+    for param in params:
+        param.grad = torch.full_like(param, magnitude)
+    optimizer = warpstep.SGD(params, lr=1.0, stats=True, backend=backend)
+    optimizer.step()
+    found = optimizer.statistics()
+    expected = torch.stack([p.grad.double().square().sum().sqrt() for p in params]).float()
+    for norm in (found.grad_norm, found.param_norm, found.update_norm):
+        torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+
+
 def test_statistics_of_a_skipped_step(backend, device):
     """What made it skip is what one wants to see."""
     params, _ = model((F32, F32, F32), device)

@@ -55,6 +55,19 @@ void count_parameters(Sums& sums, const Param* param, T in_step, std::int64_t co
   sums.param += sum_of_squares(numbers_of(param, count, count, converted), count, count);
 }
 
+// `before` is what the parameters were.
+template <class Param, class T>
+void count_changes(Sums& sums, const Param* param, const T* before, T in_step, std::int64_t count) {
+  if (is_in_range(in_step)) {
+    sums.change += in_step;
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double change = static_cast<double>(load(param[i])) - static_cast<double>(before[i]);
+    sums.change += change * change;
+  }
+}
+
 // What is done to the elements of a recipe.
 template <class Recipe>
 struct Stepper;
@@ -131,19 +144,21 @@ struct Stepper<Recipe<Rule, Param, Grad, Moment...>> {
   static void step_and_count(const C c, std::int64_t count, std::int64_t left, Sums& sums,
                              Param* param, Grad* grad, Moment*... moments) {
     T grads[kRun] = {}, params[kRun] = {}, changes[kRun] = {};
+    T all_before[kTile];
     const auto step = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
 #pragma GCC ivdep
       for (std::int64_t i = from; i < to; ++i) {
         const T before = step_element<kPart>(c, param[i], grad[i], moments[i]...);
         const T g = T(load(grad[i]));
         const T after = load(param[i]);
+        all_before[i] = before;
         grads[i - from] += g * g;
         params[i - from] += after * after;
         changes[i - from] += (after - before) * (after - before);
       }
     };
     in_runs(light_loops_ask, 0, count, left, step, param, grad, moments...);
-    sums.change += sum_of(changes);
+    count_changes(sums, param, all_before, sum_of(changes), count);
     count_gradients(sums, grad, sum_of(grads), count);
     count_parameters(sums, param, sum_of(params), count);
   }
