@@ -42,6 +42,23 @@ def test_clippings_with_a_grad_scaler_compose_as_torchs_do(backend, told, fused)
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [warpstep.AdamW, warpstep.SGD])
+def test_a_scalers_step_without_gradients_changes_nothing(backend, kind):
+    """As with torch's fused optimizers, which GradScaler gives the number 0 as found_inf then."""
+    param = Parameter(torch.ones(3))
+    optimizer = kind([param], lr=0.1, fused=True, stats=True, backend=backend)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    param.grad = None
+    before = param.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert torch.equal(param, before)
+    assert optimizer.statistics().nonfinite.tolist() == [-1]
+    assert not hasattr(optimizer, "found_inf")
+
+
 @pytest.mark.parametrize("unscaled_before", [False, True])
 def test_with_a_grad_scaler_as_torchs_sequence(backend, unscaled_before):
     """Three optimizer steps, of which the second meets an inf: skipped, and the scale halved."""

@@ -195,6 +195,8 @@ class Optimizer(KeepsMasters, ClipsGradNorm):
         # Set and deleted by GradScaler around its call of step().
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        if isinstance(found_inf, int):  # GradScaler's sum where it has found no gradient
+            found_inf = None
         tail = Tail(
             grad_scale,
             found_inf,
