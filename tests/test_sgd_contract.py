@@ -55,6 +55,15 @@ def test_defaults_groups_and_state_have_torchs_keys(options):
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]
 
 
+def step_both(ours, theirs, step):
+    """Every second step has a sparse gradient."""
+    for optimizer in (ours, theirs):
+        (param,) = params_of(optimizer)
+        param.grad = random((6, 2), step)
+        param.grad = param.grad.to_sparse() if step % 2 else param.grad
+        optimizer.step()
+
+
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["constructed", "replaced"])
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_sparse_gradients_are_torchs(momentum, is_replaced):
@@ -66,11 +75,7 @@ def test_sparse_gradients_are_torchs(momentum, is_replaced):
     if is_replaced:
         warpstep.replace(ours)
     for step in range(4):
-        for optimizer in (ours, theirs):
-            (param,) = params_of(optimizer)
-            param.grad = random((6, 2), step)
-            param.grad = param.grad.to_sparse() if step % 2 else param.grad
-            optimizer.step()
+        step_both(ours, theirs, step)
     torch.testing.assert_close(params_of(ours), params_of(theirs), rtol=1e-6, atol=1e-6)
 
 
@@ -87,11 +92,7 @@ def test_sparse_gradients_of_the_references_parameters_are_torchs(why, momentum)
     ours = optimizer_of(warpstep.SGD, backend="reference" if why == "asked for" else "cpu")
     theirs = optimizer_of(torch.optim.SGD)
     for step in range(4):
-        for optimizer in (ours, theirs):
-            (param,) = params_of(optimizer)
-            param.grad = random((6, 2), step)
-            param.grad = param.grad.to_sparse() if step % 2 else param.grad
-            optimizer.step()
+        step_both(ours, theirs, step)
         assert ours.plan is None or "reference: 1" in str(ours.plan)
     torch.testing.assert_close(params_of(ours), params_of(theirs), rtol=1e-6, atol=1e-6)
 
